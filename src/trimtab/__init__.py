@@ -1,0 +1,52 @@
+"""Trimtab: learn a preference from a few pairs of answers, and turn it like a knob at inference."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trimtab.artifact import Knob, Rack
+    from trimtab.generate import generate
+    from trimtab.learn import learn
+    from trimtab.pairs import Pairs
+    from trimtab.render import load
+    from trimtab.runtime import steer
+    from trimtab.tune import tune
+
+__all__ = ["Knob", "Pairs", "Rack", "generate", "learn", "load", "steer", "tune"]
+
+# Loaded when asked for, so that `trimtab --help` does not wait for torch.
+_HOME = {
+    "Knob": "artifact",
+    "Pairs": "pairs",
+    "Rack": "artifact",
+    "generate": "generate",
+    "learn": "learn",
+    "load": "render",
+    "steer": "runtime",
+    "tune": "tune",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"trimtab.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing trimtab/learn.py makes Python put that module at trimtab.learn, where the function belongs.
+        if isinstance(value, ModuleType) and _HOME.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

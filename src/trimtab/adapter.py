@@ -1,0 +1,329 @@
+"""Find the decoder blocks of any causal language model, and read and write the residual stream there.
+
+The only file that registers hooks, knows paths of layers, or looks into the outputs of blocks and the caches of models.
+Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it is read and written at that same point.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import AdapterError
+
+WriteFn = Callable[[Tensor], Tensor]
+"""Takes a block's output `[B, T, D]` and returns its replacement; must not edit its argument in place."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass early; never leaves `Adapter.run_to`."""
+
+
+@dataclass
+class Reading:
+    """What `Adapter.read` saw in the latest forward: `acts[layer]` is `[B, T, D]`, detached, in the model's dtype."""
+
+    acts: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """One forward call of the decoder, as its arguments describe it.
+
+    `attention_mask` is `[B, total]` with 1 for real tokens, or the `[B, 1, T, total]` form that static caches use.
+    `caching` says whether the caller handed in a KV cache or asked for one; a default of the model does not count.
+    """
+
+    batch: int
+    tokens: int
+    attention_mask: Tensor | None = None
+    cache: Any = None
+    caching: bool = False
+
+    @property
+    def past(self) -> int:
+        """Count the columns already in the KV cache, padding included."""
+        if self.cache is None:
+            return 0
+        if not hasattr(self.cache, "get_seq_length"):
+            raise AdapterError(f"Cannot tell the length of a KV cache of type {type(self.cache).__name__}.")
+        return int(self.cache.get_seq_length())
+
+    def real_tokens(self) -> Tensor | None:
+        """Mark the tokens of this call that are not padding, `[B, T]` bool; None if all of them are real.
+
+        Looks at the values of the mask, which on an accelerator waits for it: once per prefill, not per token.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        past = self.past
+        if mask.dim() == 2:
+            real = mask[:, past : past + self.tokens] if mask.shape[1] > self.tokens else mask
+            real = real != 0
+        else:  # a token always attends to itself, unless it is padding: read the diagonal
+            own = mask[:, 0].diagonal(past, -2, -1)
+            real = own if own.dtype == torch.bool else own == 0
+        if real.shape[-1] != self.tokens:
+            raise AdapterError(
+                f"Cannot find the {self.tokens} new tokens, after {past} cached ones, in an attention mask of shape "
+                f"{tuple(mask.shape)}. Pass a mask of shape [batch, {past + self.tokens}]."
+            )
+        return None if bool(real.all()) else real.expand(self.batch, -1)
+
+
+class Adapter:
+    """The residual stream of one model.
+
+    Finds the `ModuleList` of `num_hidden_layers` blocks in the text part of `model`, and refuses to guess: if none or
+    several fit, it raises `AdapterError` with the candidates, one of which can be passed as `layers_path`.
+    """
+
+    def __init__(self, model: nn.Module, *, layers_path: str | None = None) -> None:
+        self.model = model
+        self.path = layers_path if layers_path is not None else _find_blocks(model)
+        self.blocks: list[nn.Module] = list(_module_list(model, self.path))
+        self._stack = _caller_of(model, self.path)
+        text_config = _text_config(model)
+        width = getattr(text_config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise AdapterError(f"The configuration of {type(model).__name__} has no hidden_size; got {width!r}.")
+        self.hidden_size = width
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the blocks' parameters, which their outputs normally share."""
+        parameters = (p for block in self.blocks for p in block.parameters())
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+
+    def device(self, layer: int) -> torch.device:
+        """Return the device a block computes on; off-loaded blocks count as CPU until they have run."""
+        devices = (p.device for p in self.blocks[self.layer(layer)].parameters())
+        return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+    def layer(self, index: int) -> int:
+        """Resolve a layer number, counting from the end if negative; the only place where that is done."""
+        if not -self.n_layers <= index < self.n_layers:
+            raise AdapterError(
+                f"There is no layer {index}: {type(self.model).__name__} has {self.n_layers} layers, "
+                f"0 to {self.n_layers - 1} (or -{self.n_layers} to -1)."
+            )
+        return index % self.n_layers
+
+    @contextmanager
+    def read(self, layers: Iterable[int]) -> Generator[Reading]:
+        """Record the outputs of some blocks; sees what `write` left there, in whatever order the two are entered.
+
+        Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before.
+        """
+        reading = Reading()
+        with ExitStack() as stack:
+            for layer in {self.layer(index) for index in layers}:
+                hook = partial(_record, reading.acts, layer)
+                stack.callback(self.blocks[layer].register_forward_hook(hook).remove)
+            yield reading
+
+    @contextmanager
+    def write(
+        self, functions: Mapping[int, WriteFn], before: Callable[[CallInfo], None] | None = None
+    ) -> Generator[None]:
+        """Replace the outputs of some blocks by functions of them, until the context ends, however it ends.
+
+        `before` is called once per forward of the decoder, ahead of every function.
+        """
+        resolved = {self.layer(index): function for index, function in functions.items()}
+        if len(resolved) != len(functions):
+            raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
+        with ExitStack() as stack:
+            if before is not None:
+                self._announce(before, stack)
+            for layer, function in resolved.items():
+                hook = partial(_replace, layer, self.hidden_size, function)
+                # prepend: hooks that only look, ours or those behind output_hidden_states, see the new stream
+                stack.callback(self.blocks[layer].register_forward_hook(hook, prepend=True).remove)
+            yield
+
+    def run_to(self, layer: int, **inputs: object) -> None:
+        """Run the model on `inputs` up to and including block `layer`; the blocks above and the LM head never run.
+
+        Use it inside `read`. No KV cache is made unless `inputs` say so. Gradients are recorded if torch does.
+        """
+        if "use_cache" in _parameters(self.model):
+            inputs.setdefault("use_cache", False)
+        handle = self.blocks[self.layer(layer)].register_forward_hook(_stop)
+        try:
+            self.model(**inputs)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+
+    def _announce(self, before: Callable[[CallInfo], None], stack: ExitStack) -> None:
+        """Call `before` whenever the module that runs the blocks is called.
+
+        The arguments of the model itself are kept until then: some models hand their decoder a processed mask only.
+        """
+        outer: dict[str, Any] = {}
+
+        def enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            outer.clear()
+            outer.update(_named(module, args, kwargs))
+
+        def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inner = _named(module, args, kwargs)
+            call = _call_info(inner, outer)
+            outer.clear()
+            before(call)
+
+        if self._stack is not self.model:
+            stack.callback(self.model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
+        stack.callback(self._stack.register_forward_pre_hook(enter_stack, with_kwargs=True).remove)
+
+
+# Finding the blocks
+
+
+def _text_config(model: nn.Module) -> Any:
+    """Return the configuration of the model's text part, or None if the model has no configuration."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return cast(Any, config).get_text_config()
+    except ValueError as error:
+        raise AdapterError(f"The configuration of {type(model).__name__} has several text parts: {error}") from error
+
+
+def _find_blocks(model: nn.Module) -> str:
+    """Return the path of the only `ModuleList` in the text part that has one entry per hidden layer."""
+    name = type(model).__name__
+    config = _text_config(model)
+    count = getattr(config, "num_hidden_layers", None)
+    lists = _outer_lists(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise AdapterError(f"{name} is an encoder-decoder model; Trimtab works on decoder-only models.")
+    get_decoder = getattr(model, "get_decoder", None)
+    text = get_decoder() if callable(get_decoder) else model
+    inside = {id(module) for module in text.modules()} if isinstance(text, nn.Module) else set[int]()
+    fitting = [path for path, blocks in lists.items() if len(blocks) == count and id(blocks) in inside]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(f"{path} ({len(blocks)})" for path, blocks in lists.items()) or "none"
+    problem = "Cannot find" if not fitting else "Cannot choose"
+    wanted = f" of {count} blocks" if isinstance(count, int) else ""
+    raise AdapterError(f'{problem} the decoder layers{wanted} in {name}. Candidates: {found}. Pass layers_path="...".')
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return every `ModuleList` with its path, those nested in another left out (the experts of a block, say)."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():  # parents come before their children
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists[path] = module
+    return lists
+
+
+def _module_list(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
+        known = ", ".join(_outer_lists(model)) or "none"
+        raise AdapterError(f"{type(model).__name__} has no list of layers at {path!r}. Lists: {known}.")
+    return blocks
+
+
+def _caller_of(model: nn.Module, path: str) -> nn.Module:
+    """Return the innermost module above the blocks that has a `forward`: the decoder that runs them."""
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        # containers such as ModuleDict have none of their own
+        if type(module).forward is not nn.Module.forward:
+            return module
+    return model
+
+
+# Looking into calls
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a forward call."""
+    return {**(dict(zip(_parameters(module), args, strict=False)) if args else {}), **kwargs}
+
+
+def _call_info(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> CallInfo:
+    """Describe a call of the decoder from its own arguments, and from the model's where those say more."""
+    first = next((inner[name] for name in ("input_ids", "inputs_embeds") if inner.get(name) is not None), None)
+    if first is None:  # a home-made decoder
+        first = next((value for value in inner.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
+    if first is None:
+        raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(inner)}.")
+    caches = (call.get(name) for call in (inner, outer) for name in ("past_key_values", "cache_params"))
+    cache = next((value for value in caches if value is not None), None)
+    masks = [_one_mask(call.get("attention_mask")) for call in (inner, outer)]
+    flat = [mask for mask in masks if mask is not None and mask.dim() == 2]
+    mask = next(iter(flat + [mask for mask in masks if mask is not None and mask.dim() == 4]), None)
+    return CallInfo(
+        batch=int(first.shape[0]),
+        tokens=int(first.shape[1]),
+        attention_mask=mask,
+        cache=cache,
+        caching=cache is not None or inner.get("use_cache") is True or outer.get("use_cache") is True,
+    )
+
+
+def _one_mask(mask: object) -> Tensor | None:
+    """Return the mask of full attention where a model keeps one mask per kind of attention."""
+    if isinstance(mask, Mapping):
+        kinds = cast(Mapping[str, object], mask)
+        mask = kinds.get("full_attention", next(iter(kinds.values()), None))
+    return mask if isinstance(mask, Tensor) else None
+
+
+# The hooks
+
+
+def _hidden(output: object) -> Tensor:
+    """Return the hidden states of a block's output, which is a tensor in some models and a tuple in others."""
+    hidden = cast(tuple[object, ...], output)[0] if isinstance(output, tuple) and output else output
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        got = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(output).__name__
+        raise AdapterError(f"A decoder block must return hidden states [batch, tokens, width]; got {got}.")
+    return hidden
+
+
+def _record(acts: dict[int, Tensor], layer: int, module: nn.Module, args: object, output: object) -> None:
+    acts[layer] = _hidden(output).detach()
+
+
+def _stop(module: nn.Module, args: object, output: object) -> None:
+    raise _Stop
+
+
+def _replace(layer: int, width: int, function: WriteFn, module: nn.Module, args: object, output: object) -> object:
+    hidden = _hidden(output)
+    new = function(hidden)
+    if new.shape != hidden.shape or hidden.shape[-1] != width:
+        raise AdapterError(
+            f"The residual stream at layer {layer} has shape {tuple(hidden.shape)} and its replacement "
+            f"{tuple(new.shape)}; both must be [batch, tokens, {width}]."
+        )
+    return (new, *cast(tuple[object, ...], output)[1:]) if isinstance(output, tuple) else new

@@ -1,0 +1,92 @@
+"""Which model a knob was learned on, and whether the model at hand is that one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.adapter import Adapter
+from trimtab.errors import KnobError, TrimtabWarning
+from trimtab.render import Renderer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IDENTITY = {
+    "model": "model",
+    "revision": "revision of the model",
+    "architecture": "architecture",
+    "hidden_size": "hidden size",
+    "n_layers": "number of layers",
+    "config_hash": "configuration",
+    "template_hash": "chat template",
+    "tokenizer_hash": "vocabulary",
+}
+"""What `model_identity` returns, and what messages call it."""
+
+_REFUSED = ("architecture", "template_hash")
+_WARNED = ("revision", "config_hash", "tokenizer_hash")
+# Settings that vary without changing what the model computes.
+_VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+    """Return what a knob remembers of its model: id, revision, architecture, sizes and hashes.
+
+    A model loaded from a folder is known by the folder's name, so that files name no path of the machine.
+    `template_hash` is None where the tokenizer has no template, or none was given.
+    """
+    adapter = Adapter(model)
+    config = model.config.get_text_config()
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in _VOLATILE}
+    name = str(model.config.name_or_path)
+    renderer = Renderer(tokenizer) if tokenizer is not None else None
+    return {
+        "model": (Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name) or type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": str(config.model_type),
+        "hidden_size": adapter.hidden_size,
+        "n_layers": adapter.n_layers,
+        "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+        "template_hash": renderer.template_hash() if renderer else None,
+        "tokenizer_hash": renderer.tokenizer_hash() if renderer else None,
+    }
+
+
+def check_identity(
+    knob: str,
+    width: int,
+    top_layer: int,
+    learned: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    strict: bool,
+) -> None:
+    """Compare the identity a knob remembers, in part or whole, with a model; see `Knob.check`."""
+    here = model_identity(model, tokenizer)
+    if width != here["hidden_size"] or top_layer >= here["n_layers"]:
+        raise KnobError(
+            f"Knob {knob!r} was learned on {_describe(learned)}; it has width {width} and reaches layer {top_layer}. "
+            f"This model is {_describe(here)}. Learn the knob on this model."
+        )
+    # A tokenizer without a template differs from the one with which the knob was learned; no tokenizer says nothing.
+    unknown = {"template_hash", "tokenizer_hash"} if tokenizer is None else set[str]()
+    for key in (*_REFUSED, *_WARNED):
+        ours, theirs = learned.get(key), here[key]
+        silent = ours is None if key != "template_hash" else key not in learned
+        if key in unknown or silent or ours == theirs or (theirs is None and key != "template_hash"):
+            continue
+        message = f"Knob {knob!r} was learned with another {IDENTITY[key]}: {ours}; this model has {theirs}."
+        if key in _REFUSED and strict:
+            raise KnobError(f"{message} Learn it again here, or pass strict=False to use it all the same.")
+        warnings.warn(message, TrimtabWarning, stacklevel=3)
+
+
+def _describe(identity: Mapping[str, Any]) -> str:
+    name, architecture = identity.get("model") or "an unnamed model", identity.get("architecture") or "unknown"
+    return f"{name} ({architecture}, hidden size {identity.get('hidden_size')}, {identity.get('n_layers')} layers)"

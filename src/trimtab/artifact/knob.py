@@ -1,0 +1,335 @@
+"""The steering knob: what it adds at which strength, arithmetic with knobs, saving and loading."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
+from trimtab.artifact.identity import IDENTITY, check_identity
+from trimtab.errors import KnobError, unknown_name
+from trimtab.ops import unit
+from trimtab.types import WHERE, Site, Where, check_strength
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Operation = Literal["add", "ablate"]
+OPERATIONS: tuple[Operation, ...] = ("add", "ablate")
+
+
+@dataclass(frozen=True, eq=False)
+class Knob:
+    """A preference as a direction of the residual stream, with what it takes to apply and to explain it.
+
+    Strength s adds `s * gain * norms[site.layer]` times the unit direction of the active site: `alpha = s * gain` is
+    in multiples of the mean residual norm at that layer. With operation "ablate", strength s removes the share s of
+    the component along the direction, and the gain plays no part. Knobs are immutable and compare by identity.
+    """
+
+    name: str
+    method: str
+    vectors: Mapping[Site, Tensor]
+    """Raw vector `[D]` float32 per candidate site; its length is what the method found, its direction is applied."""
+    norms: Mapping[int, float]
+    """Mean residual norm per layer, over response tokens of the pairs, the sequence's first token left out."""
+    site: Site
+    """The active site: the one that `addend` and `direction` speak of."""
+    gain: float
+    """alpha at strength 1."""
+    where: Where = "all"
+    operation: Operation = "add"
+    kind: Literal["steering"] = "steering"
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Method, paper, options passed and defaulted, identity of the model, hash of the pairs, tool version, licence."""
+    diagnostics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tuning: Mapping[str, Any] | None = None
+    """What tuning measured: its table, the dose-response, `safe_range`; None before tuning."""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        vectors = {site: v.detach().to("cpu", torch.float32).clone() for site, v in sorted(self.vectors.items())}
+        object.__setattr__(self, "vectors", vectors)
+        _check_vectors(self)
+
+    # What it does
+
+    @property
+    def direction(self) -> Tensor:
+        """Unit direction `[D]` float32 at the active site; zero if the vector is."""
+        return unit(self.vectors[self.site]).float()
+
+    @property
+    def width(self) -> int:
+        """Hidden width D of the model the knob is for."""
+        return len(self.vectors[self.site])
+
+    @property
+    def safe_range(self) -> tuple[float, float] | None:
+        """Strengths that tuning found safe, lowest and highest; None before tuning."""
+        bounds: object = (self.tuning or {}).get("safe_range")
+        if bounds is None:
+            return None
+        values = cast(list[object], bounds) if isinstance(bounds, list | tuple) else []
+        low, high = (number(value, "safe range") for value in values) if len(values) == 2 else (1.0, -1.0)
+        if low > high:
+            raise KnobError(f"Its safe range is {bounds!r}; expected the lowest and the highest strength.")
+        return low, high
+
+    def alpha(self, strength: float) -> float:
+        """Convert a strength to alpha, in multiples of the mean residual norm at the active site."""
+        return check_strength(strength) * self.gain
+
+    def addend(self, strength: float) -> Tensor:
+        """Return what `strength` adds to the residual stream at the active site, `[D]` float32."""
+        return (self.alpha(strength) * self.norms[self.site.layer] * unit(self.vectors[self.site])).float()
+
+    def raw_gain(self, site: Site) -> float:
+        """Return the gain at which strength 1 adds the raw vector of `site`: its norm over the mean residual norm."""
+        return float(self.vectors[site].double().norm()) / self.norms[site.layer]
+
+    # Other knobs from this one
+
+    def with_(
+        self,
+        *,
+        name: str | None = None,
+        site: Site | str | None = None,
+        gain: float | None = None,
+        where: Where | None = None,
+        operation: Operation | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        diagnostics: Mapping[str, Any] | None = None,
+        tuning: Mapping[str, Any] | None = None,
+    ) -> Knob:
+        """Return a copy with some fields replaced.
+
+        Another site without a gain sets the gain to the raw vector's length there. Tuning belongs to one site, gain,
+        place and operation: replacing any of them drops it, unless a new `tuning` is passed along.
+        """
+        active = Site.parse(site) if isinstance(site, str) else site or self.site
+        if active not in self.vectors:
+            raise unknown_name("site", str(active), map(str, self.vectors))
+        if gain is None:
+            gain = self.gain if active == self.site else self.raw_gain(active)
+        new = replace(
+            self,
+            name=self.name if name is None else name,
+            site=active,
+            gain=gain,
+            where=where or self.where,
+            operation=operation or self.operation,
+            provenance=self.provenance if provenance is None else provenance,
+            diagnostics=self.diagnostics if diagnostics is None else diagnostics,
+            tuning=self.tuning if tuning is None else tuning,
+        )
+        same = all(getattr(self, part) == getattr(new, part) for part in ("site", "gain", "where", "operation"))
+        return new if same or tuning is not None else replace(new, tuning=None)
+
+    def pruned(self, site: Site | str | None = None) -> Knob:
+        """Return a copy that keeps one site only: the active one, or `site`, which becomes active."""
+        new = self.with_(site=site)
+        return replace(
+            new, vectors={new.site: new.vectors[new.site]}, norms={new.site.layer: new.norms[new.site.layer]}
+        )
+
+    def __mul__(self, factor: float) -> Knob:
+        """Scale the knob: strength 1 of `2 * knob` is strength 2 of `knob`; a negative factor turns every vector."""
+        factor = check_strength(factor, "factor")
+        vectors = {site: vector if factor >= 0 else -vector for site, vector in self.vectors.items()}
+        provenance = {**self.provenance, "scaled": factor * float(self.provenance.get("scaled", 1.0))}
+        gain = self.gain * abs(factor)
+        return replace(self, vectors=vectors, gain=gain, provenance=provenance, diagnostics={}, tuning=None)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Knob:
+        return self * -1.0
+
+    def __add__(self, other: Knob) -> Knob:
+        """Return the knob whose strength 1 is strength 1 of both; they must act on the same tokens of one layer."""
+        _check_alike(self, other)
+        norm = self.norms[self.site.layer]
+        vector = self.addend(1.0).double() + other.addend(1.0).double()
+        shared = {key: self.provenance[key] for key in IDENTITY if key in self.provenance}
+        parts = [{"name": knob.name, **knob.provenance} for knob in (self, other)]
+        return Knob(
+            name=f"{self.name}+{other.name}",
+            method="sum",
+            vectors={self.site: vector},
+            norms={self.site.layer: norm},
+            site=self.site,
+            gain=float(vector.norm()) / norm,
+            where=self.where,
+            provenance={**shared, "parts": parts},
+        )
+
+    def __sub__(self, other: Knob) -> Knob:
+        return self + -other
+
+    # File and model
+
+    def save(self, path: str | Path) -> None:
+        """Write the knob to one safetensors file, atomically."""
+        header = {
+            "kind": self.kind,
+            "name": self.name,
+            "method": self.method,
+            "site": str(self.site),
+            "gain": self.gain,
+            "norms": {str(layer): norm for layer, norm in sorted(self.norms.items())},
+            "where": self.where,
+            "operation": self.operation,
+            "provenance": dict(self.provenance),
+            "diagnostics": dict(self.diagnostics),
+            "tuning": None if self.tuning is None else dict(self.tuning),
+        }
+        write_file(path, {f"vector/{site}": vector for site, vector in self.vectors.items()}, header)
+
+    @staticmethod
+    def load(path: str | Path) -> Knob:
+        """Read a knob file; raises `KnobError` that names what is wrong with a damaged or foreign file."""
+        try:
+            return _from_file(read_file(path))
+        except KnobError as error:
+            raise KnobError(f"Cannot load a knob from {str(path)!r}: {error}") from None
+
+    def check(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, strict: bool = True
+    ) -> None:
+        """Compare the knob with a model, and with its tokenizer if given; what the knob does not know is not compared.
+
+        Raises `KnobError` for another width, a layer the model does not have, another architecture or another chat
+        template; `strict=False` turns the last two into warnings. Another configuration, revision or vocabulary is
+        always a warning.
+        """
+        top = max(site.layer for site in self.vectors)
+        check_identity(self.name, self.width, top, self.provenance, model, tokenizer, strict=strict)
+
+    def card(self) -> str:
+        """Describe the knob in a few readable lines."""
+        known = self.provenance
+        layers = sorted({site.layer for site in self.vectors})
+        options: object = known.get("options")
+        lines = {
+            "knob": f"{self.name} ({self.kind}, {self.method})",
+            "site": f"{self.site}, one of {len(self.vectors)} in layers {layers[0]} to {layers[-1]}",
+            "strength 1": (
+                f"alpha {self.gain:.4g}: length {self.gain * self.norms[self.site.layer]:.4g} where the mean residual "
+                f"norm is {self.norms[self.site.layer]:.4g}"
+                if self.operation == "add"
+                else "removes the component along the direction"
+            ),
+            "where": f"{self.operation} at {self.where} tokens",
+            "safe range": "not tuned" if self.safe_range is None else "{:g} to {:g}".format(*self.safe_range),
+            **{IDENTITY[key]: known.get(key) for key in IDENTITY},
+            "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}"
+            if known.get("pairs_hash")
+            else None,
+            "paper": known.get("paper"),
+            "options": _pairs(options),
+            **{key: known.get(key) for key in ("licence", "created", "tool")},
+        }
+        rows = [f"{key:<22}{_printable(value)}" for key, value in lines.items() if value not in (None, "")]
+        notes: object = self.diagnostics.get("warnings")
+        for note in cast(list[object], notes) if isinstance(notes, list) else []:
+            rows.append(f"{'warning':<22}{_printable(note)}")
+        return "\n".join(rows)
+
+
+def _printable(value: object) -> str:
+    # Files come from others: no escape sequences for the terminal, no line that poses as another.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def _pairs(options: object) -> str:
+    items = cast(Mapping[str, object], options).items() if isinstance(options, Mapping) else ()
+    return ", ".join(f"{key}={value}" for key, value in items)
+
+
+def _from_file(file: KnobFile) -> Knob:
+    header = file.header
+    kind, where, operation = (text_field(header, name) for name in ("kind", "where", "operation"))
+    if kind != "steering":
+        raise KnobError(f"it is a knob of kind {kind!r}; this reads 'steering'.")
+    if where not in WHERE or operation not in OPERATIONS:
+        raise KnobError(f"its header is wrong: where={where!r}, operation={operation!r}.")
+    stray = [name for name in file.tensors if not name.startswith("vector/")]
+    if stray:
+        raise KnobError(f"it holds a tensor {stray[0]!r}, which a knob of kind 'steering' has not.")
+    try:
+        site = Site.parse(text_field(header, "site"))
+        vectors = {Site.parse(name.removeprefix("vector/")): tensor for name, tensor in file.tensors.items()}
+        norms = {int(layer): number(norm, "norm") for layer, norm in object_field(header, "norms").items()}
+    except ValueError as error:  # every OptionError and KnobError is one
+        raise KnobError(f"its header is wrong: {error}") from None
+    if any(vector.dtype != torch.float32 for vector in vectors.values()):
+        raise KnobError("its vectors are not all float32.")
+    return Knob(
+        name=text_field(header, "name"),
+        method=text_field(header, "method"),
+        vectors=vectors,
+        norms=norms,
+        site=site,
+        gain=number(header.get("gain"), "gain"),
+        where=where,
+        operation=operation,
+        provenance=object_field(header, "provenance"),
+        diagnostics=object_field(header, "diagnostics"),
+        tuning=None if header.get("tuning") is None else object_field(header, "tuning"),
+    )
+
+
+def _check_fields(knob: Knob) -> None:
+    if not re.fullmatch(r"[^\s,=]{1,100}", knob.name) or not knob.name.isprintable():
+        raise KnobError(
+            f"A knob's name is 1 to 100 printable characters, no space, comma or equals sign; got {knob.name!r}."
+        )
+    if knob.where not in WHERE:
+        raise unknown_name("where", str(knob.where), WHERE)
+    if knob.operation not in OPERATIONS:
+        raise unknown_name("operation", str(knob.operation), OPERATIONS)
+    if not math.isfinite(knob.gain) or knob.gain < 0:
+        raise KnobError(f"The gain must be finite and not negative; got {knob.gain!r}. Turn a knob around with -knob.")
+    _ = knob.safe_range  # raises if there is one that makes no sense
+    if knob.site not in knob.vectors:
+        raise KnobError(f"The active site {knob.site} has no vector; there are {', '.join(map(str, knob.vectors))}.")
+
+
+def _check_vectors(knob: Knob) -> None:
+    shape = knob.vectors[knob.site].shape
+    for site, vector in knob.vectors.items():
+        if vector.shape != shape or vector.dim() != 1 or not len(vector):
+            raise KnobError(
+                f"Every vector must have shape [D]; site {site} has {list(vector.shape)}, not {list(shape)}."
+            )
+        if not torch.isfinite(vector).all():
+            raise KnobError(f"The vector of site {site} holds values that are not finite.")
+        norm = knob.norms.get(site.layer)
+        if norm is None or not math.isfinite(norm) or norm <= 0:
+            raise KnobError(f"Layer {site.layer} needs a positive mean residual norm; got {norm!r}.")
+
+
+def _check_alike(a: Knob, b: Knob) -> None:
+    if (a.operation, b.operation) != ("add", "add"):
+        raise KnobError("Only knobs that add can be summed; ablation is not linear. Steer with both at once.")
+    if (a.site.layer, a.where) != (b.site.layer, b.where):
+        raise KnobError(
+            f"Knobs are summed at one layer on the same tokens; got {a.name!r} at {a.site} ({a.where}) and {b.name!r} "
+            f"at {b.site} ({b.where}). Steer with both at once: steer(model, {{a: 1, b: 1}})."
+        )
+    if a.width != b.width:
+        raise KnobError(f"Knob {a.name!r} has width {a.width} and knob {b.name!r} {b.width}: they are of two models.")
+    for key in ("architecture", "n_layers", "template_hash"):
+        ours, theirs = a.provenance.get(key), b.provenance.get(key)
+        if None not in (ours, theirs) and ours != theirs:
+            raise KnobError(
+                f"Knobs {a.name!r} and {b.name!r} were learned with another {IDENTITY[key]}: {ours} and {theirs}."
+            )

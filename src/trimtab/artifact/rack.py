@@ -1,0 +1,93 @@
+"""Knobs under names: a rack in memory, and a panel, which is a file of named knobs with strengths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from trimtab.artifact.knob import Knob
+from trimtab.errors import KnobError, unknown_name
+from trimtab.types import Setting, check_strength
+
+
+class Rack(Mapping[str, Knob]):
+    """Names for knobs; paths are loaded at once.
+
+    Example: `Rack(math="math.knob.safetensors", concise=knob)`. The rack's names count, not those inside the knobs.
+    """
+
+    def __init__(self, **knobs: Knob | str | Path) -> None:
+        self._knobs = {name: knob if isinstance(knob, Knob) else Knob.load(knob) for name, knob in knobs.items()}
+
+    def resolve(self, setting: Setting) -> dict[Knob, float]:
+        """Turn names and strengths into knobs and strengths; names of one knob add up, zeros stay.
+
+        Raises `UnknownName` for a name that is not on the rack, `OptionError` for a strength that is not finite.
+        """
+        strengths: dict[Knob, float] = {}
+        for name, strength in setting.items():
+            if name not in self._knobs:
+                raise unknown_name("knob", name, self._knobs)
+            knob = self._knobs[name]
+            strengths[knob] = strengths.get(knob, 0.0) + check_strength(strength, f"strength of {name!r}")
+        return strengths
+
+    def __getitem__(self, name: str) -> Knob:
+        if name not in self._knobs:
+            raise unknown_name("knob", name, self._knobs)
+        return self._knobs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._knobs)
+
+    def __len__(self) -> int:
+        return len(self._knobs)
+
+    def __repr__(self) -> str:
+        return f"Rack({', '.join(self._knobs)})"
+
+
+class Panel(NamedTuple):
+    """A rack with the strengths at which its knobs stand."""
+
+    rack: Rack
+    setting: dict[str, float]
+
+
+def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) -> None:
+    """Write a panel: a name, the path of the knob's file, and a strength for each knob.
+
+    Paths are stored as they lie from the panel's folder, if they lie in it, so that the folder can be moved.
+    """
+    folder = Path(path).resolve().parent
+    entries: dict[str, dict[str, object]] = {}
+    for name, (file, strength) in knobs.items():
+        place = Path(file).resolve()
+        stored = place.relative_to(folder) if place.is_relative_to(folder) else place
+        entries[name] = {"path": stored.as_posix(), "strength": check_strength(strength, f"strength of {name!r}")}
+    Path(path).write_text(json.dumps({"knobs": entries}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_panel(path: str | Path) -> Panel:
+    """Read a panel and load its knobs; raises `KnobError` that names what is wrong with the file."""
+    try:
+        content: object = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise KnobError(f"Cannot read a panel from {str(path)!r}: {error}.") from None
+    knobs = cast(Mapping[str, object], content).get("knobs") if isinstance(content, Mapping) else None
+    if not isinstance(knobs, Mapping):
+        raise KnobError(
+            f'{str(path)!r} is not a panel; a panel is {{"knobs": {{name: {{"path": ..., "strength": ...}}}}}}.'
+        )
+    loaded: dict[str, Knob | str | Path] = {}
+    setting: dict[str, float] = {}
+    for name, entry in cast(Mapping[str, object], knobs).items():
+        fields = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {}
+        file, strength = fields.get("path"), fields.get("strength", 1.0)
+        if not isinstance(file, str) or isinstance(strength, bool) or not isinstance(strength, int | float):
+            raise KnobError(f"Knob {name!r} of panel {str(path)!r} needs a path (text) and a strength (a number).")
+        loaded[name] = Knob.load(Path(path).parent / file)
+        setting[name] = check_strength(strength, f"strength of {name!r}")
+    return Panel(Rack(**loaded), setting)

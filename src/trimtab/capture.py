@@ -1,0 +1,317 @@
+"""Pairs through a model to activations: what the residual stream holds at the candidate sites, per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapter import Adapter
+from trimtab.errors import OptionError, PairsError, unknown_name
+from trimtab.ops import Moments
+from trimtab.pairs import Pairs
+from trimtab.render import Rendered, Renderer, Side
+from trimtab.types import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Format = Literal["response_as_user", "question_response"]
+"""How an answer is read: alone in the user's slot (PaLRS), or as the assistant's turn after its prompt."""
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+POSITIONS = ("post_instruction", "response_end", "demonstrated", "last", "response_mean")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the model's residual stream holds for the two answers of every pair, in the order of the pairs."""
+
+    sites: tuple[Site, ...]
+    """S sites, layers in order, positions of a layer together."""
+    chosen: Tensor
+    """`[N, S, D]` float32."""
+    rejected: Tensor
+    """`[N, S, D]` float32."""
+    norms: dict[int, float]
+    """Mean residual norm per layer over the answers' tokens as the assistant's turn, a sequence's first left out."""
+    lengths: Tensor
+    """Tokens of the chosen and the rejected answer, `[N, 2]` int64."""
+    format: Format
+    norm_tokens: int
+    """Number of tokens behind each of `norms`."""
+
+
+def capture(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    positions: Sequence[str],
+    layers: Sequence[int] | None = None,
+    format: Format,
+    token_budget: int = 8192,
+    padding: Side = "right",
+) -> Evidence:
+    """Read the residual stream of every pair's answers at every candidate site, layers x positions.
+
+    A position is a token of the rendered answer: `post_instruction[-k]` (the template's tokens after the user's slot,
+    format "response_as_user"), `response_end[-k]` (the tokens that close the answer, format "question_response"),
+    `last` (the answer's last token), `response_mean` (the mean over the answer's tokens), and `demonstrated` (last
+    prompt token of another pair's question after one turn that shows the answer; the format does not matter). A name
+    without an index stands for all its tokens. `layers` None means all; negative ones count from the end.
+
+    Batches hold at most `token_budget` tokens, padding included, and are halved when memory runs out. Blocks above the
+    highest layer and the LM head are not run. No gradients; dropout is off; the model is left as it was.
+    """
+    if not len(pairs):
+        raise PairsError("There are no pairs to read.")
+    adapter, renderer = Adapter(model), Renderer(tokenizer)
+    wanted = sorted({adapter.layer(i) for i in (range(adapter.n_layers) if layers is None else layers)})
+    if not wanted:
+        raise OptionError("There are no layers to read; pass at least one, or None for all.")
+    if token_budget < 1:
+        raise OptionError(f"The token budget must be at least 1; got {token_budget}.")
+    names = expand_positions(renderer, positions, format)
+    texts = _texts(renderer, pairs, names, format)
+    _check_context(model, texts)
+    store = torch.zeros(2, len(pairs), len(wanted), len(names), adapter.hidden_size)
+    norms = {layer: Moments() for layer in wanted}
+    run = _Run(adapter, renderer, wanted, padding, store, norms)
+    with torch.no_grad(), _evaluating(model):
+        for batch in _batches(texts, token_budget):
+            run.forward(batch)
+    assistant = [text for text in texts if text.norms]
+    spans = {(text.side, text.pair): text.norms.stop - text.norms.start for text in assistant if text.norms}
+    return Evidence(
+        sites=tuple(Site(layer, name) for layer in wanted for name in names),
+        chosen=store[0].flatten(1, 2),
+        rejected=store[1].flatten(1, 2),
+        norms={layer: float(moments.mean) for layer, moments in norms.items()},
+        lengths=torch.tensor([[spans[side, n] for side in (0, 1)] for n in range(len(pairs))]),
+        format=format,
+        norm_tokens=norms[wanted[0]].count,
+    )
+
+
+def expand_positions(renderer: Renderer, positions: Sequence[str], format: Format) -> tuple[str, ...]:
+    """Write out positions without an index token by token, and check that each exists in this format and template.
+
+    `("post_instruction",)` becomes `("post_instruction[-2]", "post_instruction[-1]")` where two tokens follow the slot.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    names: list[str] = []
+    for position in positions:
+        group, bracket, index = position.partition("[")
+        if group not in POSITIONS:
+            raise unknown_name("position", position, POSITIONS)
+        if group not in ("post_instruction", "response_end"):
+            if bracket:
+                raise OptionError(f"Position {group!r} is one place and takes no index; got {position!r}.")
+            names.append(group)
+            continue
+        count = _token_count(renderer, group, format)
+        known = [f"{group}[-{k}]" for k in range(count, 0, -1)]
+        if not bracket:
+            names += known
+        elif position in known:
+            names.append(position)
+        else:
+            raise unknown_name("position", position, known)
+    if not names:
+        raise OptionError(f"There are no positions to read. Known: {', '.join(sorted(POSITIONS))}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _token_count(renderer: Renderer, group: str, format: Format) -> int:
+    if group == "post_instruction":
+        if format != "response_as_user":
+            raise OptionError(
+                "post_instruction tokens come before the answer in format 'question_response', so they are the same "
+                "for chosen and rejected. Use format='response_as_user', or position 'response_end', 'last' or "
+                "'response_mean'."
+            )
+        return renderer.post_instruction_count()
+    if format != "question_response":
+        raise OptionError(
+            "response_end tokens close the assistant's turn, and format 'response_as_user' has none. "
+            "Use format='question_response', or position 'post_instruction'."
+        )
+    count = renderer.closing_count()
+    if not count:
+        raise OptionError("This tokenizer's template puts no token after an answer. Use position 'last'.")
+    return count
+
+
+# Texts: what to run, and which of its tokens to keep
+
+
+@dataclass(frozen=True)
+class _Text:
+    side: int  # 0 chosen, 1 rejected
+    pair: int
+    ids: list[int]
+    reads: dict[int, slice]  # index of a position: the tokens whose mean is kept
+    norms: slice | None = None  # the tokens whose norms count
+
+
+def _texts(renderer: Renderer, pairs: Pairs, names: Sequence[str], format: Format) -> list[_Text]:
+    texts: list[_Text] = []
+    questions = _other_questions(pairs) if "demonstrated" in names else []
+    for n, pair in enumerate(pairs):
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
+            full = renderer.full(pair.prompt, answer)
+            span = slice(full.response_start, full.response_end)
+            reads = _reads(full, names) if format == "question_response" else {}
+            texts.append(_Text(side, n, full.ids, reads, span))
+            if format == "response_as_user" and set(names) != {"demonstrated"}:
+                alone = renderer.as_user(answer)
+                texts.append(_Text(side, n, alone.ids, _reads(alone, names)))
+            if questions:
+                ids = renderer.demonstrated(pair.prompt, answer, questions[n])
+                texts.append(_Text(side, n, ids, {names.index("demonstrated"): slice(len(ids) - 1, len(ids))}))
+    return texts
+
+
+def _reads(text: Rendered, names: Sequence[str]) -> dict[int, slice]:
+    reads: dict[int, slice] = {}
+    for p, name in enumerate(names):
+        if name == "last":
+            reads[p] = slice(text.response_end - 1, text.response_end)
+        elif name == "response_mean":
+            reads[p] = slice(text.response_start, text.response_end)
+        elif name != "demonstrated":
+            at = len(text.ids) + int(name[name.index("[") + 1 : -1])
+            reads[p] = slice(at, at + 1)
+    return reads
+
+
+def _other_questions(pairs: Pairs) -> list[str]:
+    """Return for each pair the question of the next pair, around the end, that asks something else."""
+    asked = [pair.prompt[-1].content for pair in pairs]
+    if len(set(asked)) < 2:
+        raise PairsError("Position 'demonstrated' asks another pair's question, and these pairs ask only one.")
+    others: list[str] = []
+    for n, question in enumerate(asked):
+        others.append(next(other for other in (*asked[n + 1 :], *asked[:n]) if other != question))
+    return others
+
+
+def _check_context(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
+    limit: object = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(texts, key=lambda text: len(text.ids))
+    if isinstance(limit, int) and len(longest.ids) > limit:
+        raise PairsError(
+            f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered; this model's context holds "
+            f"{limit}. Leave long pairs out."
+        )
+
+
+# Running
+
+
+def _batches(texts: Iterable[_Text], budget: int) -> list[list[_Text]]:
+    """Group texts of like length: at most `budget` tokens with padding, or one text; the longest come first."""
+    batches: list[list[_Text]] = []
+    width = 0
+    for text in sorted(texts, key=lambda text: -len(text.ids)):
+        if batches and (len(batches[-1]) + 1) * width <= budget:
+            batches[-1].append(text)
+        else:
+            batches.append([text])
+            width = len(text.ids)
+    return batches
+
+
+class _Kept(NamedTuple):
+    """Positions of a batch that are kept: rows, and the tokens `[R, T]` bool whose mean each one is."""
+
+    rows: Tensor  # [R] int64
+    tokens: Tensor  # [R, T] bool
+
+
+@dataclass
+class _Run:
+    adapter: Adapter
+    renderer: Renderer
+    layers: list[int]
+    padding: Side
+    store: Tensor  # [2, N, L, P, D]
+    norms: dict[int, Moments] = field(default_factory=dict[int, Moments])
+
+    def forward(self, batch: list[_Text]) -> None:
+        """Run a batch and keep its share of the evidence; split it when memory runs out."""
+        try:
+            self._forward(batch)
+            return
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        # outside the handler, whose traceback would keep the failed batch alive
+        torch.cuda.empty_cache()
+        self.forward(batch[: len(batch) // 2])
+        self.forward(batch[len(batch) // 2 :])
+
+    def _forward(self, batch: list[_Text]) -> None:
+        padded = self.renderer.pad([text.ids for text in batch], side=self.padding)
+        device = self.adapter.device(0)
+        inputs = {name: value.to(device) for name, value in padded._asdict().items()}
+        with self.adapter.read(self.layers) as reading:
+            self.adapter.run_to(max(self.layers), **inputs)
+        width = padded.input_ids.shape[1]
+        offsets = [width - len(text.ids) if self.padding == "left" else 0 for text in batch]
+        reads = [(b, p, _shift(span, offsets[b])) for b, text in enumerate(batch) for p, span in text.reads.items()]
+        kept = _kept([(b, span) for b, _, span in reads], width)
+        # A sequence's first token is often a norm sink.
+        first = [slice(max(t.norms.start, 1), t.norms.stop) if t.norms else slice(0, 0) for t in batch]
+        counted = _kept([(b, _shift(span, offsets[b])) for b, span in enumerate(first)], width)
+        found = [(_means(reading.acts[layer], kept), _norms(reading.acts[layer], counted)) for layer in self.layers]
+        for index, (layer, (means, norms)) in enumerate(zip(self.layers, found, strict=True)):
+            for (b, p, _), mean in zip(reads, means, strict=True):
+                self.store[batch[b].side, batch[b].pair, index, p] = mean
+            self.norms[layer].add(norms)
+
+
+def _kept(spans: Sequence[tuple[int, slice]], width: int) -> _Kept:
+    tokens = torch.zeros(len(spans), width, dtype=torch.bool)
+    for row, (_, span) in enumerate(spans):
+        tokens[row, span] = True
+    return _Kept(torch.tensor([b for b, _ in spans], dtype=torch.long), tokens)
+
+
+def _means(acts: Tensor, kept: _Kept) -> Tensor:
+    """Return the mean of `acts [B, T, D]` over the kept tokens of each row, `[R, D]` float32 on the CPU.
+
+    Only kept tokens are touched, so that nothing in the padding, not even NaN, reaches a mean; one token is copied.
+    """
+    tokens = kept.tokens.to(acts.device)
+    owner, column = tokens.nonzero(as_tuple=True)
+    values = acts[kept.rows.to(acts.device)[owner], column].float()  # [sum of tokens, D]
+    sums = torch.zeros(len(tokens), acts.shape[-1], device=acts.device).index_add_(0, owner, values)
+    return (sums / tokens.sum(dim=1, keepdim=True)).cpu()
+
+
+def _norms(acts: Tensor, kept: _Kept) -> Tensor:
+    owner, column = kept.tokens.to(acts.device).nonzero(as_tuple=True)
+    return acts[owner, column].float().norm(dim=-1)  # rows of `kept` are rows of the batch
+
+
+def _shift(span: slice, by: int) -> slice:
+    return slice(span.start + by, span.stop + by)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,80 @@
+"""The exception tree: what went wrong, what we got, what would work.
+
+TrimtabError
+├── PairsError         (ValueError)    preference pairs that cannot be used
+├── RenderError        (ValueError)    chat template or tokenizer
+├── AdapterError       (ValueError)    decoder blocks not found, layer out of range
+├── KnobError          (ValueError)    knob file damaged, or made for another model
+├── OptionError        (ValueError)    an option's value is out of its range
+├── UnknownName        (KeyError)      a name that is not in a list of known names
+├── TuneError          (RuntimeError)  no site and gain satisfies the budget
+├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
+└── MissingDependency  (ImportError)   an optional package is not installed
+
+TrimtabWarning         (UserWarning)   the result stands, but may not mean what it seems to
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrimtabError(Exception):
+    """Base of every error that Trimtab raises on purpose."""
+
+
+class PairsError(TrimtabError, ValueError):
+    """Preference pairs are missing fields, empty, duplicated or contradictory."""
+
+
+class RenderError(TrimtabError, ValueError):
+    """The chat template or tokenizer cannot express what was asked."""
+
+
+class AdapterError(TrimtabError, ValueError):
+    """The decoder blocks were not found, or a layer does not exist."""
+
+
+class KnobError(TrimtabError, ValueError):
+    """A knob file is damaged, or the knob does not fit this model."""
+
+
+class OptionError(TrimtabError, ValueError):
+    """An option has a value outside its range."""
+
+
+class UnknownName(TrimtabError, KeyError):
+    """A name is not in the list of known names."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message, quotes and escapes included.
+        return str(self.args[0]) if self.args else ""
+
+
+class TuneError(TrimtabError, RuntimeError):
+    """No site and gain satisfies the guardrail budget."""
+
+
+class SandboxError(TrimtabError, RuntimeError):
+    """The sandbox itself failed; the judged program is not to blame."""
+
+
+class MissingDependency(TrimtabError, ImportError):
+    """An optional package is not installed."""
+
+
+class TrimtabWarning(UserWarning):
+    """The result stands, but may not mean what it seems to."""
+
+
+def unknown_name(what: str, got: str, known: Iterable[str]) -> UnknownName:
+    """Build the error for a name that is not known, with the nearest match.
+
+    >>> print(unknown_name("method", "diffmeans", ["palrs", "diffmean"]))
+    Unknown method 'diffmeans'. Known: diffmean, palrs. Did you mean 'diffmean'?
+    """
+    names = sorted(known)
+    message = f"Unknown {what} {got!r}. Known: {', '.join(names) or 'none'}."
+    near = difflib.get_close_matches(got, names, n=1)
+    return UnknownName(message + (f" Did you mean {near[0]!r}?" if near else ""))

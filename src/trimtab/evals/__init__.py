@@ -1,0 +1,1 @@
+"""Graders, the sandbox for model-written code, tasks, statistics and reports."""

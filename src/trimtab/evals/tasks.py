@@ -1,0 +1,130 @@
+"""A task: prompts, a grader for each answer, and which side of a preference an answer is on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.artifact import Knob
+from trimtab.errors import OptionError, unknown_name
+from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
+from trimtab.generate import Generation, generate
+from trimtab.types import Message
+
+Prompt = str | tuple[Message, ...]
+
+GRADERS: dict[str, Callable[[str, str], bool]] = {
+    "exact_answer": exact_answer,
+    "exact_match": exact_match,
+    "contains": lambda text, truth: truth.casefold() in text.casefold(),
+    "refusal": lambda text, truth: is_refusal(text) == (truth.casefold() in ("true", "yes", "1")),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with a grader that looks at all answers at once, one score from 0 to 1 each.
+
+    `grade` takes the answers in the order of `prompts`. `side`, where the task has one, names the side of the
+    preference that answer number i is on (None: neither); `target` is the side that a positive strength should bring.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    grade: Callable[[Sequence[str]], Sequence[float]]
+    side: Callable[[int, str], str | None] | None = None
+    target: str | None = None
+    max_new_tokens: int = 128
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The answers to a task and what they are worth: `scores` [n], `sides`, `degenerate` [n] as 0 or 1."""
+
+    answers: tuple[str, ...]
+    scores: np.ndarray
+    sides: tuple[str | None, ...]
+    degenerate: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """The mean score."""
+        return float(self.scores.mean())
+
+    def share(self, side: str | None) -> float:
+        """Return the share of answers on `side`."""
+        return float(np.mean([s == side for s in self.sides]))
+
+    def accuracy_within(self, side: str | None) -> float | None:
+        """Return the mean score of the answers on `side`, or None where there are none."""
+        inside = [score for score, s in zip(self.scores, self.sides, strict=True) if s == side]
+        return float(np.mean(inside)) if inside else None
+
+
+def run_task(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    knobs: Mapping[Knob, float] | None = None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> Outcome:
+    """Generate an answer to every prompt of a task under one knob setting, and grade them."""
+    made: list[Generation] = generate(
+        model,
+        tokenizer,
+        task.prompts,
+        knobs=knobs,
+        max_new_tokens=task.max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    answers = tuple(g.text for g in made)
+    sides = tuple(task.side(i, text) if task.side else None for i, text in enumerate(answers))
+    broken = np.array([degenerate(g.text, g.finished) for g in made], dtype=float)
+    return Outcome(answers, np.asarray(task.grade(answers), dtype=float), sides, broken)
+
+
+def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: int = 128) -> Task:
+    """Read a task from JSON lines with `prompt` (text or messages) and `answer` (text).
+
+    `grader` is one of `GRADERS`. Raises `OptionError` for a bad record and `UnknownName` for another grader.
+    """
+    if grader not in GRADERS:
+        raise unknown_name("grader", grader, GRADERS)
+    prompts: list[Prompt] = []
+    truths: list[str] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            prompt, truth = record["prompt"], str(record["answer"])
+        except (ValueError, KeyError, TypeError):
+            raise OptionError(
+                f"{path}:{number}: a task line is JSON with the fields prompt and answer; got {line[:80]!r}."
+            ) from None
+        if not isinstance(prompt, str):
+            prompt = tuple(Message(str(m["role"]), str(m["content"])) for m in prompt)
+        prompts.append(prompt)
+        truths.append(truth)
+    if not prompts:
+        raise OptionError(f"{path} holds no task lines.")
+    judge = GRADERS[grader]
+    return Task(
+        name=Path(path).stem,
+        prompts=tuple(prompts),
+        grade=lambda answers: [float(judge(a, t)) for a, t in zip(answers, truths, strict=True)],
+        max_new_tokens=max_new_tokens,
+    )

@@ -1,0 +1,220 @@
+"""Generate text with knobs: many prompts in batches, one setting per row, streaming for a single prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from trimtab.adapter import Adapter
+from trimtab.artifact import Knob, Rack
+from trimtab.errors import OptionError, unknown_name
+from trimtab.render import Renderer
+from trimtab.runtime import Dose, steer
+from trimtab.types import WHERE, Message, Setting, Where, check_strength
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Message | Mapping[str, str]]
+"""A user's message, or a conversation: messages, or mappings with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer, with the prompt and the knobs that made it."""
+
+    prompt: tuple[Message, ...]
+    text: str
+    """The answer without special tokens."""
+    knobs: Mapping[str, float]
+    """The setting by name, as it was given."""
+    tokens: int
+    """Number of new tokens, without the one that ends the turn."""
+    finished: bool
+    """True when the model ended its turn, False when it was cut at `max_new_tokens`."""
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    rack: Rack | None = None,
+    knobs: Setting | Dose | Sequence[Setting | Dose] | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    where: Where | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Generation]:
+    """Answer every prompt, in the order given; prompts of similar length share a batch.
+
+    `knobs` is one setting for all prompts, or a sequence with one per prompt; a setting maps names on the `rack`, or
+    knobs themselves, to strengths. `where` replaces the knobs' own. Temperature 0 is greedy decoding; above it, the
+    model's distribution is sampled, cut at `top_p` and nowhere else. The same `seed` gives the same answers for the
+    same prompts in the same batches; the process's own random state is left as it was. `on_text` gets the answer to a
+    single prompt piece by piece; an error it raises ends the generation.
+
+    Raises `OptionError` for options out of range and `UnknownName` for names that are not on the rack.
+    """
+    _check_options(max_new_tokens, temperature, top_p, batch_size, where)
+    if isinstance(prompts, str):
+        raise OptionError(f"Prompts come as a list; got the string {prompts!r}. Pass [prompt].")
+    if on_text is not None and len(prompts) != 1:
+        raise OptionError(f"on_text streams one prompt; got {len(prompts)}.")
+    renderer, adapter = Renderer(tokenizer), Adapter(model)
+    conversations = [_messages(prompt) for prompt in prompts]
+    ids = [renderer.prompt_ids(messages) for messages in conversations]
+    settings, doses = _per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
+    ends = _end_ids(model, tokenizer)
+    config = _config(max_new_tokens, temperature, top_p, ends, renderer.pad_id)
+    stream = None if on_text is None else _Stream(renderer, ends, on_text)
+    results: dict[int, Generation] = {}
+    longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(ids), batch_size):
+            chunk = longest_first[start : start + batch_size]
+            batch = renderer.pad([ids[i] for i in chunk], side="left")
+            with steer(adapter, [doses[i] for i in chunk], prompt_lengths=[len(ids[i]) for i in chunk]):
+                out = model.generate(  # pyright: ignore[reportCallIssue]
+                    input_ids=batch.input_ids.to(model.device),
+                    attention_mask=batch.attention_mask.to(model.device),
+                    generation_config=config,
+                    streamer=stream,
+                )
+            new = cast(Tensor, out)[:, batch.input_ids.shape[1] :].tolist()
+            for i, answer in zip(chunk, new, strict=True):
+                length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
+                text, finished = renderer.decode(answer[:length]), length < len(answer)
+                results[i] = Generation(conversations[i], text, _names(settings[i]), length, finished)
+    return [results[i] for i in range(len(ids))]
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, where: Where | None) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise OptionError(f"max_new_tokens and batch_size are 1 or more; got {max_new_tokens} and {batch_size}.")
+    if check_strength(temperature, "temperature") < 0:
+        raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
+    if not 0 < check_strength(top_p, "top_p") <= 1:
+        raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
+    if where is not None and where not in WHERE:
+        raise unknown_name("where", str(where), WHERE)
+
+
+def _messages(prompt: Prompt) -> tuple[Message, ...]:
+    """Read a prompt as messages; a string is what the user says."""
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    messages = [_message(entry) for entry in prompt] if isinstance(prompt, Sequence) else []  # pyright: ignore
+    if not messages:
+        raise OptionError(f"A prompt is a string, or a list of messages; got {prompt!r}.")
+    return tuple(messages)
+
+
+def _message(entry: Message | Mapping[str, str]) -> Message:
+    if isinstance(entry, Message):
+        return entry
+    if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), str) for key in ("role", "content")):  # pyright: ignore
+        raise OptionError(f"A message has a role and a content, both text; got {entry!r}.")
+    return Message(entry["role"], entry["content"])
+
+
+def _doses(
+    knobs: Setting | Dose | Sequence[Setting | Dose] | None, count: int, rack: Rack | None, where: Where | None
+) -> list[dict[Knob, float]]:
+    """Look up every prompt's knobs, and move them to `where`; a knob in several rows stays one knob."""
+    moved: dict[Knob, Knob] = {}
+    doses: list[dict[Knob, float]] = []
+    for setting in _per_prompt(knobs, count):
+        dose: dict[Knob, float] = {}
+        for key, strength in setting.items():
+            if isinstance(key, Knob):
+                found = {key: check_strength(strength, f"strength of {key.name!r}")}
+            elif rack is not None:
+                found = rack.resolve({key: strength})
+            else:
+                raise OptionError(f"Knob {key!r} is set by name, and there is no rack. Pass rack=Rack({key}=...).")
+            for knob, number in found.items():
+                if where is not None:
+                    knob = moved.setdefault(knob, knob.with_(where=where))
+                dose[knob] = dose.get(knob, 0.0) + number
+        doses.append(dose)
+    return doses
+
+
+def _per_prompt(knobs: Setting | Dose | Sequence[Setting | Dose] | None, count: int) -> Sequence[Setting | Dose]:
+    if knobs is None or isinstance(knobs, Mapping):
+        return [knobs or {}] * count
+    if len(knobs) != count:
+        raise OptionError(f"Got {len(knobs)} knob settings for {count} prompts; pass one per prompt, or one for all.")
+    return knobs
+
+
+def _names(setting: Setting | Dose) -> dict[str, float]:
+    return {key.name if isinstance(key, Knob) else key: float(strength) for key, strength in setting.items()}
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Collect the ids that end a turn, from the tokenizer and from the model's generation settings."""
+    config: object = model.generation_config.eos_token_id if model.generation_config is not None else None
+    known: list[object] = [tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])]
+    return sorted({token for token in known if isinstance(token, int)})
+
+
+def _config(max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad_id: int) -> GenerationConfig:
+    """Spell out decoding in full: what is left open, transformers fills in from the model's own preferences."""
+    sampling = temperature > 0
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=sampling,
+        temperature=temperature if sampling else 1.0,
+        top_p=top_p if sampling else 1.0,
+        top_k=0 if sampling else 50,  # 50 stands for "not set" there
+        min_p=None,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        return_dict_in_generate=False,
+        pad_token_id=pad_id,
+        eos_token_id=ends or None,
+    )
+
+
+class _Stream(BaseStreamer):
+    """Hands on the text of one answer as soon as its characters are complete."""
+
+    def __init__(self, renderer: Renderer, ends: list[int], on_text: Callable[[str], None]) -> None:
+        self._renderer, self._ends, self._on_text = renderer, ends, on_text
+        self._ids: list[int] | None = None  # None until the prompt has passed
+        # Text up to `_shown` is out. Decoding starts a little earlier, at `_start`: tokens need their neighbours.
+        self._start, self._shown = 0, 0
+
+    def put(self, value: Tensor) -> None:
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
+        self._emit(final=False)
+
+    def end(self) -> None:
+        self._emit(final=True)
+
+    def _emit(self, *, final: bool) -> None:
+        ids = self._ids or []
+        old = self._renderer.decode(ids[self._start : self._shown])
+        new = self._renderer.decode(ids[self._start :])
+        if len(new) > len(old) and (final or not new.endswith("\N{REPLACEMENT CHARACTER}")):
+            self._start, self._shown = self._shown, len(ids)
+            self._on_text(new[len(old) :])

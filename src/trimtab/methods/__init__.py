@@ -1,0 +1,89 @@
+"""Evidence to directions: one file, one pure function and one paper per method; `METHODS` is the list."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from trimtab.errors import OptionError, unknown_name
+from trimtab.methods.diffmean import diffmean
+from trimtab.methods.palrs import palrs
+from trimtab.methods.pca import pca
+from trimtab.methods.random import random
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name: its function, its paper, and how the paper reads the pairs where the caller does not say."""
+
+    name: str
+    function: Callable[..., Tensor]
+    """`(chosen [N, S, D], rejected [N, S, D], *, options) -> vectors [S, D]`; the keyword-only parameters are options."""
+    paper: str
+    summary: str
+    format: Literal["response_as_user", "question_response"]
+    position: str
+    """Position that is read; "" leaves it to the format and the template."""
+    selection: str
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """The function's options with their default values."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def run(self, chosen: Tensor, rejected: Tensor, options: Mapping[str, object]) -> Tensor:
+        """Return the vectors `[S, D]`; an option that the method does not have is an error that lists those it has."""
+        for name in options:
+            if name not in self.defaults:
+                raise unknown_name(f"option of method {self.name}", name, self.defaults)
+        if chosen.shape != rejected.shape or chosen.dim() != 3 or not len(chosen):
+            raise OptionError(
+                "Activations must be two tensors [N, S, D] of one shape, N at least 1; "
+                f"got {list(chosen.shape)} and {list(rejected.shape)}."
+            )
+        return self.function(chosen, rejected, **options)
+
+
+METHODS: dict[str, Method] = {
+    "palrs": Method(
+        "palrs",
+        palrs,
+        "arXiv:2509.23982",
+        "mean difference of the answers alone, read at the template's tokens after the user's slot",
+        "response_as_user",
+        "",
+        "eq3_cosine",
+    ),
+    "diffmean": Method(
+        "diffmean",
+        diffmean,
+        "arXiv:2312.06681",
+        "mean difference at the answer's last token, after its question (CAA)",
+        "question_response",
+        "last",
+        "max_relative_norm",
+    ),
+    "pca": Method(
+        "pca",
+        pca,
+        "arXiv:2310.01405",
+        "first principal component of the pairs' differences (RepE)",
+        "question_response",
+        "last",
+        "max_relative_norm",
+    ),
+    "random": Method(
+        "random",
+        random,
+        "",
+        "random directions as long as the mean difference, read as PaLRS reads: a control",
+        "response_as_user",
+        "",
+        "eq3_cosine",
+    ),
+}

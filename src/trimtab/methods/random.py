@@ -1,0 +1,16 @@
+"""Random directions as long as the mean difference: the control that any vector of that length must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def random(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> Tensor:
+    """Return one isotropic random vector per site, `[S, D]` float64, with the norm of the mean difference there.
+
+    `chosen` and `rejected` are `[N, S, D]` and give the norms only.
+    """
+    mean = chosen.mean(dim=0, dtype=torch.float64) - rejected.mean(dim=0, dtype=torch.float64)
+    drawn = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(mean.device)
+    return drawn / drawn.norm(dim=-1, keepdim=True) * mean.norm(dim=-1, keepdim=True)

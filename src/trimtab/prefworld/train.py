@@ -1,0 +1,253 @@
+"""The trainer: a small Llama on the corpus, resumable, on two cores in an hour or two."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trimtab.prefworld.corpus import Conversation, conversations
+from trimtab.prefworld.muon import Muon
+from trimtab.prefworld.tokenizer import ASSISTANT, BOS, END, PAD, SPECIALS, SYSTEM, USER, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, for how long; written beside the weights."""
+
+    width: int = 192
+    layers: int = 6
+    row_tokens: int = 320
+    rows: int = 20
+    steps: int = 3_600
+    lr_matrices: float = 2e-2
+    lr_vectors: float = 4e-3
+    through_boundaries: float = 0.6
+    """Share of conversations in which a turn sees earlier turns only through their template tokens."""
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """Packed conversations: ids, loss mask, positions, document and exchange of every token."""
+
+    ids: list[int]
+    learn: list[bool]
+    position: list[int]
+    document: list[int]
+    unit: list[int]
+    narrow: list[bool]
+
+
+def model_config(recipe: Recipe) -> LlamaConfig:
+    """Return the configuration of the bundled model."""
+    return LlamaConfig(
+        vocab_size=2048,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.width * 8 // 3 // 64 * 64,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.width // 32,
+        num_key_value_heads=recipe.width // 32,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        bos_token_id=SPECIALS.index(BOS),
+        eos_token_id=SPECIALS.index(END),
+        pad_token_id=SPECIALS.index(PAD),
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation], limit: int) -> list[Row]:
+    """Turn conversations into token rows of at most `limit` tokens; exchanges that do not fit are left out."""
+    texts = [m.content for c in batch for m in c.messages()]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    special = {name: SPECIALS.index(name) for name in SPECIALS}
+    rows: list[Row] = []
+    for talk in batch:
+        row = Row([special[BOS]], [False], [], [], [0], [])
+        full = False
+        for index, message in enumerate(talk.messages()):
+            unit = 0 if message.role == "system" else (index - bool(talk.system)) // 2 + 1
+            role = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}[message.role]
+            said = [special[role], *next(ids), special[END]]
+            full = full or (message.role == "user" and len(row.ids) + len(said) + 90 > limit)
+            if full:
+                continue
+            row.ids += said
+            row.unit += [unit] * len(said)
+            row.learn += [False] + [message.role == "assistant"] * (len(said) - 1)
+        if len(row.ids) <= limit:
+            rows.append(row)
+    return rows
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, skip: int = 0, rank: int = 0, workers: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield one worker's training batches without end; the same seed, step and rank give the same batch."""
+    step, rows = skip, recipe.rows // workers
+    while True:
+        seed = (recipe.seed * 1_000_003 + step + 1) * 64 + rank
+        source = conversations(seed)
+        pool = encode(tokenizer, [next(source) for _ in range(rows * 6)], recipe.row_tokens)
+        yield _pack(pool, recipe, rows, torch.Generator().manual_seed(seed))
+        step += 1
+
+
+def _pack(pool: list[Row], recipe: Recipe, rows: int, flags: torch.Generator) -> dict[str, torch.Tensor]:
+    width = recipe.row_tokens
+    packed = [Row([], [], [], [], [], []) for _ in range(rows)]
+    for number, row in enumerate(sorted(pool, key=lambda r: -len(r.ids))):
+        target = min((p for p in packed if len(p.ids) + len(row.ids) <= width), key=lambda p: len(p.ids), default=None)
+        if target is None:
+            continue
+        n = len(row.ids)
+        narrow = bool(torch.rand((), generator=flags) < recipe.through_boundaries)
+        target.ids += row.ids
+        target.learn += row.learn
+        target.position += range(n)
+        target.document += [number] * n
+        target.unit += row.unit
+        target.narrow += [narrow] * n
+    pad = [width - len(p.ids) for p in packed]
+    ids = torch.tensor([p.ids + [0] * k for p, k in zip(packed, pad, strict=True)])
+    document = torch.tensor([p.document + [-1] * k for p, k in zip(packed, pad, strict=True)])
+    unit = torch.tensor([p.unit + [0] * k for p, k in zip(packed, pad, strict=True)])
+    narrow = torch.tensor([p.narrow + [False] * k for p, k in zip(packed, pad, strict=True)])
+    learn = torch.tensor([p.learn + [False] * k for p, k in zip(packed, pad, strict=True)])
+    position = torch.tensor([p.position + [0] * k for p, k in zip(packed, pad, strict=True)])
+    boundary = ids < len(SPECIALS)
+    same = document[:, :, None] == document[:, None, :]
+    visible = ~narrow[:, :, None] | (unit[:, :, None] == unit[:, None, :]) | boundary[:, None, :]
+    mask = torch.ones(width, width, dtype=torch.bool).tril() & same & visible
+    return {"ids": ids, "learn": learn, "position": position, "mask": mask[:, None]}
+
+
+def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Compute the mean cross-entropy of the assistant's tokens."""
+    device = model.device
+    hidden = model.model(
+        input_ids=batch["ids"].to(device),
+        attention_mask=batch["mask"].to(device),
+        position_ids=batch["position"].to(device),
+        use_cache=False,
+    ).last_hidden_state
+    learn = batch["learn"][:, 1:].to(device)
+    logits = model.lm_head(hidden[:, :-1][learn])
+    return torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:].to(device)[learn])
+
+
+def optimisers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return Muon for the blocks' matrices and AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        Muon(matrices, lr=recipe.lr_matrices),
+        torch.optim.AdamW(others, lr=recipe.lr_vectors, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the learning-rate factor: warm-up, level, and a linear fall over the last third."""
+    fall = int(0.67 * steps)
+    return min(1.0, (step + 1) / 100) * (1.0 if step < fall else max(0.02, (steps - step) / (steps - fall)))
+
+
+def average_gradients(model: LlamaForCausalLM, workers: int) -> None:
+    """Average the gradients over all workers, in place."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, piece in zip(grads, (flat / workers).split([g.numel() for g in grads]), strict=True):
+        g.copy_(piece.view_as(g))
+
+
+def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | None = None) -> None:
+    """Train and save to `out`; a state file there lets a killed run go on where it was.
+
+    Under `torchrun` every process is a worker on its share of the rows; on a CPU one process for each core is about
+    twice as fast as one process with as many threads, since the matrices are small. An earlier checkpoint (at 60 % of
+    the steps, before the learning rate falls) is kept in `out/early`.
+    """
+    workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if workers > 1:
+        dist.init_process_group("gloo")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer(recipe.seed)
+    model = LlamaForCausalLM(model_config(recipe)).to(device)
+    opts = optimisers(model, recipe)
+    state_file, start, spent = out / "state.pt", 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["optimisers"], strict=True):
+            opt.load_state_dict(saved)
+        start, spent = state["step"], state["seconds"]
+    base = [recipe.lr_matrices, recipe.lr_vectors]
+    stream, begun = batches(tokenizer, recipe, start, rank, workers), time.time()
+    for step in range(start, recipe.steps):
+        for opt, lr in zip(opts, base, strict=True):
+            opt.param_groups[0]["lr"] = lr * schedule(step, recipe.steps)
+        # bf16 pays only where the hardware has it; a CPU without it emulates it very slowly.
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = loss_of(model, next(stream))
+        loss.backward()
+        if workers > 1:
+            average_gradients(model, workers)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        done, seconds = step + 1, spent + time.time() - begun
+        if rank:
+            continue
+        if done % 20 == 0:
+            line = {"step": done, "loss": round(loss.item(), 4), "seconds": round(seconds)}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if done == int(0.6 * recipe.steps):
+            save(model, tokenizer, out / "early")
+        stop = minutes is not None and time.time() - begun > 60 * minutes
+        if done % 200 == 0 or done == recipe.steps or stop:
+            moments = [opt.state_dict() for opt in opts]
+            state = {"model": model.state_dict(), "optimisers": moments, "step": done, "seconds": seconds}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+            save(model, tokenizer, out)
+        if stop:
+            break
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write weights as bf16 safetensors, tokenizer and configuration."""
+    kept = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
+    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict(kept)
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/prefworld"))
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--width", type=int, default=Recipe.width)
+    parser.add_argument("--layers", type=int, default=Recipe.layers)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, help="stop (resumable) after this long")
+    args = parser.parse_args()
+    recipe = Recipe(steps=args.steps, width=args.width, layers=args.layers)
+    train(recipe, args.out, device=args.device, minutes=args.minutes)
+
+
+if __name__ == "__main__":
+    main()

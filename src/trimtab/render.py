@@ -1,0 +1,298 @@
+"""Chat template to token ids, response spans and read positions; the only caller of the tokenizer; loads models.
+
+Text is rendered once and tokenised so that the ids of a prompt are always a prefix of the ids of prompt and answer:
+what is learned, evaluated and generated agrees token for token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from trimtab.errors import MissingDependency, OptionError, RenderError
+from trimtab.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = "prefworld"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Side = Literal["left", "right"]
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> Loaded:
+    """Load a causal language model and its tokenizer: "prefworld", a local folder, or a hub name.
+
+    `dtype` is "auto" (as stored), a name such as "bfloat16", or a torch dtype. `device` is a torch device name, or
+    "auto" to spread the model over all devices; None leaves it on the CPU. Weights are read from safetensors only, and
+    code that comes with a model is never run. Raises `OptionError` when there is no such model.
+    """
+    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
+        raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, {', '.join(sorted(DTYPES))}.")
+    source, local = _locate(name_or_path)
+    if device == "auto" and find_spec("accelerate") is None:
+        raise MissingDependency("device='auto' needs accelerate. Install it with: pip install accelerate")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
+            device_map="auto" if device == "auto" else None,
+            use_safetensors=True,
+            local_files_only=local,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}") from None
+    if str(name_or_path) == BUNDLED:
+        model.config.name_or_path = BUNDLED  # not the folder it happens to be installed in
+    if device not in (None, "auto"):
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
+    return Loaded(model.eval(), tokenizer)
+
+
+class _Source(NamedTuple):
+    name: str
+    is_local: bool
+
+
+def _locate(name_or_path: str | Path) -> _Source:
+    text = str(name_or_path)
+    if text == BUNDLED:
+        folder = resources.files("trimtab") / "prefworld" / "model"
+        if not (folder / "config.json").is_file():
+            raise OptionError(
+                "The bundled model 'prefworld' is not in this installation. Build it with "
+                "`python -m trimtab.prefworld.build`, or load another model by its folder or hub name."
+            )
+        return _Source(str(folder), True)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise OptionError(f"The folder {text!r} holds no config.json, so it is not a saved model.")
+        return _Source(str(path), True)
+    if path.is_file():
+        raise OptionError(f"{text!r} is a file; a model is loaded from its folder.")
+    looks_like_path = isinstance(name_or_path, Path) or text.startswith(("/", ".", "~", "\\")) or text.count("/") > 1
+    if looks_like_path or not text:
+        raise OptionError(f"There is no folder {text!r}. Pass 'prefworld', a folder with config.json, or a hub name.")
+    return _Source(text, False)
+
+
+class Rendered(NamedTuple):
+    """Token ids, and the half-open span of the response in them, without the tokens that close the turn."""
+
+    ids: list[int]
+    response_start: int
+    response_end: int
+
+
+class Batch(NamedTuple):
+    """Padded rows; padding has mask 0, and position ids count from each row's first real token."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64
+    position_ids: Tensor  # [B, T] int64
+
+
+class Renderer:
+    """Turns messages into token ids by the tokenizer's chat template, or by plain concatenation where it has none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def has_template(self) -> bool:
+        """True when the tokenizer brings a chat template."""
+        return self.tokenizer.chat_template is not None
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the conversation so far, up to where the assistant starts to answer."""
+        return self._encode(self._prompt_text(messages))
+
+    def full(self, messages: Sequence[Message], response: str) -> Rendered:
+        """Render the conversation with `response` as the assistant's turn, closing tokens included.
+
+        Without a template there are no closing tokens, and the response follows the prompt without a separator.
+        """
+        head = self._prompt_text(messages)
+        ids = self._encode(head)
+        start = len(ids)
+        shown = response.strip() if self._strips_answers else response
+        ids = self._extend(ids, head, shown)
+        end = len(ids)
+        if end == start:
+            raise RenderError(f"The response {response!r} has no tokens.")
+        return Rendered(self._extend(ids, head + shown, self._closing), start, end)
+
+    def as_user(self, response: str) -> Rendered:
+        """Render `response` in the user's slot, generation prompt included: the reading of PaLRS (arXiv:2509.23982)."""
+        tail = self.post_instruction_count()
+        ids = self.prompt_ids([Message("user", response)])
+        end = len(ids) - tail
+        start = min(_common(ids, other) for other in self._slot_samples)
+        if end <= start:
+            raise RenderError(f"The response {response!r} has no tokens.")
+        return Rendered(ids, start, end)
+
+    def demonstrated(self, messages: Sequence[Message], response: str, question: str) -> list[int]:
+        """Return the ids of one turn that shows `response`, then a fresh question, generation prompt included."""
+        self._need_template("demonstrated")
+        shown = [*messages, Message("assistant", response), Message("user", question)]
+        return self.prompt_ids(shown)
+
+    def post_instruction_count(self) -> int:
+        """Count the template's tokens after the user's slot, generation prompt included."""
+        self._need_template("post_instruction")
+        first, *others = self._slot_samples
+        return min(_common(first[::-1], other[::-1]) for other in others)
+
+    def closing_count(self) -> int:
+        """Count the template's tokens after the assistant's answer; 0 without a template."""
+        rendered = self.full([Message("user", "a")], "a")
+        return len(rendered.ids) - rendered.response_end
+
+    def template_hash(self) -> str | None:
+        """Return the sha256 of the chat template; None without one."""
+        template: object = self.tokenizer.chat_template
+        if template is None:
+            return None
+        text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def tokenizer_hash(self) -> str:
+        """Return the sha256 of the vocabulary."""
+        vocabulary: Mapping[str, int] = self.tokenizer.get_vocab()
+        return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def pad(self, rows: Sequence[Sequence[int]], *, side: Side = "left") -> Batch:
+        """Stack rows of ids `[B, T]`, padded on one side."""
+        if side not in ("left", "right"):
+            raise OptionError(f"The padding side is 'left' or 'right'; got {side!r}.")
+        if not rows or not all(rows):
+            raise RenderError("A batch needs at least one row, and every row at least one token.")
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for b, row in enumerate(rows):
+            span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[b, span] = torch.tensor(list(row))
+            mask[b, span] = 1
+        return Batch(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0))
+
+    @property
+    def pad_id(self) -> int:
+        """The id put where the mask is 0; any id would do, and 0 does where the tokenizer names none."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if isinstance(pad, int) else eos if isinstance(eos, int) else 0
+
+    # Text
+
+    def _prompt_text(self, messages: Sequence[Message]) -> str:
+        if not messages:
+            raise RenderError("There is no message to render.")
+        if self.has_template:
+            return self._apply(messages, generation_prompt=True)
+        return "\n".join(message.content for message in messages)
+
+    def _apply(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+            )
+        except (TemplateError, ValueError) as error:
+            raise RenderError(f"The chat template refuses the turns {_roles(messages)}: {error}. {_ADVICE}") from None
+        lost = [m for m in messages if m.role != "assistant" and m.content.strip() not in text]
+        if lost:
+            raise RenderError(f"The chat template drops the {lost[0].role} turn of {_roles(messages)}. {_ADVICE}")
+        return text
+
+    @cached_property
+    def _closing(self) -> str:
+        return self._around_answer[1]
+
+    @cached_property
+    def _strips_answers(self) -> bool:
+        return self._around_answer[0]
+
+    @cached_property
+    def _around_answer(self) -> tuple[bool, str]:
+        # Whether the template trims answers, and the text it puts after one; a sentinel shows both.
+        if not self.has_template:
+            return False, ""
+        text = self._apply([Message("user", "a"), Message("assistant", f"  {_SENTINEL}  ")], generation_prompt=False)
+        _, found, tail = text.rpartition(_SENTINEL)
+        if not found:
+            raise RenderError("The chat template does not show the assistant's answer, so answers cannot be rendered.")
+        return (False, tail[2:]) if tail.startswith("  ") else (True, tail)
+
+    @cached_property
+    def _slot_samples(self) -> list[list[int]]:
+        # Contents that end in different ways: whatever follows all of them alike is the template's.
+        return [self.prompt_ids([Message("user", text)]) for text in ("a", "Is it 7?", "b c.", "(x)", "\u00e9 9")]
+
+    def _need_template(self, what: str) -> None:
+        if not self.has_template:
+            raise RenderError(
+                f"{what} needs a chat template, and this tokenizer has none. "
+                "Use format='question_response' with position 'last' or 'response_mean'."
+            )
+
+    # Ids
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._plain(text)
+        return ids if self.has_template else self._opening + ids
+
+    def _plain(self, text: str) -> list[int]:
+        return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        # What the tokenizer puts before a text (BOS); what it may put after one (EOS) would end the prompt.
+        body = self._plain("a")
+        whole = [int(i) for i in self.tokenizer.encode("a", add_special_tokens=True)]
+        starts = [i for i in range(len(whole) - len(body) + 1) if whole[i : i + len(body)] == body]
+        return whole[: starts[0]] if starts else []
+
+    def _extend(self, ids: list[int], text: str, more: str) -> list[int]:
+        # Tokenised together where that leaves `ids` alone, so that word pieces at the seam are the usual ones.
+        joint = self._encode(text + more)
+        return joint if joint[: len(ids)] == ids else ids + self._plain(more)
+
+
+_SENTINEL = "TrimtabSentinel7"
+_ADVICE = "Change the turns, e.g. put a system line into the user's turn, or use a tokenizer with another template."
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(message.role for message in messages)

@@ -1,0 +1,107 @@
+"""Small frozen values shared by every part, and the notation they follow.
+
+Letters in shapes: `B` rows of a batch, `T` tokens, `N` pairs, `S` sites, `L` layers, `D` hidden width, `K` knobs.
+Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it is read and written at that same point.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.errors import OptionError
+
+Where = Literal["all", "prompt", "completion"]
+"""Which tokens are steered, for a prompt of P tokens in absolute positions.
+
+`prompt` is 0..P-1, `completion` is P-1 and later (P-1 predicts the first new token), `all` is both.
+"""
+
+WHERE: tuple[Where, ...] = ("all", "prompt", "completion")
+
+Setting = Mapping[str, float]
+"""Knob names to strengths, e.g. `{"math": 0.8, "concise": -1}`."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with the answer that is preferred and the one that is not.
+
+    `prompt` holds every turn before the answer, system line included; `meta` holds the record's other fields.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    meta: Mapping[str, object] = field(default_factory=dict[str, object])
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where the residual stream is read: a layer and a position rule.
+
+    >>> Site.parse("4/post_instruction[-1]")
+    Site(layer=4, position='post_instruction[-1]')
+    """
+
+    layer: int
+    position: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}/{self.position}"
+
+    @staticmethod
+    def parse(text: str) -> Site:
+        """Read a site back from its text form `layer/position`."""
+        layer, slash, position = text.partition("/")
+        if not slash or not position or not re.fullmatch(r"\d+", layer):
+            raise OptionError(f"A site is written layer/position, e.g. 4/last; got {text!r}.")
+        return Site(int(layer), position)
+
+
+def check_strength(value: float, name: str = "strength") -> float:
+    """Return `value` as a float, or raise `OptionError` if it is not a finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise OptionError(f"The {name} must be a number; got {value!r}.") from None
+    if not math.isfinite(number):
+        raise OptionError(f"The {name} must be finite; got {value!r}.")
+    return number
+
+
+def parse_setting(text: str) -> dict[str, float]:
+    """Read a knob setting from its text form.
+
+    >>> parse_setting("math=0.8, concise=-1")
+    {'math': 0.8, 'concise': -1.0}
+    """
+    setting: dict[str, float] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise OptionError(f"A knob setting is written name=strength, e.g. math=0.8,concise=-1; got {part!r}.")
+        if name in setting:
+            raise OptionError(f"Knob {name!r} is set twice in {text!r}.")
+        setting[name] = check_strength(value, f"strength of {name!r}")  # pyright: ignore[reportArgumentType]
+    return setting
+
+
+def format_setting(setting: Setting) -> str:
+    """Write a knob setting in its text form.
+
+    >>> format_setting({"math": 0.8, "concise": -1})
+    'math=0.8,concise=-1'
+    """
+    return ",".join(f"{name}={strength:g}" for name, strength in setting.items())

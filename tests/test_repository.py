@@ -1,0 +1,217 @@
+"""The repository as a whole: imports, layers that only a running process shows, and documents that must not drift."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pytest_socket import SocketConnectBlockedError
+
+import trimtab
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "trimtab"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# Packages behind an extra: imported in one place, when used.
+OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval"}
+
+# What must work without training, learning or evaluation, and what those are.
+RUNTIME = ("runtime", "artifact", "adapter", "ops", "types", "errors")
+BEYOND_RUNTIME = {"capture", "evals", "learn", "tune", "train", "prefworld", "methods", "demo", "compose", "reproduce"}
+
+# The one module that may use a name, so that what it stands for is done in one way.
+ONLY_IN = {
+    "register_forward_hook": "adapter.py",
+    "register_forward_pre_hook": "adapter.py",
+    "apply_chat_template": "render.py",
+}
+
+
+def module_name(path: Path) -> str:
+    parts = ("trimtab", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the names in `sys.modules` of a fresh interpreter that ran `code`."""
+    program = f"{code}\nimport json, sys\nprint('MODULES' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.rpartition("MODULES")[2]))
+
+
+def imports_on_load(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield (line, top-level package) for imports that run on loading a module: not in functions, not for types."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.lineno, node.module.partition(".")[0]
+        pending += ast.iter_child_nodes(node)
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    """Return the fenced blocks of a document that are in one of the languages."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [body for language, body in found if language in languages]
+
+
+def trimtab_command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from trimtab.cli import main; sys.exit(main())", *words]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_every_module_imports(path: Path) -> None:
+    importlib.import_module(module_name(path))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_no_module_loads_an_optional_package_before_it_is_used(path: Path) -> None:
+    found = [hit for hit in imports_on_load(ast.parse(path.read_text(encoding="utf-8"))) if hit[1] in OPTIONAL]
+    assert not found, f"{path.name}: import {found} inside the function that needs it"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_hooks_and_chat_templates_are_each_handled_in_one_file(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    strays = {name: home for name, home in ONLY_IN.items() if name in used and path != PACKAGE / home}
+    assert not strays, f"{module_name(path)} uses what belongs to {strays}"
+
+
+@pytest.mark.quick
+def test_importing_the_package_pulls_in_no_heavy_package() -> None:
+    heavy = OPTIONAL | {"torch", "transformers", "matplotlib"}
+    assert not modules_after("import trimtab") & heavy
+
+
+def test_every_public_name_loads_without_an_optional_package() -> None:
+    code = "import trimtab\nfor name in trimtab.__all__: getattr(trimtab, name)"
+    loaded = modules_after(code)
+    assert "trimtab.learn" in loaded  # the names were really loaded
+    # transformers itself loads peft where peft is installed, so only our own choices are judged here.
+    assert not loaded & (OPTIONAL - {"peft"})
+
+
+@pytest.mark.quick
+def test_the_public_names_are_sorted_and_documented() -> None:
+    assert list(trimtab.__all__) == sorted(trimtab.__all__)
+    assert set(trimtab.__all__) <= set(dir(trimtab))
+
+
+def test_the_verbs_stay_functions_after_their_modules_are_imported() -> None:
+    # trimtab.learn is a function and trimtab/learn.py a module: importing the module must not hide the function.
+    verbs = "for name in ('learn', 'tune', 'generate'): assert callable(getattr(trimtab, name)), name"
+    modules_after(f"import trimtab, trimtab.learn, trimtab.tune, trimtab.generate\n{verbs}")
+    modules_after(f"from trimtab.cli import main\nimport trimtab\n{verbs}\nfrom trimtab import tune, learn\n{verbs}")
+
+
+def test_the_runtime_never_pulls_in_training_learning_or_evaluation() -> None:
+    loaded = modules_after("\n".join(f"import trimtab.{name}" for name in RUNTIME))
+    assert not loaded & ({f"trimtab.{name}" for name in BEYOND_RUNTIME} | OPTIONAL - {"peft"})
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("arguments", [["--help"], ["learn", "--help"], ["generate", "--help"], ["demo", "--help"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    loaded = modules_after(
+        f"import sys\nsys.argv = ['trimtab', *{arguments}]\nfrom trimtab.cli import main\n"
+        "try:\n    code = main()\nexcept SystemExit as stop:\n    code = stop.code\nassert not code, code"
+    )
+    assert "trimtab.cli" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "matplotlib"}
+
+
+@pytest.mark.quick
+def test_tests_reach_loopback_and_nothing_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+        pass
+    # pytest-socket warns before it raises, and warnings are errors here.
+    with pytest.raises((SocketConnectBlockedError, UserWarning), match=r"192\.0\.2\.1"):
+        socket.create_connection(("192.0.2.1", 80), timeout=5)  # an address reserved for documentation
+
+
+@pytest.mark.quick
+def test_the_tree_in_the_readme_is_current() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "tree.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.quick
+def test_the_tree_lists_every_module_once_lowest_layer_first() -> None:
+    tree = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("src/trimtab/"))
+    listed = [line.split()[0] for line in tree.splitlines()[1:]]
+    packages = [f"{path.parent.name}/" for path in SOURCES if path.name == "__init__.py" and path.parent != PACKAGE]
+    modules = [path.name for path in SOURCES if path.name != "__init__.py" or path.parent == PACKAGE]
+    assert sorted(listed) == sorted(packages + modules)
+    ranked = [
+        listed.index(name) for name in ("__init__.py", "errors.py", "types.py", "runtime.py", "learn.py", "cli.py")
+    ]
+    assert ranked == sorted(ranked)
+
+
+@pytest.mark.quick
+def test_the_version_is_the_same_everywhere() -> None:
+    version = PYPROJECT["project"]["version"]
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == version
+
+
+@pytest.mark.quick
+def test_optional_packages_are_the_extras_and_not_base_dependencies() -> None:
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
+
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set().union(*(names(extra) for key, extra in extras.items() if key != "dev")) == OPTIONAL
+    assert not names(PYPROJECT["project"]["dependencies"]) & OPTIONAL
+
+
+@pytest.mark.parametrize("document", [pytest.param(path, id=path.name) for path in DOCUMENTS if blocks(path, "python")])
+def test_readme_and_docs_blocks_run(document: Path, tmp_path: Path) -> None:
+    # One process and one namespace per document, in order, as a reader who follows it would.
+    program = "\n\n".join(blocks(document, "python"))
+    environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:__main__"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.quick
+def test_readme_commands_use_verbs_and_options_that_exist() -> None:
+    lines = "\n".join(block.replace("\\\n", " ") for block in blocks(ROOT / "README.md", "sh", "console")).splitlines()
+    commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "trimtab " in line]
+    commands = [words for words in commands if words and words[0] == "trimtab"]
+    assert commands
+    for verb in {words[1] for words in commands}:
+        done = subprocess.run(trimtab_command(verb, "--help"), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        known = set(re.findall(r"--[\w-]+", done.stdout))
+        used = {word.partition("=")[0] for words in commands if words[1] == verb for word in words if word[:2] == "--"}
+        assert used <= known, f"trimtab {verb}: {sorted(used - known)} are not options"

@@ -1,0 +1,705 @@
+"""Knobs on a live model: where they act, on which rows, in which tokens, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import pytest
+import torch
+from pico import ARCHITECTURES, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from trimtab.adapter import Adapter
+from trimtab.artifact import Knob
+from trimtab.errors import AdapterError, KnobError, OptionError
+from trimtab.runtime import steer
+from trimtab.types import WHERE, Where
+
+Side = Literal["left", "right"]
+SIDES: tuple[Side, ...] = ("left", "right")
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+@contextmanager
+def plain_hooks(lm: nn.Module, addends: Mapping[int, Tensor]) -> Iterator[None]:
+    """Steer every token with hooks written independently of the package: the reference."""
+    handles = []
+    for layer, addend in addends.items():
+
+        def hook(module: Any, args: Any, output: Any, addend: Tensor = addend) -> Any:
+            if isinstance(output, tuple):
+                return (output[0] + addend, *output[1:])
+            return output + addend
+
+        handles.append(Adapter(lm).blocks[layer].register_forward_hook(hook))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def greedy(lm: PreTrainedModel, inputs: Mapping[str, Tensor], steps: int = 6, **options: Any) -> Tensor:
+    """New tokens of greedy decoding."""
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    out = lm.generate(**given, max_new_tokens=steps, do_sample=False, pad_token_id=PAD, **options)
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def stepwise(lm: PreTrainedModel, rows: list[list[int]], new: Tensor, side: Side = "left") -> Tensor:
+    """Logits `[B, steps, V]` that predict `new` `[B, steps]`, with a KV cache, one token at a time."""
+    inputs = pad(rows, side)
+    mask, position = inputs["attention_mask"], torch.tensor([[len(row)] for row in rows])
+    out = lm(**inputs, use_cache=True)
+    last = mask.shape[1] - 1 if side == "left" else position[:, 0] - 1
+    logits = [out.logits[torch.arange(len(rows)), last]]
+    for token in new[:, :-1].T:
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        out = lm(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        position = position + 1
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+# --- what is added, and where ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_two_layers_get_their_own_vectors(name: str) -> None:
+    lm, inputs = model(name), pad(prompts([6]))
+    low, high = knob(0, gain=0.5), knob(2, gain=2.0)
+    assert low.norms != high.norms or not torch.equal(low.direction, high.direction)
+    with plain_hooks(lm, {0: low.addend(1.0), 2: high.addend(-0.5)}):
+        expected, tokens = lm(**inputs).logits, greedy(lm, inputs)
+    with steer(lm, {low: 1.0, high: -0.5}):
+        assert torch.equal(lm(**inputs).logits, expected)
+        assert torch.equal(greedy(lm, inputs), tokens)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_steered_minus_base_equals_strength_times_direction(name: str) -> None:
+    lm, inputs = model(name), pad(prompts([6, 4]))
+    adapter, turned = Adapter(lm), knob(1, norm=4.0, gain=0.5)
+    with adapter.read([0, 1]) as base:
+        lm(**inputs)
+    with adapter.read([0, 1]) as steered, steer(adapter, {turned: -1.5}):
+        lm(**inputs)
+    assert torch.equal(steered.acts[0], base.acts[0])
+    difference = (steered.acts[1] - base.acts[1])[inputs["attention_mask"].bool()]
+    expected = -1.5 * 0.5 * 4.0 * turned.direction
+    torch.testing.assert_close(difference, expected.expand_as(difference), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_embeddings_are_untouched() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    base = lm(**inputs, output_hidden_states=True).hidden_states
+    with steer(lm, {knob(0): 1.0}):
+        steered = lm(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(steered[0], base[0])
+    assert not torch.allclose(steered[1], base[1])
+
+
+@torch.no_grad()
+def test_knobs_at_one_layer_add_up_and_opposite_ones_cancel() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    one, two = knob(1, name="one", seed=1), knob(1, name="two", seed=2)
+    with plain_hooks(lm, {1: one.addend(0.5) + two.addend(2.0)}):
+        expected = lm(**inputs).logits
+    with steer(lm, {one: 0.5, two: 2.0}):
+        torch.testing.assert_close(lm(**inputs).logits, expected)
+    base, twin = lm(**inputs).logits, knob(1, name="twin", seed=1)
+    with steer(lm, {one: 1.0, twin: -1.0}):
+        assert torch.equal(lm(**inputs).logits, base)
+    with steer(lm, {one: 1.0}):
+        alone = lm(**inputs).logits
+        with steer(lm, {one: -1.0}):  # contexts may be nested
+            torch.testing.assert_close(lm(**inputs).logits, base)
+        assert torch.equal(lm(**inputs).logits, alone)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_zero_strength_is_bitwise_baseline(name: str) -> None:
+    lm, inputs = model(name), pad(prompts([6, 3]))
+    base, tokens, before = lm(**inputs).logits, greedy(lm, inputs), hooks(lm)
+    for settings in ({}, {knob(0): 0.0, knob(1, where="prompt"): -0.0}, [{knob(1): 0}, {}]):
+        with steer(lm, settings):
+            assert hooks(lm) == before
+            assert torch.equal(lm(**inputs).logits, base)
+            assert torch.equal(greedy(lm, inputs), tokens)
+    with steer(lm, [{knob(0): 0.0}, {knob(0): 1.0}]):  # a row at zero beside a row that is steered
+        assert torch.equal(lm(**inputs).logits[0], base[0])
+
+
+@torch.no_grad()
+def test_tuple_and_tensor_blocks_steer_alike() -> None:
+    tuples, tensors, ids = HomeMade("tuple"), HomeMade("tensor"), torch.tensor(prompts([5, 5, 5]))
+    settings: list[dict[Knob, float]] = [{knob(0): 1.0}, {}, {knob(2): -2.0, knob(1): 1.0}]
+    with steer(tuples, settings), steer(tensors, settings):
+        steered = tuples(ids)
+        assert torch.equal(steered, tensors(ids))
+    for row, setting in enumerate(settings):
+        with plain_hooks(tensors, {k.site.layer: k.addend(strength) for k, strength in setting.items()}):
+            torch.testing.assert_close(steered[row], tensors(ids)[row])
+
+
+@torch.no_grad()
+def test_bfloat16_models_are_steered_in_their_own_dtype() -> None:
+    lm, inputs = model(dtype=torch.bfloat16), pad(prompts([6, 4]))
+    adapter, turned = Adapter(lm), knob(1)
+    with adapter.read([1]) as base:
+        lm(**inputs)
+    with adapter.read([1]) as steered, steer(lm, [{turned: 1.0}, {turned: 0.5}]):
+        logits = lm(**inputs).logits
+    assert logits.dtype == steered.acts[1].dtype == torch.bfloat16
+    for row, strength in enumerate((1.0, 0.5)):
+        real = inputs["attention_mask"][row].bool()
+        assert torch.equal(steered.acts[1][row, real], base.acts[1][row, real] + turned.addend(strength).bfloat16())
+
+
+@torch.no_grad()
+def test_autocast_does_not_change_what_is_added() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    with torch.autocast("cpu", torch.bfloat16), steer(lm, {knob(1): 1.0}):
+        steered = lm(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16), plain_hooks(lm, {1: knob(1).addend(1.0)}):
+        torch.testing.assert_close(steered, lm(**inputs).logits, atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_a_vision_language_model_is_steered_in_its_text_part() -> None:
+    lm, inputs = vision_language_model(), pad(prompts([6, 4]))
+    rows = [{knob(1, where="completion"): 1.0}, {knob(0): 1.0}]
+    with steer(lm, rows):
+        tokens = greedy(lm, inputs)
+    for row, setting in enumerate(rows):
+        with steer(lm, setting):
+            assert torch.equal(tokens[row], greedy(lm, pad([prompts([6, 4])[row]]))[0])
+
+
+# --- ablation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_ablation_removes_the_component_along_the_direction(dtype: torch.dtype) -> None:
+    lm, inputs = model(dtype=dtype), pad(prompts([6, 6, 6, 3]))
+    adapter, turned = Adapter(lm), knob(1, operation="ablate", gain=7.0)
+    with adapter.read([1]) as base:
+        lm(**inputs)
+    strengths = [1.0, 0.5, 0.0, 1.0]
+    with adapter.read([1]) as steered, steer(lm, [{turned: strength} for strength in strengths]):
+        lm(**inputs)
+    before, after = base.acts[1].float(), steered.acts[1].float()
+    along, left = before @ turned.direction, after @ turned.direction
+    atol = 1e-5 if dtype == torch.float32 else 0.05
+    assert float(along.abs().max()) > 0.5
+    for row, strength in enumerate(strengths):
+        real = inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(left[row, real], (1 - strength) * along[row, real], atol=atol, rtol=0)
+        rest = (after - before) - (left - along)[..., None] * turned.direction
+        assert float(rest[row].abs().max()) < atol
+    assert torch.equal(after[2], before[2])
+    assert torch.equal(after[3, :3], before[3, :3])  # padding
+    assert steered.acts[1].dtype == dtype
+
+
+@torch.no_grad()
+def test_ablation_comes_before_addition_whatever_the_order() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    adapter = Adapter(lm)
+    for names in (("a", "b"), ("b", "a")):
+        remove, add = knob(1, name=names[0], operation="ablate"), knob(1, name=names[1], norm=3.0)
+        with adapter.read([1]) as steered, steer(lm, {add: 1.0, remove: 1.0}):
+            lm(**inputs)
+        along = steered.acts[1] @ add.direction  # the same direction: removed, then set to the dose
+        torch.testing.assert_close(along, torch.full_like(along, 3.0))
+
+
+@torch.no_grad()
+def test_ablation_of_the_completion_leaves_the_prompt_alone() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    adapter, turned = Adapter(lm), knob(1, operation="ablate", where="completion")
+    with adapter.read([1]) as seen, steer(lm, {turned: 1.0}):
+        cache = lm(**inputs, use_cache=True).past_key_values
+        along = (seen.acts[1] @ turned.direction)[0].abs()
+        lm(input_ids=torch.tensor([[9]]), past_key_values=cache)
+        new = (seen.acts[1] @ turned.direction)[0].abs()
+    assert float(along[-1]) < 1e-5 < float(along[:-1].min())
+    assert float(new) < 1e-5
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def trace(
+    rows: list[list[int]],
+    setting: Sequence[Mapping[Knob, float]] | Mapping[Knob, float],
+    *,
+    side: Side,
+    pieces: Sequence[int] = (),
+    **options: Any,
+) -> list[list[float]]:
+    """Run rows plus four new tokens through a cache; per row and absolute position, the length of what was added.
+
+    The knobs must sit at layer 0: its input depends on no steering, so that the difference to a plain run is exactly
+    what the knobs added. Padding comes back at the end of each row. `pieces` are the widths of the calls.
+    """
+    lm = model()
+    inputs = pad([*rows], side)
+    ids = torch.cat([inputs["input_ids"], torch.arange(10, 14).expand(len(rows), 4)], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(rows), 4, dtype=torch.long)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    widths = list(pieces) or [inputs["input_ids"].shape[1], 1, 1, 1, 1]
+    assert sum(widths) == ids.shape[1]
+    adapter = Adapter(lm)
+
+    def run() -> Tensor:
+        from transformers import DynamicCache
+
+        cache, start, seen = DynamicCache(config=lm.config), 0, list[Tensor]()
+        for width in widths:
+            columns = slice(start, start + width)
+            with adapter.read([0]) as reading:
+                lm(
+                    input_ids=ids[:, columns],
+                    attention_mask=mask[:, : start + width],
+                    position_ids=positions[:, columns],
+                    past_key_values=cache,
+                )
+            seen.append(reading.acts[0])
+            start += width
+        return torch.cat(seen, 1)
+
+    base = run()
+    with torch.no_grad(), steer(lm, setting, **options):
+        lengths = (run() - base).norm(dim=-1)
+    order = torch.argsort(1 - mask, dim=1, stable=True)
+    return [[round(float(value), 3) for value in row] for row in lengths.gather(1, order)]
+
+
+def expected_trace(where: Where, prompt: int, width: int, dose: float) -> list[float]:
+    steered = {"all": range(prompt + 4), "prompt": range(prompt), "completion": range(prompt - 1, prompt + 4)}[where]
+    return [dose if position in steered else 0.0 for position in range(width + 4)]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 2, 1], [1, 1]], ids=str)
+def test_each_where_steers_exactly_its_absolute_positions(where: Where, side: Side, lengths: list[int]) -> None:
+    turned = knob(0, where=where, norm=4.0)
+    traces = trace(prompts(lengths), {turned: 0.5}, side=side)
+    assert traces == [expected_trace(where, length, max(lengths), 2.0) for length in lengths]
+    given = trace(prompts(lengths), {turned: 0.5}, side=side, prompt_lengths=lengths)
+    assert given == traces
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("pieces", [[2, 2, 1, 3, 1], [1] * 9, [9], [6, 3]], ids=str)
+def test_prompts_fed_in_pieces_are_steered_at_the_same_positions(side: Side, pieces: list[int]) -> None:
+    lengths = [5, 2, 1]
+    for where in WHERE:
+        turned = knob(0, where=where, norm=4.0)
+        traces = trace(prompts(lengths), {turned: 0.5}, side=side, pieces=pieces, prompt_lengths=lengths)
+        expected = [expected_trace(where, length, 5, 2.0) for length in lengths]
+        if where == "all" and 1 in pieces:  # one token at a time is taken for decoding: only real tokens count
+            traces = [row[: length + 4] for row, length in zip(traces, lengths, strict=True)]
+            expected = [row[: length + 4] for row, length in zip(expected, lengths, strict=True)]
+        assert traces == expected
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_and_knobs_of_one_layer_keep_their_own_positions(side: Side) -> None:
+    kinds: list[Where] = ["prompt", "completion", "all"]
+    prompt, completion, everywhere = (knob(0, name=kind, where=kind, norm=4.0) for kind in kinds)
+    rows: list[dict[Knob, float]] = [
+        {prompt: 0.5},
+        {completion: 1.0},
+        {everywhere: -1.5},
+        {},
+        {prompt: 1, completion: 1},
+    ]
+    traces = trace(prompts([5, 2, 3, 4, 2]), rows, side=side)
+    assert traces[:4] == [
+        expected_trace("prompt", 5, 5, 2.0),
+        expected_trace("completion", 2, 5, 4.0),
+        expected_trace("all", 3, 5, 6.0),
+        [0.0] * 9,
+    ]
+    assert traces[4] == [4.0, 8.0, 4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0]  # the last prompt token is in both
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_completion_only_mask_same_with_and_without_cache(name: str) -> None:
+    lm, rows = model(name), prompts([6, 3, 1])
+    new = torch.tensor(prompts([4, 4, 4], seed=1))
+    whole = [row + tokens.tolist()[:-1] for row, tokens in zip(rows, new, strict=True)]
+    plain = stepwise(lm, rows, new)
+    for where in WHERE:
+        turned = knob(1, where=where)
+        with steer(lm, {turned: 1.0}):
+            cached = stepwise(lm, rows, new)
+        lengths = [len(row) for row in rows]
+        with steer(lm, {turned: 1.0}, prompt_lengths=lengths):
+            uncached = lm(**pad(whole, "left"), use_cache=False).logits[:, -4:]
+            given = stepwise(lm, rows, new)
+        torch.testing.assert_close(cached, uncached, atol=1e-4, rtol=1e-4)
+        assert torch.equal(cached, given)
+        assert not torch.allclose(cached, plain, atol=1e-2)
+
+
+@torch.no_grad()
+def test_generation_without_a_cache_needs_prompt_lengths_and_then_agrees() -> None:
+    lm, inputs = model(), pad(prompts([6, 3]))
+    for where in ("prompt", "completion"):
+        turned = knob(1, where=where)
+        with steer(lm, {turned: 1.0}):
+            cached = greedy(lm, inputs)
+            with pytest.raises(OptionError, match=r"uses no KV cache\. Pass prompt_lengths to steer"):
+                greedy(lm, inputs, use_cache=False)
+            with pytest.raises(OptionError, match="uses no KV cache"):
+                lm(**inputs)  # a cache made by default is no sign that the input is a prompt
+        with steer(lm, {turned: 1.0}, prompt_lengths=[6, 3]):
+            assert torch.equal(greedy(lm, inputs, use_cache=False), cached)
+    with steer(lm, {knob(1): 1.0}):
+        assert torch.equal(greedy(lm, inputs, use_cache=False), greedy(lm, inputs))
+
+
+@torch.no_grad()
+def test_a_new_empty_cache_starts_a_new_prompt() -> None:
+    lm, long, short = model(), pad(prompts([9])), pad(prompts([3], seed=1))
+    turned = knob(1, where="completion")
+    with steer(lm, {turned: 1.0}):
+        fresh = greedy(lm, short)
+    with steer(lm, {turned: 1.0}):
+        greedy(lm, long)
+        assert torch.equal(greedy(lm, short), fresh)
+
+
+@torch.no_grad()
+def test_a_cache_made_outside_needs_prompt_lengths_unless_all_tokens_are_steered() -> None:
+    lm, row = model(), prompts([6])[0]
+    head, tail = pad([row[:4]]), torch.tensor([row[4:]])
+    mask = torch.ones(1, 6, dtype=torch.long)
+
+    def continued() -> Tensor:
+        return lm(input_ids=tail, attention_mask=mask, past_key_values=cache).logits
+
+    cache = lm(**head, use_cache=True).past_key_values
+    with steer(lm, {knob(1, where="completion"): 1.0}), pytest.raises(OptionError, match="KV cache made elsewhere"):
+        continued()
+    with steer(lm, {knob(1): 1.0}):
+        continued()
+    cache.crop(-2)
+    with steer(lm, {knob(1, where="completion"): 1.0}, prompt_lengths=[6]):
+        steered = continued()
+        torch.testing.assert_close(steered, lm(**pad([row]), use_cache=False).logits[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@torch.no_grad()
+def test_static_caches_and_prompt_lookup_steer_the_same_tokens(where: Where) -> None:
+    lm = model()
+    with steer(lm, [{knob(1, where=where): 1.0}, {}, {knob(0, where=where): -1.0}]):
+        inputs = pad(prompts([6, 3, 1]))
+        assert torch.equal(greedy(lm, inputs, cache_implementation="static"), greedy(lm, inputs))
+    repeating = pad([[20, 21, 22, 23] * 4])
+    with steer(lm, {knob(1, where=where): 1.0}, prompt_lengths=[16]):
+        assert torch.equal(greedy(lm, repeating, prompt_lookup_num_tokens=3), greedy(lm, repeating))
+
+
+# --- padding and rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text", "falcon"])
+@torch.no_grad()
+def test_padding_side_does_not_change_vector_or_output(name: str, where: Where) -> None:
+    lm, rows = model(name), prompts([7, 4, 1])
+    turned = knob(1, where=where)
+    with steer(lm, {turned: 1.0}, prompt_lengths=[4, 3, 1]):
+        left, right = (lm(**pad(rows, side), use_cache=False).logits for side in SIDES)
+    for index, row in enumerate(rows):
+        with steer(lm, {turned: 1.0}, prompt_lengths=[[4, 3, 1][index]]):
+            alone = lm(**pad([row]), use_cache=False).logits[0]
+        torch.testing.assert_close(left[index, -len(row) :], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(right[index, : len(row)], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["add", "ablate"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_mixed_batch_rows_equal_solo_runs(name: str, operation: Literal["add", "ablate"]) -> None:
+    lm, rows = model(name), prompts([7, 4, 4, 1])
+    one, two = knob(0, name="one", operation=operation), knob(1, name="two", where="completion", operation=operation)
+    three = knob(0, name="three", seed=3, operation=operation)
+    settings: list[dict[Knob, float]] = [{one: 1.0, two: -1.0}, {}, {three: 0.7, two: 0.5, one: 0.3}, {two: 1.0}]
+    new = torch.tensor(prompts([3] * 4, seed=1))
+    with steer(lm, settings):
+        mixed, tokens = stepwise(lm, rows, new), greedy(lm, pad(rows))
+    for index, (row, setting) in enumerate(zip(rows, settings, strict=True)):
+        with steer(lm, setting):
+            same_shape = stepwise(lm, rows, new)
+            alone, own = stepwise(lm, [row], new[index : index + 1]), greedy(lm, pad([row]))
+        if name != "mixtral":  # experts compute on the tokens sent to them, from all rows: other shapes, other bits
+            assert torch.equal(mixed[index], same_shape[index])
+        torch.testing.assert_close(mixed[index], same_shape[index], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mixed[index], alone[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(tokens[index], own[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_beams_and_returned_sequences_keep_the_knob_of_their_row(name: str) -> None:
+    lm, rows = model(name), prompts([5, 3, 4])
+    turned, other = knob(1), knob(2, where="completion")
+    settings: list[dict[Knob, float]] = [{turned: 1.0}, {}, {turned: -1.0, other: 1.0}]
+    beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
+    with steer(lm, settings):
+        mixed = greedy(lm, pad(rows), **beams).unflatten(0, (3, 2))
+    for index, setting in enumerate(settings):
+        with steer(lm, setting):
+            assert torch.equal(mixed[index], greedy(lm, pad([rows[index]]), **beams))
+
+
+@torch.no_grad()
+def test_a_multiple_of_the_rows_repeats_each_row_for_its_neighbours() -> None:
+    lm, adapter = model(), Adapter(model())
+    adapter = Adapter(lm)
+    ids = torch.tensor(prompts([5] * 6))
+    with adapter.read([1]) as base:
+        lm(ids)
+    for lengths in (None, [5, 5]):
+        with steer(lm, [{knob(1): 1.0}, {knob(1): -2.0}], prompt_lengths=lengths), adapter.read([1]) as steered:
+            for times in (3, 1, 2):
+                lm(ids[: 2 * times])
+                strengths = (steered.acts[1] - base.acts[1][: 2 * times]) @ knob(1).direction / 4.0
+                assert strengths.mean(1).round(decimals=3).tolist() == [1.0] * times + [-2.0] * times
+
+
+# --- staying out of the way ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_model_is_bitwise_restored_after_error_inside_and_during_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, inputs = model(), pad(prompts([6, 3]))
+    base, before = lm(**inputs).logits, hooks(lm)
+    weights = {key: value.clone() for key, value in lm.state_dict().items()}
+
+    def untouched() -> bool:
+        same = all(torch.equal(value, weights[key]) for key, value in lm.state_dict().items())
+        return same and hooks(lm) == before and torch.equal(lm(**inputs).logits, base)
+
+    with steer(lm, {knob(0): 1.0, knob(2): 1.0}):
+        assert hooks(lm) > before
+        assert not torch.equal(lm(**inputs).logits, base)
+    with pytest.raises(IndexError), steer(lm, {knob(0): 1.0, knob(2): 1.0}):
+        lm(torch.tensor([[10**6]]))
+    assert untouched()
+    with pytest.raises(AdapterError), steer(lm, {knob(0): 1.0, knob(9): 1.0}):
+        pass
+    assert untouched()
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Adapter(lm).blocks[2], "register_forward_hook", refuse)
+        with pytest.raises(MemoryError), steer(lm, {knob(0): 1.0, knob(2): 1.0}):
+            pass
+    assert untouched()
+    with steer(lm, {knob(0): 1.0}) as steering:
+        with pytest.raises(OptionError):
+            steering.set({knob(0): float("nan")})
+        assert untouched()  # a refused setting leaves the model unsteered, not steered by the old one
+    with steer(lm, {knob(0): 1.0}):
+        pass
+    assert untouched()
+
+
+@torch.no_grad()
+def test_hook_does_not_mutate_saved_activations() -> None:
+    lm, inputs, saved = model(), pad(prompts([6, 3])), list[tuple[Tensor, Tensor]]()
+    for settings in (
+        {knob(0): 1.0},
+        [{knob(0): 1.0}, {}],
+        {knob(0, where="completion"): 1.0},
+        {knob(0, operation="ablate"): 1.0},
+    ):
+        with steer(lm, settings):
+            # prepended after ours: runs first, on the block's own output
+            handle = (
+                Adapter(lm)
+                .blocks[0]
+                .register_forward_hook(
+                    lambda module, args, output: saved.append((output, output.clone())), prepend=True
+                )
+            )
+            greedy(lm, inputs, steps=2)
+            handle.remove()
+    assert len(saved) == 8
+    assert all(torch.equal(output, copy) for output, copy in saved)
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the tensor operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("where", ["all", "completion"])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_a_decode_step_costs_one_addition_per_steered_layer(where: Where, rows: int) -> None:
+    lm, inputs = model(), pad(prompts([6, 3]))
+
+    def step() -> list[str]:
+        out = lm(**inputs, use_cache=True)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+        with CountOps() as counter:
+            lm(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=out.past_key_values)
+        return counter.names
+
+    plain = step()
+    low, high = knob(0, where=where), knob(2, where=where)
+    twin = knob(0, name="twin", seed=2)  # a second knob at a layer, with another `where`, costs nothing more
+    with steer(lm, [{low: 1.0, high: 1.0, twin: 1.0}, {high: -1.0}] if rows > 1 else {low: 1.0, high: 1.0, twin: 1.0}):
+        steered = step()
+    for name in plain:
+        steered.remove(name)
+    assert [name for name in steered if name != "detach"] == ["add", "add"]
+
+
+@torch.no_grad()
+def test_a_prefill_without_padding_builds_no_masks() -> None:
+    lm, inputs = model(), pad(prompts([6, 6]))
+
+    def names(given: Mapping[str, Tensor]) -> list[str]:
+        with CountOps() as counter:
+            lm(**given, use_cache=False)
+        return counter.names
+
+    bare = {"input_ids": inputs["input_ids"]}
+    extra = {key: names(given) for key, given in (("mask", inputs), ("bare", bare))}
+    with steer(lm, {knob(0): 1.0, knob(2): 1.0}):
+        for key, given in (("mask", inputs), ("bare", bare)):
+            steered = names(given)
+            for name in extra[key]:
+                steered.remove(name)
+            assert steered.count("add") == 2
+            assert "addcmul" not in steered
+            assert len(steered) <= (2 if key == "bare" else 8)  # one look at the mask
+
+
+# --- the handle and what is refused ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_settings_change_inside_the_context() -> None:
+    lm, inputs = model(), pad(prompts([6, 3]))
+    one, two = knob(0), knob(1)
+    with plain_hooks(lm, {0: one.addend(1.0)}):
+        first = lm(**inputs).logits
+    with plain_hooks(lm, {1: two.addend(-1.0)}):
+        second = lm(**inputs).logits
+    base, before = lm(**inputs).logits, hooks(lm)
+    with steer(lm, {}) as steering:
+        assert torch.equal(lm(**inputs).logits, base)
+        steering.set({one: 1.0})
+        real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(lm(**inputs).logits[real], first[real])
+        steering.set([{one: 1.0}, {two: -1.0}])
+        mixed = lm(**inputs).logits
+        torch.testing.assert_close(mixed[0], first[0])
+        torch.testing.assert_close(mixed[1, -3:], second[1, -3:])
+        steering.clear()
+        assert hooks(lm) == before
+        assert torch.equal(lm(**inputs).logits, base)
+    assert hooks(lm) == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), "strong", None])
+def test_strengths_must_be_finite_numbers(bad: Any) -> None:
+    with pytest.raises(OptionError, match="strength of 'pico' must be"), steer(model(), [{}, {knob(): bad}]):
+        pass
+
+
+def test_strengths_too_large_for_the_dtype_are_refused() -> None:
+    with steer(model(), {knob(): 1e5}):
+        pass
+    for dtype, strength in ((torch.float16, 1e5), (torch.float32, 1e300)):
+        with (
+            pytest.raises(OptionError, match=rf"too large for {dtype}; got \[{{}}, {{'pico'"),
+            steer(model(dtype=dtype), [{}, {knob(): strength}]),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_a_knob_of_another_width_is_refused(strength: float) -> None:
+    with (
+        pytest.raises(KnobError, match="Knob 'pico' has width 48; this LlamaForCausalLM has hidden size 32"),
+        steer(model(), {knob(width=48): strength}),
+    ):
+        pass
+
+
+def test_a_knob_at_a_layer_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(AdapterError, match=f"There is no layer {LAYERS}"), steer(model(), {knob(LAYERS): 1.0}):
+        pass
+
+
+def test_names_and_missing_settings_are_refused() -> None:
+    lm, named = model(), cast(Any, {"math": 1.0})
+    with pytest.raises(OptionError, match="takes knobs, not 'math'"), steer(lm, named):
+        pass
+    with pytest.raises(OptionError, match="Got no knob settings"), steer(lm, []):
+        pass
+
+
+@torch.no_grad()
+def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
+    lm, ids = model(), torch.tensor(prompts([4, 4, 4]))
+    rows = [{knob(1): 1.0}, {}]
+    with steer(lm, rows), pytest.raises(OptionError, match="got 3 rows, not a multiple of the 2 knob settings"):
+        lm(ids)
+    with steer(lm, rows), pytest.raises(OptionError, match="got 1 rows, not a multiple of the 2 knob settings"):
+        lm(ids[:1])
+    with (
+        steer(lm, {knob(1): 1.0}, prompt_lengths=[4, 4]),
+        pytest.raises(OptionError, match="got 3 rows, not a multiple of the 2 prompt lengths"),
+    ):
+        lm(ids)
+    with (
+        pytest.raises(OptionError, match="2 knob settings but 3 prompt lengths"),
+        steer(lm, rows, prompt_lengths=[4] * 3),
+    ):
+        pass
+    for bad in ([], [4, 0]):
+        with pytest.raises(OptionError, match="Prompt lengths must be 1 or more"), steer(lm, {}, prompt_lengths=bad):
+            pass
+
+
+def test_width_of_pico_knobs_is_the_width_of_pico_models() -> None:
+    assert knob().direction.shape == (WIDTH,)
