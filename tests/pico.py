@@ -8,8 +8,15 @@ from typing import Any, Literal
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trimtab.artifact import Knob
@@ -27,13 +34,20 @@ TEMPLATE = (
 """After the user slot come four tokens: <|end|>, newline, <|assistant|>, newline."""
 
 
-def tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes, which loses nothing; with a chat template, or (`chat=False`) without."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
+def tokenizer(*, chat: bool = True, units: Literal["characters", "bytes"] = "characters") -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are single characters (256 of them, so that any answer can be told from any other).
+
+    With `units="bytes"` it knows every text, and a character may be several tokens. `chat=False`: no chat template.
+    """
+    core = Tokenizer(models.BPE(vocab={}, merges=[]))
+    if units == "bytes":
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+    else:
+        letters = ["\n", *map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0xA1 + 160))]
+        core.decoder = decoders.Fuse()
+    core.model = models.BPE(vocab={token: i for i, token in enumerate([*SPECIAL, *letters])}, merges=[])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from pico import ARCHITECTURES, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
 from torch import Tensor, nn
 
+from pico import ARCHITECTURES, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.errors import AdapterError
+
+CPU = torch.device("cpu")
 
 
 def hooks(module: nn.Module) -> int:
@@ -225,18 +227,18 @@ def test_padding_is_found_in_every_kind_of_mask(kind: str) -> None:
         def get_seq_length(self) -> int:
             return past
 
-    call = CallInfo(3, tokens, mask, Cache())
+    call = CallInfo(3, tokens, CPU, mask, Cache())
     real = call.real_tokens()
     assert real is not None
     assert torch.equal(real, flat[:, past:].bool())
-    assert CallInfo(1, tokens, mask[1:2], Cache()).real_tokens() is None
+    assert CallInfo(1, tokens, CPU, mask[1:2], Cache()).real_tokens() is None
     with pytest.raises(AdapterError, match=r"the 6 new tokens, after 1 cached ones"):
-        CallInfo(3, 6, mask[..., :5], Cache()).real_tokens()
+        CallInfo(3, 6, CPU, mask[..., :5], Cache()).real_tokens()
 
 
 def test_a_cache_of_unknown_kind_is_refused_when_its_length_matters() -> None:
     with pytest.raises(AdapterError, match="KV cache of type dict"):
-        _ = CallInfo(1, 1, cache={}).past
+        _ = CallInfo(1, 1, CPU, cache={}).past
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from typing import Any, Literal, cast
 
 import pytest
 import torch
-from pico import ARCHITECTURES, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from pico import ARCHITECTURES, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.errors import AdapterError, KnobError, OptionError

@@ -43,6 +43,7 @@ class CallInfo:
 
     batch: int
     tokens: int
+    device: torch.device
     attention_mask: Tensor | None = None
     cache: Any = None
     caching: bool = False
@@ -284,6 +285,7 @@ def _call_info(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> CallInfo:
     return CallInfo(
         batch=int(first.shape[0]),
         tokens=int(first.shape[1]),
+        device=first.device,
         attention_mask=mask,
         cache=cache,
         caching=cache is not None or inner.get("use_cache") is True or outer.get("use_cache") is True,

@@ -27,7 +27,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 POSITIONS = ("post_instruction", "response_end", "demonstrated", "last", "response_mean")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """What the model's residual stream holds for the two answers of every pair, in the order of the pairs."""
 
@@ -85,14 +85,13 @@ def capture(
     with torch.no_grad(), _evaluating(model):
         for batch in _batches(texts, token_budget):
             run.forward(batch)
-    assistant = [text for text in texts if text.norms]
-    spans = {(text.side, text.pair): text.norms.stop - text.norms.start for text in assistant if text.norms}
+    answers = {(text.side, text.pair): text.norms.stop - text.norms.start for text in texts if text.norms.stop}
     return Evidence(
         sites=tuple(Site(layer, name) for layer in wanted for name in names),
         chosen=store[0].flatten(1, 2),
         rejected=store[1].flatten(1, 2),
         norms={layer: float(moments.mean) for layer, moments in norms.items()},
-        lengths=torch.tensor([[spans[side, n] for side in (0, 1)] for n in range(len(pairs))]),
+        lengths=torch.tensor([[answers[side, n] for side in (0, 1)] for n in range(len(pairs))]),
         format=format,
         norm_tokens=norms[wanted[0]].count,
     )
@@ -107,7 +106,7 @@ def expand_positions(renderer: Renderer, positions: Sequence[str], format: Forma
         raise unknown_name("format", format, FORMATS)
     names: list[str] = []
     for position in positions:
-        group, bracket, index = position.partition("[")
+        group, bracket, _ = position.partition("[")
         if group not in POSITIONS:
             raise unknown_name("position", position, POSITIONS)
         if group not in ("post_instruction", "response_end"):
@@ -151,13 +150,12 @@ def _token_count(renderer: Renderer, group: str, format: Format) -> int:
 # Texts: what to run, and which of its tokens to keep
 
 
-@dataclass(frozen=True)
-class _Text:
+class _Text(NamedTuple):
     side: int  # 0 chosen, 1 rejected
     pair: int
     ids: list[int]
     reads: dict[int, slice]  # index of a position: the tokens whose mean is kept
-    norms: slice | None = None  # the tokens whose norms count
+    norms: slice = slice(0, 0)  # the tokens whose norms count; never the first of a sequence, which is a prompt's
 
 
 def _texts(renderer: Renderer, pairs: Pairs, names: Sequence[str], format: Format) -> list[_Text]:
@@ -267,9 +265,7 @@ class _Run:
         offsets = [width - len(text.ids) if self.padding == "left" else 0 for text in batch]
         reads = [(b, p, _shift(span, offsets[b])) for b, text in enumerate(batch) for p, span in text.reads.items()]
         kept = _kept([(b, span) for b, _, span in reads], width)
-        # A sequence's first token is often a norm sink.
-        first = [slice(max(t.norms.start, 1), t.norms.stop) if t.norms else slice(0, 0) for t in batch]
-        counted = _kept([(b, _shift(span, offsets[b])) for b, span in enumerate(first)], width)
+        counted = _kept([(b, _shift(text.norms, offsets[b])) for b, text in enumerate(batch)], width)
         found = [(_means(reading.acts[layer], kept), _norms(reading.acts[layer], counted)) for layer in self.layers]
         for index, (layer, (means, norms)) in enumerate(zip(self.layers, found, strict=True)):
             for (b, p, _), mean in zip(reads, means, strict=True):

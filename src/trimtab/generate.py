@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -75,7 +76,9 @@ def generate(
     ids = [renderer.prompt_ids(messages) for messages in conversations]
     settings, doses = _per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
     ends = _end_ids(model, tokenizer)
-    config = _config(max_new_tokens, temperature, top_p, ends, renderer.pad_id)
+    # A view of the model with decoding settings of its own, or transformers would mix in the model's preferences.
+    view = copy.copy(model)
+    view.generation_config = _decoding(max_new_tokens, temperature, top_p, ends, renderer.pad_id)
     stream = None if on_text is None else _Stream(renderer, ends, on_text)
     results: dict[int, Generation] = {}
     longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -85,13 +88,10 @@ def generate(
             chunk = longest_first[start : start + batch_size]
             batch = renderer.pad([ids[i] for i in chunk], side="left")
             with steer(adapter, [doses[i] for i in chunk], prompt_lengths=[len(ids[i]) for i in chunk]):
-                out = model.generate(  # pyright: ignore[reportCallIssue]
-                    input_ids=batch.input_ids.to(model.device),
-                    attention_mask=batch.attention_mask.to(model.device),
-                    generation_config=config,
-                    streamer=stream,
-                )
-            new = cast(Tensor, out)[:, batch.input_ids.shape[1] :].tolist()
+                run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
+                inputs, mask = (tensor.to(model.device) for tensor in (batch.input_ids, batch.attention_mask))
+                out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
+            new = out[:, batch.input_ids.shape[1] :].tolist()
             for i, answer in zip(chunk, new, strict=True):
                 length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
                 text, finished = renderer.decode(answer[:length]), length < len(answer)
@@ -110,22 +110,23 @@ def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_
         raise unknown_name("where", str(where), WHERE)
 
 
-def _messages(prompt: Prompt) -> tuple[Message, ...]:
+def _messages(prompt: object) -> tuple[Message, ...]:
     """Read a prompt as messages; a string is what the user says."""
     if isinstance(prompt, str):
         return (Message("user", prompt),)
-    messages = [_message(entry) for entry in prompt] if isinstance(prompt, Sequence) else []  # pyright: ignore
-    if not messages:
+    if not isinstance(prompt, Sequence) or not prompt:
         raise OptionError(f"A prompt is a string, or a list of messages; got {prompt!r}.")
-    return tuple(messages)
+    return tuple(_message(entry) for entry in cast(Sequence[object], prompt))
 
 
-def _message(entry: Message | Mapping[str, str]) -> Message:
+def _message(entry: object) -> Message:
     if isinstance(entry, Message):
         return entry
-    if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), str) for key in ("role", "content")):  # pyright: ignore
+    fields = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
         raise OptionError(f"A message has a role and a content, both text; got {entry!r}.")
-    return Message(entry["role"], entry["content"])
+    return Message(role, content)
 
 
 def _doses(
@@ -165,31 +166,17 @@ def _names(setting: Setting | Dose) -> dict[str, float]:
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Collect the ids that end a turn, from the tokenizer and from the model's generation settings."""
-    config: object = model.generation_config.eos_token_id if model.generation_config is not None else None
-    known: list[object] = [tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])]
+    own: object = model.generation_config.eos_token_id
+    known: list[object] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return sorted({token for token in known if isinstance(token, int)})
 
 
-def _config(max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad_id: int) -> GenerationConfig:
-    """Spell out decoding in full: what is left open, transformers fills in from the model's own preferences."""
-    sampling = temperature > 0
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=sampling,
-        temperature=temperature if sampling else 1.0,
-        top_p=top_p if sampling else 1.0,
-        top_k=0 if sampling else 50,  # 50 stands for "not set" there
-        min_p=None,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        num_return_sequences=1,
-        use_cache=True,
-        return_dict_in_generate=False,
-        pad_token_id=pad_id,
-        eos_token_id=ends or None,
-    )
+def _decoding(max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad_id: int) -> GenerationConfig:
+    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad_id)
+    config.eos_token_id = ends or None
+    if temperature > 0:
+        config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    return config
 
 
 class _Stream(BaseStreamer):

@@ -1,20 +1,17 @@
-"""Pairs to a knob, in seconds: capture activations, take directions, describe every site, choose one."""
+"""Pairs to a knob, in seconds: read activations, take directions, describe every candidate site, choose one."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, model_identity
-from trimtab.capture import FORMATS, Evidence, Format, capture, expand_positions
+from trimtab.capture import FORMATS, Format, capture, expand_positions
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
 from trimtab.methods import METHODS, Method
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, regress_out_lengths
@@ -32,10 +29,8 @@ LengthMatch = Literal["off", "bucket", "regress"]
 SCORES = {"eq3_cosine": "cos_r_mu", "max_relative_norm": "relative_norm", "probe_auc": "probe_auc"}
 """Selection rules, and the diagnostic whose largest value each of them looks for."""
 
-LENGTH_RATIO = 1.25
-"""Answers within this ratio of lengths count as equally long for `length_match="bucket"`."""
-
 Statistics = Mapping[Site, Mapping[str, float | None]]
+"""What `ops.describe_site` says of each candidate site."""
 
 
 def learn(
@@ -62,44 +57,299 @@ def learn(
 ) -> Knob:
     """Learn a knob from pairs; about a hundred do, and it takes seconds.
 
-    Every candidate site (layers x positions) is read, described in `knob.diagnostics["sites"]` and stored;
-    `trimtab.tune` chooses among them on validation data, which is better than any rule that sees the pairs only.
-    None means what the method's paper does.
+    Every candidate site (layers x positions) is read, described in `knob.diagnostics["sites"]` and stored; tuning
+    chooses among them on validation data, which is better than any rule that sees these pairs only. None stands for
+    what the method's paper does.
 
-    `format` and `positions`: see `trimtab.capture.capture`. Without a chat template answers are read after their
-    prompt, with a warning. `layers`: candidates; None keeps the layers between `first` and `last`, as fractions of the
-    depth (layer i of n reaches from i/n to (i+1)/n), so that the last fifth is left out.
-    `selection`: "eq3_cosine" (Eq. 3 of PaLRS as we read it: the difference most aligned with the mean chosen
-    activation; prefers gaps of norm, see the warning), "max_relative_norm", "probe_auc" (held-out separation of the
-    answers), or "fixed", which takes `site`. `scale` is what strength 1 means before tuning: "raw" (the vector as it
-    is), "mean_chosen_norm" (Eq. 4: strength is PaLRS's alpha), "mean_residual_norm" (strength is our alpha).
+    `format`, `positions`, `token_budget`: see `trimtab.capture.capture`. Without a chat template the answers are read
+    after their prompts, with a warning. `layers`: the candidates; None keeps those that lie between `first` and `last`
+    as fractions of the depth, which by default leaves out the last fifth. `selection`: "eq3_cosine" (Eq. 3 of PaLRS as
+    we read it: the difference most aligned with the mean chosen activation; mind the warning about norms),
+    "max_relative_norm", "probe_auc" (held-out separation of the answers), or "fixed", which takes `site`.
+
+    `scale` is what strength 1 means before tuning: "raw" (the vector as it is), "mean_chosen_norm" (Eq. 4 of PaLRS:
+    strength is the paper's alpha) or "mean_residual_norm" (strength is our alpha). `where` is stored in the knob.
     `length_match`: "bucket" keeps the pairs whose answers are about equally long, "regress" removes what a straight
     line in length explains. `options` go to the method, `seed` to whatever is drawn.
 
-    Warns (`TrimtabWarning`) and notes in the diagnostics what may make the knob mean something else than it seems to.
+    Warns (`TrimtabWarning`) of what may make the knob mean something else than it seems to, and keeps the warnings in
+    `knob.diagnostics["warnings"]`.
     """
-    settings = _settle(
-        _Settings(
-            method=method, format=format, positions=(positions,) if isinstance(positions, str) else positions,
-            layers=layers, first=first, last=last, selection=selection, site=site, scale=scale, where=where,
-            length_match=length_match, options=options or {}, seed=seed, token_budget=token_budget,
-        ),
-        Adapter(model), Renderer(tokenizer),
-    )  # fmt: skip
-    used = _equally_long(Renderer(tokenizer), pairs) if length_match == "bucket" else pairs
+    plan = _plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
+    _check_options(scale, where, length_match)
+    own = {**plan.method.defaults, **({"seed": seed} if "seed" in plan.method.defaults else {})}
+    own.update(plan.method.check(options or {}))
+
+    used = _equally_long(tokenizer, pairs) if length_match == "bucket" else pairs
     evidence = capture(
         model,
         tokenizer,
         used,
-        positions=settings.positions or (),
-        layers=settings.layers,
-        format=settings.format or "question_response",
+        positions=plan.positions,
+        layers=plan.layers,
+        format=plan.format,
         token_budget=token_budget,
     )
-    chosen, rejected = evidence.chosen, evidence.rejected
+    chosen, rejected = evidence.chosen, evidence.rejected  # [N, S, D]
     if length_match == "regress":
         chosen, rejected = regress_out_lengths(chosen, rejected, evidence.lengths)
-    vectors = METHODS[method].run(chosen, rejected, settings.options)  # [S, D]
+    vectors = dict(zip(evidence.sites, plan.method.run(chosen, rejected, own), strict=True))
     statistics = {s: describe_site(chosen[:, i], rejected[:, i], seed=seed) for i, s in enumerate(evidence.sites)}
-    table = rank_sites(statistics, settings)
-    return _knob(name, settings, evidence, vectors, statistics, table, _provenance(model, tokenizer, used, licence))
+    ranking = rank_sites(statistics, plan.selection, plan.site)
+    best = ranking[0].site
+
+    lengths, width = evidence.lengths.double().mean(dim=0).tolist(), chosen.shape[-1]
+    notes = [*plan.notes, *_doubts(statistics[best], plan.selection, width, lengths if length_match == "off" else None)]
+    for note in notes:
+        warnings.warn(note, TrimtabWarning, stacklevel=2)
+    settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}
+    settings |= {"first": first, "last": last, "selection": plan.selection, "scale": scale, "where": where}
+    settings |= {"length_match": length_match, "seed": seed, "token_budget": token_budget, **own}
+    return Knob(
+        name=name,
+        method=method,
+        vectors=vectors,
+        norms=evidence.norms,
+        site=best,
+        gain=_gain(scale, float(vectors[best].norm()), statistics[best]["mu_plus_norm"], evidence.norms[best.layer]),
+        where=where,
+        provenance=_provenance(model, tokenizer, plan.method, used, settings, licence),
+        diagnostics={
+            "sites": {str(s): dict(values) for s, values in statistics.items()},
+            "selection": {
+                "rule": plan.selection,
+                "site": str(best),
+                "table": [[str(s), score] for s, score in ranking],
+            },
+            "mean_lengths": {"chosen": lengths[0], "rejected": lengths[1]},
+            "norm_tokens": evidence.norm_tokens,
+            "pairs_left_out": len(pairs) - len(used),
+            "warnings": notes,
+        },
+    )
+
+
+# What to read
+
+
+@dataclass(frozen=True)
+class _Plan:
+    method: Method
+    format: Format
+    positions: tuple[str, ...]
+    layers: tuple[int, ...]
+    selection: str
+    site: Site | None
+    notes: tuple[str, ...]
+
+
+def _plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: str,
+    format: Format | None,
+    positions: Sequence[str] | str | None,
+    layers: Sequence[int] | None,
+    first: float,
+    last: float,
+    selection: str | None,
+    site: Site | str | None,
+) -> _Plan:
+    """Settle everything the caller left open by the method, the template and the model."""
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    adapter, renderer, entry = Adapter(model), Renderer(tokenizer), METHODS[method]
+    fixed = _fixed_site(adapter, site)
+    rule = _rule(entry, selection, fixed)
+    asked = (positions,) if isinstance(positions, str) else tuple(positions) if positions is not None else None
+    if asked is None and fixed is not None:
+        asked = (fixed.position,)
+    notes: list[str] = []
+    if format is None:
+        format = _format_for(asked) or entry.format
+        if format == "response_as_user" and not renderer.has_template:
+            format = "question_response"
+            notes.append(
+                "This tokenizer has no chat template, so answers are read after their prompts "
+                "(format='question_response')."
+            )
+    if asked is None:
+        asked = (entry.position or _default_position(renderer, format),)
+    kept = layers_between(adapter.n_layers, first, last) if layers is None else [adapter.layer(i) for i in layers]
+    if fixed is not None and layers is None:
+        kept = [*kept, fixed.layer]
+    names = expand_positions(renderer, asked, format)
+    if fixed is not None and (fixed.layer not in kept or fixed.position not in names):
+        raise unknown_name(
+            "site", str(fixed), (str(Site(layer, name)) for layer in sorted(set(kept)) for name in names)
+        )
+    return _Plan(entry, format, names, tuple(sorted(set(kept))), rule, fixed, tuple(notes))
+
+
+def _fixed_site(adapter: Adapter, site: Site | str | None) -> Site | None:
+    if site is None:
+        return None
+    parsed = Site.parse(site) if isinstance(site, str) else site
+    return Site(adapter.layer(parsed.layer), parsed.position)
+
+
+def _rule(method: Method, selection: str | None, site: Site | None) -> str:
+    rule = selection or (method.selection if site is None else "fixed")
+    if rule == "validation":
+        raise OptionError(
+            "Choosing a site by validation needs data that learning has not seen: learn with another rule, then pass "
+            "the knob and held-out pairs to trimtab.tune."
+        )
+    if rule not in get_args(Selection):
+        raise unknown_name("selection", rule, get_args(Selection))
+    if (rule == "fixed") != (site is not None):
+        got = f"selection={rule!r} and site={None if site is None else str(site)!r}"
+        raise OptionError(f"A site goes with selection='fixed', and selection='fixed' needs a site; got {got}.")
+    return rule
+
+
+def _format_for(positions: Sequence[str] | None) -> Format | None:
+    """Return the format in which the positions exist, if they exist in one only."""
+    groups = {position.partition("[")[0] for position in positions or ()}
+    if "post_instruction" in groups:
+        return "response_as_user"
+    return "question_response" if "response_end" in groups else None
+
+
+def _default_position(renderer: Renderer, format: Format) -> str:
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    if format == "response_as_user":
+        return "post_instruction"
+    return "response_end" if renderer.closing_count() else "last"
+
+
+def layers_between(n_layers: int, first: float, last: float) -> list[int]:
+    """Return the layers that lie between two fractions of the depth; layer i reaches from i/n to (i + 1)/n.
+
+    >>> layers_between(10, 0.0, 0.8)
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    if not 0.0 <= first < last <= 1.0:
+        raise OptionError(f"Layers lie between fractions 0 <= first < last <= 1; got first={first}, last={last}.")
+    slack = 1e-9  # 0.8 * 10 is not exactly 8
+    kept = [i for i in range(n_layers) if first * n_layers <= i + slack and i + 1 <= last * n_layers + slack]
+    if not kept:
+        raise OptionError(
+            f"No layer of {n_layers} lies between first={first} and last={last}; widen them, or pass layers=[...]."
+        )
+    return kept
+
+
+def _check_options(scale: str, where: str, length_match: str) -> None:
+    for what, got, known in (
+        ("scale", scale, get_args(Scale)),
+        ("where", where, WHERE),
+        ("length_match", length_match, get_args(LengthMatch)),
+    ):
+        if got not in known:
+            raise unknown_name(what, got, known)
+
+
+def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float = 1.25) -> Pairs:
+    """Keep the pairs whose answers differ in length by at most `ratio`, in tokens."""
+    renderer = Renderer(tokenizer)
+    kept = Pairs(
+        pair
+        for pair in pairs
+        for lengths in [[renderer.response_length(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]]
+        if max(lengths) <= ratio * min(lengths)
+    )
+    if not len(kept):
+        raise PairsError(
+            f"None of the {len(pairs)} pairs has answers whose lengths differ by at most {ratio - 1:.0%}. "
+            "Use length_match='regress'."
+        )
+    return kept
+
+
+# Which site
+
+
+class Ranked(NamedTuple):
+    """A candidate site and its score under the selection rule; None where the difference is rounding."""
+
+    site: Site
+    score: float | None
+
+
+def rank_sites(statistics: Statistics, selection: str, site: Site | None = None) -> list[Ranked]:
+    """Order the candidate sites by a selection rule, best first; equal scores by layer, then position.
+
+    Sites whose difference is rounding come last: at the tokens a template puts after the answer, chosen and rejected
+    are alike before the first block, and their cosine is 0/0. With selection "fixed", `site` comes first and the rest
+    is in order of layer. Raises `PairsError` when no site is left.
+    """
+    if selection == "fixed":
+        rest = [Ranked(other, None) for other in sorted(statistics) if other != site]
+        return [Ranked(site, None), *rest] if site is not None else rest
+    scores = {
+        s: values[SCORES[selection]] if values["cos_r_mu"] is not None else None for s, values in statistics.items()
+    }
+    if all(values["cos_r_mu"] is None for values in statistics.values()):
+        raise PairsError(
+            f"Chosen and rejected answers leave the same activations at all {len(scores)} candidate sites. "
+            "Check that the pairs differ in what is read there."
+        )
+    if all(score is None for score in scores.values()):
+        raise PairsError(f"selection={selection!r} has no score for these pairs; probe_auc needs at least 4 of them.")
+    ranked = sorted(scores, key=lambda s: (scores[s] is None, -(scores[s] or 0.0), s))
+    return [Ranked(s, scores[s]) for s in ranked]
+
+
+def _doubts(at: Mapping[str, float | None], selection: str, width: int, lengths: Sequence[float] | None) -> list[str]:
+    """Say what may make the knob mean something else than it seems to, from the chosen site's diagnostics."""
+    notes: list[str] = []
+    if lengths is not None and max(lengths) > 1.5 * min(lengths):
+        notes.append(
+            f"Chosen answers have {lengths[0]:.1f} tokens on average and rejected ones {lengths[1]:.1f}: the knob may "
+            "steer length. Compare with length_match='bucket' or 'regress'."
+        )
+    gap, share = at["norm_gap"], at["top5_share"]
+    if selection == "eq3_cosine" and gap is not None and gap > 0.5:
+        notes.append(
+            f"Eq. 3 chose a site where the difference is mostly a rescaling of the mean activation (norms "
+            f"{at['mu_plus_norm']:.3g} and {at['mu_minus_norm']:.3g}, {at['angle']:.1f} degrees apart), which a norm "
+            "layer largely removes. Choose the site by tuning, or with selection='max_relative_norm'."
+        )
+    if share is not None and share > 0.5 and width >= 100:  # in a narrow model five coordinates are no handful
+        notes.append(
+            f"Five coordinates hold {share:.0%} of the squared norm of the mean chosen activation at this site: "
+            "strengths in units of that norm are destructive. Choose another position."
+        )
+    return notes
+
+
+def _gain(scale: str, vector_norm: float, chosen_norm: float | None, residual_norm: float) -> float:
+    if scale == "raw":
+        return alpha_from_multiplier(1.0, vector_norm, residual_norm)
+    return alpha_from_palrs(1.0, chosen_norm or 0.0, residual_norm) if scale == "mean_chosen_norm" else 1.0
+
+
+def _provenance(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    pairs: Pairs,
+    settings: Mapping[str, Any],
+    licence: str | None,
+) -> dict[str, Any]:
+    try:
+        tool = version("trimtab")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        tool = "unknown"
+    return {
+        "paper": method.paper or None,
+        **model_identity(model, tokenizer),
+        "pairs_hash": pairs.hash(),
+        "pairs_count": len(pairs),
+        "options": dict(settings),
+        "tool": f"trimtab {tool}",
+        "licence": licence,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -40,13 +40,16 @@ class Loaded(NamedTuple):
 def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> Loaded:
     """Load a causal language model and its tokenizer: "prefworld", a local folder, or a hub name.
 
-    `dtype` is "auto" (as stored), a name such as "bfloat16", or a torch dtype. `device` is a torch device name, or
+    `dtype` is "auto" (as stored; the bundled model is stored in bf16 and computes in float32, which every CPU does
+    well), a name such as "bfloat16", or a torch dtype. `device` is a torch device name, or
     "auto" to spread the model over all devices; None leaves it on the CPU. Weights are read from safetensors only, and
     code that comes with a model is never run. Raises `OptionError` when there is no such model.
     """
     if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
         raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, {', '.join(sorted(DTYPES))}.")
     source, local = _locate(name_or_path)
+    if str(name_or_path) == BUNDLED and dtype == "auto":
+        dtype = "float32"
     if device == "auto" and find_spec("accelerate") is None:
         raise MissingDependency("device='auto' needs accelerate. Install it with: pip install accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,6 +118,12 @@ class Batch(NamedTuple):
     position_ids: Tensor  # [B, T] int64
 
 
+class _Around(NamedTuple):
+    strips: bool  # the template trims answers
+    gap: str  # white space it puts before one
+    closing: str  # what it puts after one
+
+
 class Renderer:
     """Turns messages into token ids by the tokenizer's chat template, or by plain concatenation where it has none."""
 
@@ -128,22 +137,30 @@ class Renderer:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation so far, up to where the assistant starts to answer."""
-        return self._encode(self._prompt_text(messages))
+        ids = self._encode(self._prompt_text(messages))
+        if not ids:
+            raise RenderError(f"The prompt has no tokens; its turns are {_roles(messages)}.")
+        return ids
 
     def full(self, messages: Sequence[Message], response: str) -> Rendered:
         """Render the conversation with `response` as the assistant's turn, closing tokens included.
 
         Without a template there are no closing tokens, and the response follows the prompt without a separator.
         """
-        head = self._prompt_text(messages)
-        ids = self._encode(head)
+        ids, head = self.prompt_ids(messages), self._prompt_text(messages)
         start = len(ids)
-        shown = response.strip() if self._strips_answers else response
+        around = self._around_answer
+        shown = around.gap + (response.strip() if around.strips else response)
         ids = self._extend(ids, head, shown)
         end = len(ids)
         if end == start:
             raise RenderError(f"The response {response!r} has no tokens.")
-        return Rendered(self._extend(ids, head + shown, self._closing), start, end)
+        return Rendered(self._extend(ids, head + shown, around.closing), start, end)
+
+    def response_length(self, messages: Sequence[Message], response: str) -> int:
+        """Count the tokens of `response` after its prompt, without those that close the turn."""
+        rendered = self.full(messages, response)
+        return rendered.response_end - rendered.response_start
 
     def as_user(self, response: str) -> Rendered:
         """Render `response` in the user's slot, generation prompt included: the reading of PaLRS (arXiv:2509.23982)."""
@@ -233,23 +250,22 @@ class Renderer:
         return text
 
     @cached_property
-    def _closing(self) -> str:
-        return self._around_answer[1]
-
-    @cached_property
-    def _strips_answers(self) -> bool:
-        return self._around_answer[0]
-
-    @cached_property
-    def _around_answer(self) -> tuple[bool, str]:
-        # Whether the template trims answers, and the text it puts after one; a sentinel shows both.
+    def _around_answer(self) -> _Around:
+        # A sentinel in the answer's place shows what the template does to an answer and puts around it.
         if not self.has_template:
-            return False, ""
-        text = self._apply([Message("user", "a"), Message("assistant", f"  {_SENTINEL}  ")], generation_prompt=False)
-        _, found, tail = text.rpartition(_SENTINEL)
+            return _Around(False, "", "")
+        asked = [Message("user", "a")]
+        text = self._apply([*asked, Message("assistant", f"  {_SENTINEL}  ")], generation_prompt=False)
+        before, found, closing = text.rpartition(_SENTINEL)
         if not found:
             raise RenderError("The chat template does not show the assistant's answer, so answers cannot be rendered.")
-        return (False, tail[2:]) if tail.startswith("  ") else (True, tail)
+        strips = not closing.startswith("  ")
+        prompt = self._apply(asked, generation_prompt=True)
+        # A space between prompt and answer is the answer's first; anything else there (an empty block of thought) is
+        # not what a model is asked to continue, and left out.
+        gap = before[len(prompt) :] if before.startswith(prompt) else ""
+        gap = gap if strips else gap[:-2]
+        return _Around(strips, "" if gap.strip() else gap, closing if strips else closing[2:])
 
     @cached_property
     def _slot_samples(self) -> list[list[int]]:

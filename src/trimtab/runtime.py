@@ -25,7 +25,7 @@ Dose = Mapping[Knob, float]
 
 
 _Masks = dict[Where, Tensor | None]
-"""The tokens of one call that a `where` means, `[B, T]` bool, or None for all; one left out means no token."""
+"""The tokens of one call that a `where` means, as a mask, or None for all of them; one left out means no token."""
 
 
 @dataclass
@@ -116,11 +116,16 @@ class Steering:
                 real = call.real_tokens()
                 if past == 0 or prompt is None:
                     prompt = self._prompt = self._start_prompt(call, past, real)
-                self._masks, self._unmasked = _place(prompt, past, call.tokens, real), False
+                self._set_masks(_place(prompt, past, call.tokens, real))
+                self._unmasked = False
                 return
         real = None if call.tokens == 1 else call.real_tokens()  # a decode step has no padding: do not look
-        self._masks = {"all": real, "completion": real}
+        self._set_masks({"all": real, "completion": real})
         self._unmasked = real is None
+
+    def _set_masks(self, masks: _Masks) -> None:
+        dtype = self._adapter.dtype
+        self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
 
     def _match_rows(self, batch: int) -> None:
         """Repeat the rows' addends if the model runs a multiple of them."""
@@ -147,10 +152,9 @@ class Steering:
         if past and mask is not None and mask.dim() == 2 and mask.shape[1] > past:
             pads = (mask[:, :past] == 0).sum(1)
         else:
-            pads = torch.zeros(1, dtype=torch.long, device=None if real is None else real.device)
+            pads = torch.zeros(1, dtype=torch.long, device=call.device)
         if self._lengths is None:
-            width = torch.full_like(pads, call.tokens)
-            return _Prompt(width if real is None else real.sum(1), pads, call.tokens)
+            return _Prompt(torch.full_like(pads, call.tokens) if real is None else real.sum(1), pads, call.tokens)
         lengths = torch.tensor(self._lengths, device=pads.device).repeat_interleave(call.batch // len(self._lengths))
         all_pads = pads if real is None else pads + (~real).sum(1)
         return _Prompt(lengths, pads, int((lengths + all_pads).max()))
@@ -170,7 +174,7 @@ class Steering:
             if mask is None:
                 hidden = hidden + addend.to(hidden)
             else:
-                hidden = torch.addcmul(hidden, mask[..., None].to(hidden), addend.to(hidden))
+                hidden = torch.addcmul(hidden, mask.to(hidden), addend.to(hidden))
         return hidden
 
 
@@ -200,14 +204,13 @@ def steer(
 
 
 def _place(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> _Masks:
-    """Compare the absolute positions of the tokens in one call with the ends of the prompts."""
+    """Compare the absolute positions of the tokens in one call with the ends of the prompts, `[B or 1, T]` bool."""
     columns = torch.arange(past, past + tokens, device=prompt.pads.device)
     pads = prompt.pads[:, None]  # [B or 1, T or 1], padding before each column
     if real is not None:
         pads = pads + (~real).cumsum(1)
         prompt.pads = pads[:, -1]
-    positions = columns - pads  # [B or 1, T]
-    lengths = prompt.lengths[:, None]
+    positions, lengths = columns - pads, prompt.lengths[:, None]
     in_prompt, in_completion = positions < lengths, positions >= lengths - 1
     if real is None:
         return {"all": None, "prompt": in_prompt, "completion": in_completion}
@@ -285,7 +288,7 @@ def _ablate(hidden: Tensor, ablation: _Ablation, mask: Tensor | None) -> Tensor:
     """Remove a share of the component along a direction, in float32."""
     wide = hidden.float()
     direction = ablation.direction.to(wide)
-    share = ablation.strength.to(wide) * (wide @ direction)  # [B, T]
+    share = (ablation.strength.to(wide) * (wide @ direction))[..., None]  # [B, T, 1]
     if mask is not None:
         share = share * mask.to(share)
-    return (wide - share[..., None] * direction).to(hidden.dtype)
+    return (wide - share * direction).to(hidden.dtype)

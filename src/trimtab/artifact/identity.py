@@ -81,10 +81,19 @@ def check_identity(
         silent = ours is None if key != "template_hash" else key not in learned
         if key in unknown or silent or ours == theirs or (theirs is None and key != "template_hash"):
             continue
-        message = f"Knob {knob!r} was learned with another {IDENTITY[key]}: {ours}; this model has {theirs}."
+        if key == "architecture":
+            unknown |= {"config_hash"}  # another architecture has another configuration; said once
+        message = (
+            f"Knob {knob!r} was learned with another {IDENTITY[key]}: {_short(ours)}; this model has {_short(theirs)}."
+        )
         if key in _REFUSED and strict:
             raise KnobError(f"{message} Learn it again here, or pass strict=False to use it all the same.")
         warnings.warn(message, TrimtabWarning, stacklevel=3)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text  # a sha256
 
 
 def _describe(identity: Mapping[str, Any]) -> str:

@@ -309,14 +309,13 @@ def collect(source: int, token: bytes, seconds: float) -> tuple[Frames, bool]:
 
 
 def stop(pid: int, *, own_tree: bool) -> int:
-    """Kill a child with everything that it started, and return its wait status."""
-    for kill, target in ((os.kill, -1 if own_tree else pid), (os.killpg, pid)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(target, 9)
+    """Kill a child, in a tree of our own with everything that it started, and return its wait status."""
+    os.kill(-1 if own_tree else pid, 9)
     status = os.waitpid(pid, 0)[1]
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, 0 if own_tree else os.WNOHANG)[0]:  # orphans
-            pass
+    if own_tree:
+        with contextlib.suppress(ChildProcessError):
+            while True:  # orphans
+                os.waitpid(-1, 0)
     return status
 
 
@@ -326,8 +325,6 @@ def run_job(job: Job, *, own_tree: bool) -> dict[str, object]:
     source, channel = os.pipe()
     pid = os.fork()
     if not pid:
-        with contextlib.suppress(OSError):
-            os.setpgid(0, 0)
         child(job, channel, token)
     os.close(channel)
     try:

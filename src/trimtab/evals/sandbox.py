@@ -31,9 +31,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 from trimtab.errors import OptionError, SandboxError
 from trimtab.evals import _sandbox_worker as worker
@@ -83,8 +82,10 @@ class Sandbox:
             raise OptionError(f"The memory must be at least 64 MB, which Python itself needs; got {memory_mb!r}.")
         self._timeout = _seconds(timeout)
         self._memory_mb = memory_mb
+        self._fork = FORK
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._errors: IO[bytes] | None = None
         self._isolation = ""
 
     def __enter__(self) -> Sandbox:
@@ -99,8 +100,11 @@ class Sandbox:
         """End the helper; a later program starts a new one."""
         process, self._process = self._process, None
         folder, self._folder = self._folder, None
+        errors, self._errors = self._errors, None
         if process is not None:
             _end(process)
+        if errors is not None:
+            errors.close()
         if folder is not None:
             folder.cleanup()
 
@@ -155,7 +159,7 @@ class Sandbox:
         job |= {"timeout": seconds, "memory_mb": self._memory_mb}
         for _ in range(2):
             self._ensure_started()  # which probes the helper, so a broken sandbox is not blamed on the program
-            reply = self._exchange(job) if FORK else self._once(job)
+            reply = self._exchange(job) if self._fork else self._once(job)
             if reply is not None:
                 return reply
             self.close()
@@ -164,15 +168,16 @@ class Sandbox:
     def _ensure_started(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        if self._folder is not None and not FORK:
+        if self._folder is not None and not self._fork:
             return
         self.close()
         self._folder = tempfile.TemporaryDirectory(prefix="trimtab-sandbox-", ignore_cleanup_errors=True)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the sandbox is
         try:
-            if FORK:
-                self._process = _launch("serve", self._folder.name)
+            if self._fork:
+                self._process = _launch("serve", self._folder.name, self._errors)
             probe: dict[str, object] = {"code": None, "timeout": GRACE, "memory_mb": self._memory_mb}
-            reply = self._exchange(probe) if FORK else self._once(probe)
+            reply = self._exchange(probe) if self._fork else self._once(probe)
             if reply is None or not reply.frames:
                 raise SandboxError(f"The sandbox's helper does not answer. {self._complaint(reply)}".strip())
             limits = ", ".join(cast(list[str], json.loads(reply.frames[0]))) or "time alone"
@@ -185,8 +190,9 @@ class Sandbox:
 
     def _complaint(self, reply: _Reply | None) -> str:
         """Return the last words of the helper, for an error message."""
-        assert self._folder is not None
-        words = (Path(self._folder.name) / "stderr").read_text("utf-8", "replace").strip()
+        assert self._errors is not None
+        self._errors.seek(0)
+        words = self._errors.read().decode("utf-8", "replace").strip()
         return f"Its probe {reply.ending}. {words[-500:]}" if reply else words[-500:]
 
     def _exchange(self, job: dict[str, object]) -> _Reply | None:
@@ -211,10 +217,11 @@ class Sandbox:
     def _once(self, job: dict[str, object]) -> _Reply | None:
         """Run one job in a process of its own."""
         assert self._folder is not None
+        assert self._errors is not None
         token = secrets.token_bytes(worker.TOKEN_BYTES)
         request = json.dumps({**job, "token": token.hex()}).encode()
         late = False
-        process = _launch("once", self._folder.name)
+        process = _launch("once", self._folder.name, self._errors)
         try:
             try:
                 output, _ = process.communicate(request, timeout=cast(float, job["timeout"]) + 1.0)  # + start-up
@@ -236,27 +243,26 @@ def _seconds(timeout: float) -> float:
     return timeout
 
 
-def _launch(mode: str, folder: str) -> subprocess.Popen[bytes]:
+def _launch(mode: str, folder: str, errors: IO[bytes]) -> subprocess.Popen[bytes]:
     # Not `-I`, which would ignore PYTHONHASHSEED: nothing else of the environment goes in, so `-P -s` isolate as well.
     environment = {"PYTHONHASHSEED": "0"}
     if os.name == "nt":
         environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
-    with (Path(folder) / "stderr").open("wb") as errors:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", worker.__file__, mode],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-P", "-s", "-S", "-B", worker.__file__, mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a helper with its session, and close the pipes."""
     with contextlib.suppress(ProcessLookupError):
-        if FORK:
+        if os.name == "posix":
             os.killpg(process.pid, 9)
         process.kill()
     process.wait()

@@ -35,8 +35,8 @@ def paired_bootstrap(a: Scores, b: Scores, *, draws: int = 10_000, seed: int = 0
     """Return the mean of `b - a` over items `[N]` with its percentile bootstrap interval.
 
     Items are resampled with replacement and keep their pairing (Efron and Tibshirani 1993, chapters 13 and 16). It
-    covers the choice of items, not that of seeds or pairs. With few items it is somewhat too narrow: about 92 instead
-    of 95 percent at N = 20.
+    covers the choice of items, not that of seeds or pairs. It is too narrow where few items differ: in simulation 95
+    percent is 93 to 94 at N = 20 to 100 with normal differences, and 76 at N = 20 where one item in eight changes.
 
     >>> paired_bootstrap([0, 0, 1, 0], [1, 1, 1, 1]).estimate
     0.75

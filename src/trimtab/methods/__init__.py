@@ -22,7 +22,7 @@ class Method:
 
     name: str
     function: Callable[..., Tensor]
-    """`(chosen [N, S, D], rejected [N, S, D], *, options) -> vectors [S, D]`; the keyword-only parameters are options."""
+    """`(chosen [N, S, D], rejected [N, S, D], *, options) -> vectors [S, D]`; keyword-only parameters are options."""
     paper: str
     summary: str
     format: Literal["response_as_user", "question_response"]
@@ -36,11 +36,16 @@ class Method:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
-    def run(self, chosen: Tensor, rejected: Tensor, options: Mapping[str, object]) -> Tensor:
-        """Return the vectors `[S, D]`; an option that the method does not have is an error that lists those it has."""
+    def check(self, options: Mapping[str, object]) -> Mapping[str, object]:
+        """Return `options`; one that the method does not have is an error that lists those it has."""
         for name in options:
             if name not in self.defaults:
                 raise unknown_name(f"option of method {self.name}", name, self.defaults)
+        return options
+
+    def run(self, chosen: Tensor, rejected: Tensor, options: Mapping[str, object]) -> Tensor:
+        """Return the vectors `[S, D]` float64 of the pairs' activations `[N, S, D]`."""
+        self.check(options)
         if chosen.shape != rejected.shape or chosen.dim() != 3 or not len(chosen):
             raise OptionError(
                 "Activations must be two tensors [N, S, D] of one shape, N at least 1; "

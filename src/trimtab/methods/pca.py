@@ -1,6 +1,7 @@
 """First principal component of the pairs' differences, as in representation engineering (RepE).
 
-Paper: A. Zou et al., "Representation Engineering: A Top-Down Approach to AI Transparency", arXiv:2310.01405, section 3.1.
+Paper: A. Zou et al., "Representation Engineering: A Top-Down Approach to AI Transparency", arXiv:2310.01405, section
+3.1.
 """
 
 from __future__ import annotations

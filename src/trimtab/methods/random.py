@@ -12,5 +12,7 @@ def random(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> Tensor:
     `chosen` and `rejected` are `[N, S, D]` and give the norms only.
     """
     mean = chosen.mean(dim=0, dtype=torch.float64) - rejected.mean(dim=0, dtype=torch.float64)
-    drawn = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(mean.device)
+    generator = torch.Generator().manual_seed(seed)
+    # Row by row, so that a site's draw does not depend on how many sites follow.
+    drawn = torch.stack([torch.randn(len(row), generator=generator, dtype=torch.float64) for row in mean])
     return drawn / drawn.norm(dim=-1, keepdim=True) * mean.norm(dim=-1, keepdim=True)

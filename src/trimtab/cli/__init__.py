@@ -1,0 +1,103 @@
+"""The command line: one file per verb; results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import NoReturn
+
+from trimtab.cli import chat, demo, generate, inspect, learn, tune
+from trimtab.cli.options import Parser
+from trimtab.cli.terminal import Terminal, as_options, plain_warnings
+from trimtab.errors import OptionError, TrimtabError, unknown_name
+
+VERBS: dict[str, ModuleType] = {
+    "learn": learn,
+    "tune": tune,
+    "generate": generate,
+    "chat": chat,
+    "inspect": inspect,
+    "demo": demo,
+}
+"""Each has `add_options(parser)` and `run(args, terminal)`; the first line of its docstring is its help."""
+
+MENDABLE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, 2 for a mistake that a user can mend, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with plain_warnings():
+            _run(words)
+            sys.stdout.flush()
+    except TrimtabError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _fail(f"{error.strerror}: {str(error.filename)!r}.")
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    parsers, top = _parsers()
+    verb, rest = (words[0], words[1:]) if words else ("", [])
+    if verb.startswith("-"):
+        top.parse_args(words)  # ends with the help or the version, or raises
+        verb = ""
+    if not verb:
+        top.print_help(sys.stderr)
+        raise OptionError(f"Pass a verb: {', '.join(VERBS)}.")
+    if verb not in VERBS:
+        raise unknown_name("verb", verb, VERBS)
+    # Intermixed, so that prompts may stand behind options; argparse cannot do that below its own sub-parsers.
+    args, extra = parsers[verb].parse_known_intermixed_args(rest)
+    if extra:
+        _refuse(parsers[verb], extra[0])
+    VERBS[verb].run(args, Terminal(json=args.json))
+
+
+def _parsers() -> tuple[dict[str, Parser], Parser]:
+    top = Parser(
+        prog="trimtab",
+        description="Learn a preference from a few pairs of answers, and turn it like a knob at inference.",
+        epilog="trimtab VERB --help lists the options of a verb.",
+    )
+    top.add_argument("--version", action="version", version=f"trimtab {_version()}")
+    verbs = top.add_subparsers(metavar="VERB", title="verbs")
+    parsers: dict[str, Parser] = {}
+    for name, module in VERBS.items():
+        summary, _, rest = (module.__doc__ or "").partition("\n")
+        parsers[name] = verbs.add_parser(name, help=summary, description=summary, epilog=rest.strip() or None)
+        module.add_options(parsers[name])
+        parsers[name].add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    return parsers, top
+
+
+def _refuse(parser: Parser, word: str) -> NoReturn:
+    if word.startswith("-"):
+        raise unknown_name(f"option of {parser.prog}", word.partition("=")[0], parser.long_options())
+    raise OptionError(f"{parser.prog} has no place for {word!r}. See {parser.prog} --help.")
+
+
+def _fail(message: str) -> int:
+    print(f"trimtab: {' '.join(as_options(message).splitlines())}", file=sys.stderr)
+    return MENDABLE
+
+
+def _version() -> str:
+    try:
+        return version("trimtab")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"

@@ -1,0 +1,203 @@
+"""Answer prompts with knobs turned, each prompt with a setting of its own if it brings one.
+
+Prompts are arguments, or lines of --input or of stdin. A line that starts with { is JSON: `prompt` (text, or a list of
+messages with role and content) and, optionally, `knobs` (a setting for this prompt); any other line is the prompt.
+--json prints a line per prompt with `prompt`, `text` and `knobs`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from trimtab.cli import options
+from trimtab.cli.options import given, input_file, text_lines, unicode_text
+from trimtab.cli.sources import check_knobs, load_knobs, open_model, setting_from, warn_outside
+from trimtab.cli.terminal import Terminal
+from trimtab.errors import OptionError, UnknownName
+from trimtab.types import check_strength, parse_setting
+
+if TYPE_CHECKING:
+    from trimtab.artifact import Rack
+    from trimtab.render import Loaded
+
+GENERATE = ("max_new_tokens", "temperature", "top_p", "where", "batch_size")
+"""Options that go to `trimtab.generate` under their own names."""
+
+ROUNDS = 4
+"""Batches that are answered before results are printed; prompts of similar length share a batch."""
+
+Turns = list[dict[str, str]]
+
+
+class Request(NamedTuple):
+    """A prompt, with the setting that it brings (None: the common one) and the place it comes from."""
+
+    prompt: str | Turns
+    setting: dict[str, float] | None
+    place: str
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the verb's options."""
+    options.add_model(parser)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what the user says")
+    parser.add_argument("--input", metavar="FILE", help="prompts, one per line; - is stdin")
+    options.add_knobs(parser)
+    options.add_decoding(parser)
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="prompts answered at once (default 64)")
+
+
+def run(args: Namespace, terminal: Terminal) -> None:
+    """Answer every prompt, in order; results are printed as they come."""
+    requests = _requests(args)
+    if args.batch_size < 1:
+        raise OptionError(f"--batch-size is 1 or more; got {args.batch_size}.")
+    with terminal.working("Preparing"):
+        panel = load_knobs(args.knob)
+    common = setting_from(args, panel)
+    settings = [_checked(request, common, panel.rack) for request in requests]
+    with open_model(args, terminal) as loaded:
+        check_knobs(panel.rack, loaded, strict=not args.no_strict)
+        for setting in settings:
+            warn_outside(panel.rack, setting)
+        if len(requests) == 1 and not terminal.json:
+            _stream(args, terminal, loaded, panel.rack, requests[0].prompt, settings[0])
+        else:
+            _answer(args, terminal, loaded, panel.rack, requests, settings)
+
+
+def _stream(
+    args: Namespace, terminal: Terminal, loaded: Loaded, rack: Rack, prompt: str | Turns, setting: dict[str, float]
+) -> None:
+    """Print one answer while it is made."""
+    from trimtab.generate import generate
+
+    options = given(args, *GENERATE)
+    generate(*loaded, [prompt], rack=rack, knobs=setting, seed=args.seed, on_text=terminal.stream, **options)
+    terminal.stream("\n")
+
+
+def _answer(
+    args: Namespace,
+    terminal: Terminal,
+    loaded: Loaded,
+    rack: Rack,
+    requests: list[Request],
+    settings: list[dict[str, float]],
+) -> None:
+    from trimtab.generate import generate
+
+    size = ROUNDS * args.batch_size
+    with terminal.working("Generating", len(requests), printing=True) as advance:
+        for start in range(0, len(requests), size):
+            part = slice(start, start + size)
+            prompts = [request.prompt for request in requests[part]]
+            made = generate(
+                *loaded, prompts, rack=rack, knobs=settings[part], seed=args.seed + start, **given(args, *GENERATE)
+            )
+            for prompt, answer in zip(prompts, made, strict=True):
+                record = {"prompt": prompt, "text": answer.text, "knobs": dict(answer.knobs)}
+                terminal.result(record, f"> {_shown(prompt)}\n{answer.text}\n")
+            advance(len(prompts))
+
+
+def _shown(prompt: str | Turns) -> str:
+    return (prompt if isinstance(prompt, str) else prompt[-1]["content"]).replace("\n", "\n> ")
+
+
+def _checked(request: Request, common: dict[str, float], rack: Rack) -> dict[str, float]:
+    """Return a prompt's setting, after a look at its names."""
+    if request.setting is None:
+        return common
+    try:
+        rack.resolve(request.setting)
+    except UnknownName as error:
+        raise UnknownName(f"{request.place}: {error}") from None
+    return request.setting
+
+
+# Prompts
+
+
+def _requests(args: Namespace) -> list[Request]:
+    if args.prompts and args.input is not None:
+        raise OptionError("Pass prompts as arguments or with --input, not both.")
+    if args.prompts:
+        numbered = enumerate(cast(list[str], args.prompts), 1)
+        return [Request(unicode_text(text, f"Prompt {n}"), None, f"Prompt {n}") for n, text in numbered]
+    if args.input in (None, "-"):
+        if args.input is None and sys.stdin.isatty():
+            raise OptionError("There is no prompt. Pass one as an argument, a file with --input, or lines on stdin.")
+        found = list(_read(sys.stdin, "stdin"))
+    else:
+        path = input_file(args.input, "a text or JSONL file of prompts")
+        with path.open(encoding="utf-8") as file:
+            found = list(_read(file, args.input))
+    if not found:
+        source = "stdin" if args.input in (None, "-") else args.input
+        raise OptionError(
+            f"There is no prompt: {source} holds no line with text. Pass one as an argument or in a file."
+        )
+    return found
+
+
+def _read(lines: Iterable[str], source: str) -> Iterator[Request]:
+    for number, line in enumerate(text_lines(lines, source), 1):
+        text, place = line.strip(), f"{source}, line {number}"
+        if text.startswith("{") or (text and source.endswith(".jsonl")):
+            yield _record(text, place)
+        elif text:
+            yield Request(unicode_text(text, place), None, place)
+
+
+def _record(text: str, place: str) -> Request:
+    try:
+        record: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(
+            f"{place} is not JSON: {error}. A prompt that starts with {{ is written "
+            '{"prompt": "..."}, so that it is not read as a record.'
+        ) from None
+    fields = cast(Mapping[str, object], record) if isinstance(record, Mapping) else {}
+    if "prompt" not in fields:
+        raise OptionError(f"{place} has no prompt; it has {', '.join(fields) or 'no fields'}.")
+    near = difflib.get_close_matches("knobs", [key for key in fields if key != "knobs"], n=1, cutoff=0.8)
+    if near and "knobs" not in fields:
+        raise OptionError(f"{place} has a field {near[0]!r}; the setting of a prompt is called 'knobs'.")
+    setting = fields.get("knobs")
+    return Request(
+        _prompt(fields["prompt"], place), None if setting is None else _setting(setting, f"{place}, knobs"), place
+    )
+
+
+def _prompt(value: object, place: str) -> str | Turns:
+    if isinstance(value, str):
+        return unicode_text(value, place)
+    turns: Turns = []
+    for turn in cast(list[object], value) if isinstance(value, list) else []:
+        fields = cast(Mapping[str, object], turn) if isinstance(turn, Mapping) else {}
+        role, content = fields.get("role"), fields.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise OptionError(f"{place}: a message has a role and a content, both text; got {turn!r}.")
+        turns.append({"role": role, "content": unicode_text(content, place)})
+    if not turns:
+        raise OptionError(f"{place}: a prompt is text or a list of messages; got {value!r}.")
+    return turns
+
+
+def _setting(value: object, place: str) -> dict[str, float]:
+    """Read a setting in its text form or as a JSON object."""
+    try:
+        if isinstance(value, str):
+            return parse_setting(value)
+        if isinstance(value, Mapping):
+            entries = cast(Mapping[str, Any], value).items()
+            return {name: check_strength(number, f"strength of {name!r}") for name, number in entries}
+    except OptionError as error:
+        raise OptionError(f"{place}: {error}") from None
+    raise OptionError(f'{place}: a setting is written {{"math": 0.8}} or "math=0.8"; got {value!r}.')

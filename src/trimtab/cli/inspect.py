@@ -1,0 +1,48 @@
+"""Show what a knob is, where it comes from, and what learning and tuning measured."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from trimtab.cli.options import input_file
+from trimtab.cli.tables import sites_text, tuning_text
+from trimtab.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from trimtab.artifact import Knob
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("knob", metavar="FILE", help="a knob")
+
+
+def run(args: Namespace, terminal: Terminal) -> None:
+    """Print the knob's card and its tables."""
+    path = input_file(args.knob, "a knob")
+    with terminal.working("Reading"):
+        from trimtab.artifact import Knob
+
+        knob = Knob.load(path)
+    tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.gain))
+    terminal.result(_record(knob), "\n\n".join(filter(None, [knob.card(), *tables])))
+
+
+def _record(knob: Knob) -> dict[str, Any]:
+    return {
+        "name": knob.name,
+        "kind": knob.kind,
+        "method": knob.method,
+        "site": str(knob.site),
+        "gain": knob.gain,
+        "where": knob.where,
+        "operation": knob.operation,
+        "safe_range": knob.safe_range,
+        "width": knob.width,
+        "sites": [str(site) for site in knob.vectors],
+        "norms": {str(layer): norm for layer, norm in knob.norms.items()},
+        "provenance": dict(knob.provenance),
+        "diagnostics": dict(knob.diagnostics),
+        "tuning": None if knob.tuning is None else dict(knob.tuning),
+    }

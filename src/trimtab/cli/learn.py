@@ -1,0 +1,130 @@
+"""Learn a knob from preference pairs, in seconds.
+
+Every candidate site (layers x positions) is read and kept; `trimtab tune` chooses among them on held-out pairs.
+What is not given is as the method's paper has it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.cli import options
+from trimtab.cli.options import given, output_file
+from trimtab.cli.sources import WORLD, load_pairs, open_model
+from trimtab.cli.tables import facts
+from trimtab.cli.terminal import Terminal
+from trimtab.errors import unknown_name
+
+if TYPE_CHECKING:
+    from trimtab.artifact import Knob
+
+LEARN = (
+    "method",
+    "name",
+    "positions",
+    "format",
+    "layers",
+    "first",
+    "last",
+    "selection",
+    "site",
+    "scale",
+    "where",
+    "length_match",
+    "seed",
+    "licence",
+)
+"""Options that go to `trimtab.learn` under their own names."""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the verb's options."""
+    options.add_model(parser)
+    parser.add_argument("pairs", metavar="PAIRS", help="a JSON or JSONL file, or prefworld:math, prefworld:math:200")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to write the knob")
+    parser.add_argument("--method", help="palrs, diffmean, pca or random, a control (default palrs)")
+    parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot)")
+    reading = parser.add_argument_group("what is read")
+    reading.add_argument(
+        "--positions",
+        type=options.names,
+        metavar="LIST",
+        help="post_instruction, response_end, demonstrated, last, response_mean; one token of the first two as in "
+        "post_instruction[-1]",
+    )
+    reading.add_argument("--format", help="response_as_user or question_response (default: as the positions need)")
+    reading.add_argument("--layers", type=options.layers, metavar="LIST", help="candidates, as in 2,4-6")
+    reading.add_argument("--first", type=float, metavar="X", help="first depth, as a fraction (default 0.0)")
+    reading.add_argument("--last", type=float, metavar="X", help="last depth, as a fraction (default 0.8)")
+    reading.add_argument("--length-match", metavar="RULE", help="off, bucket or regress (default off)")
+    reading.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
+    choice = parser.add_argument_group("what is chosen before tuning")
+    choice.add_argument("--selection", help="eq3_cosine, max_relative_norm, probe_auc or fixed")
+    choice.add_argument("--site", help="take this one, as in 4/last")
+    choice.add_argument("--scale", help="raw, mean_chosen_norm or mean_residual_norm (default raw)")
+    choice.add_argument("--where", help="steer all, prompt or completion tokens (default all)")
+    choice.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
+    choice.add_argument("--seed", type=int, metavar="N", help="of whatever is drawn (default 0)")
+    choice.add_argument("--licence", help="of the knob, stored in it")
+
+
+def run(args: Namespace, terminal: Terminal) -> None:
+    """Learn, save, and say what came out."""
+    out = output_file(args.out)
+    own = options.assignments(args.option)
+    pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
+    chosen: dict[str, Any] = {"name": _name_from(out), **given(args, *LEARN)}
+    with terminal.working("Preparing"):
+        from trimtab.learn import learn
+        from trimtab.methods import METHODS
+    if args.method is not None and args.method not in METHODS:  # before the model is loaded, which may take long
+        raise unknown_name("method", args.method, METHODS)
+    with open_model(args, terminal) as (model, tokenizer):
+        begun = time.perf_counter()
+        with terminal.working(f"Learning from {len(pairs)} pairs"):
+            knob = learn(model, tokenizer, pairs, options=own, **chosen)
+        seconds = time.perf_counter() - begun
+    knob.save(out)
+    terminal.result(_record(knob, out, seconds), _text(knob, args, out, seconds))
+
+
+def _name_from(out: Path) -> str:
+    stem = out.name.partition(".")[0]
+    return stem if re.fullmatch(r"[^\s,=]{1,100}", stem) and stem.isprintable() else "knob"
+
+
+def _record(knob: Knob, out: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "knob": knob.name,
+        "method": knob.method,
+        "site": str(knob.site),
+        "gain": knob.gain,
+        "where": knob.where,
+        "sites": len(knob.vectors),
+        "pairs": knob.provenance["pairs_count"],
+        "warnings": knob.diagnostics["warnings"],
+        "seconds": seconds,
+        "out": str(out),
+    }
+
+
+def _text(knob: Knob, args: Namespace, out: Path, seconds: float) -> str:
+    model, file = shlex.quote(args.model), shlex.quote(str(out))
+    held_out = args.pairs if args.pairs.startswith(f"{WORLD}:") else "HELD_OUT.jsonl"
+    tuned = shlex.quote(str(out.with_name(f"{knob.name}.tuned.safetensors")))
+    sites, rule = len(knob.vectors), knob.diagnostics["selection"]["rule"]
+    head = f"Learned {knob.name} ({knob.method}) from {knob.provenance['pairs_count']} pairs in {seconds:.1f} s."
+    return f"{head}\n" + facts(
+        {
+            "site": f"{knob.site} ({rule}; {sites} kept)",
+            "strength 1": f"alpha {knob.gain:.4g}, in multiples of the mean residual norm at layer {knob.site.layer}",
+            "written to": out,
+            "next": f"trimtab tune {model} --knob {file} --pairs {held_out} --out {tuned}",
+            "or": f'trimtab generate {model} "..." --knob {file} --strength 1',
+        }
+    )

@@ -1,0 +1,167 @@
+"""Options that several verbs share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trimtab.errors import OptionError
+
+
+class Parser(ArgumentParser):
+    """An argument parser that raises `OptionError` instead of printing its usage, and knows no abbreviations."""
+
+    def __init__(
+        self, *, prog: str, description: str, epilog: str | None = None, add_help: bool = True, usage: str | None = None
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            add_help=add_help,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the parser's complaint."""
+        raise OptionError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+    def long_options(self) -> list[str]:
+        """Return every option that starts with two dashes."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+
+# Groups of options
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Add the model and how it is loaded."""
+    parser.add_argument("model", metavar="MODEL", help="prefworld (bundled), a local folder, or a hub name")
+    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto: as stored)")
+    parser.add_argument("--device", help="cpu, cuda, ..., or auto for all devices (default cpu)")
+
+
+def add_knobs(parser: ArgumentParser) -> None:
+    """Add knobs and their setting."""
+    parser.add_argument(
+        "--knob",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a knob, or a panel (a .json file of knobs with strengths); may be repeated",
+    )
+    setting = parser.add_mutually_exclusive_group()
+    setting.add_argument("--strength", metavar="S", help="strength of every knob (default 1, or what the panel says)")
+    setting.add_argument("--set", metavar="SETTING", help="strengths by name, as in math=0.8,concise=-1")
+    parser.add_argument("--where", help="steer all, prompt or completion tokens (default: as the knob says)")
+    parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
+
+
+def add_decoding(parser: ArgumentParser) -> None:
+    """Add how answers are drawn."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="cut answers there (default 128)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 0.0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest share (default 1.0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+
+
+def given(args: Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that the user gave; the others keep the defaults of the function they go to."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+# Values; argparse names the option when one of these raises ArgumentTypeError
+
+
+def names(text: str) -> list[str]:
+    """Read a list of names with commas between them."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("the list is empty")
+    return found
+
+
+def numbers(text: str) -> list[float]:
+    """Read a list of numbers with commas between them."""
+    try:
+        return [float(part) for part in names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as in 0.2,0.5; got {text!r}") from None
+
+
+def layers(text: str) -> list[int]:
+    """Read layers, alone or as ranges.
+
+    >>> layers("0,3-5,-1")
+    [0, 3, 4, 5, -1]
+    """
+    found: list[int] = []
+    for part in names(text):
+        match = re.fullmatch(r"(-?\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"expected layers as in 2,4-6; got {text!r}")
+        low = int(match[1])
+        high = low if match[2] is None else int(match[2])
+        if low > high or (low < 0 and match[2] is not None):
+            raise argparse.ArgumentTypeError(f"a range of layers goes upwards from 0 or more; got {part!r}")
+        found += range(low, high + 1)
+    return found
+
+
+def assignments(texts: Iterable[str]) -> dict[str, object]:
+    """Read `name=value` texts; a value is JSON where it can be, else text."""
+    found: dict[str, object] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise OptionError(f"--option takes name=value; got {text!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def output_file(text: str) -> Path:
+    """Check before any work is done that a file can be written there; its folder is made if it is missing."""
+    path = Path(text)
+    if path.is_dir():
+        raise OptionError(f"--out {text!r} is a folder; pass the name of a file in it.")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise OptionError(f"--out {text!r} cannot be written: {str(path.parent)!r} is a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def input_file(text: str, what: str) -> Path:
+    """Check that there is such a file; `what` says in the message what the file should be."""
+    path = Path(text)
+    if path.is_dir():
+        raise OptionError(f"{text!r} is a folder; {what} is a file.")
+    if not path.is_file():
+        raise OptionError(f"There is no file {text!r}; expected {what}.")
+    return path
+
+
+def text_lines(lines: Iterable[str], source: str) -> Iterator[str]:
+    """Yield the lines of a file; bytes that are not UTF-8 are an error that names the file."""
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{source} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def unicode_text(text: str, place: str) -> str:
+    """Refuse halves of surrogate pairs, which bytes that are not UTF-8 become in arguments: no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"{place} is not Unicode text: {text[:60]!r}.") from None
+    return text

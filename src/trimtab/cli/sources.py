@@ -1,0 +1,206 @@
+"""What a verb works on: models, knobs with their setting, pairs and tasks, from files or from PrefWorld."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from trimtab.cli.options import input_file
+from trimtab.cli.terminal import Terminal
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
+from trimtab.types import Setting, check_strength, parse_setting
+
+if TYPE_CHECKING:
+    from trimtab.artifact import Knob, Panel, Rack
+    from trimtab.evals.tasks import Task
+    from trimtab.pairs import Duplicates, Pairs
+    from trimtab.render import Loaded
+
+WORLD = "prefworld"
+WORLD_COUNT = 100
+"""Pairs or questions drawn from a family of PrefWorld where no count is given."""
+
+# Models
+
+
+@contextmanager
+def open_model(args: Namespace, terminal: Terminal) -> Generator[Loaded]:
+    """Load the model that the options name; meanwhile transformers keeps its bars and remarks to itself."""
+    with ExitStack() as stack:
+        with terminal.working(f"Loading {args.model}"):
+            from trimtab.render import load
+
+            local = args.model == WORLD or Path(args.model).expanduser().is_dir()
+            # The bars of a download are for the user to see.
+            stack.enter_context(quiet_transformers(bars=not local and sys.stderr.isatty()))
+            _check_device(args.device)
+            loaded = load(args.model, dtype=args.dtype or "auto", device=args.device)
+        yield loaded
+
+
+@contextmanager
+def quiet_transformers(*, bars: bool = False) -> Generator[None]:
+    """Keep transformers' remarks, and unless `bars` its progress bars, off the terminal."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device in (None, "auto"):
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts that it has it
+        raise OptionError(f"Cannot use --device {device!r}: {str(error).splitlines()[0]}") from None
+
+
+# Knobs
+
+
+def load_knobs(entries: Sequence[str]) -> Panel:
+    """Load knobs and panels from `FILE` or `NAME=FILE`; a knob stands at 1 and a panel's knobs where it says."""
+    from trimtab.artifact import Knob, Panel, Rack, load_panel
+
+    knobs: dict[str, Knob] = {}
+    setting: dict[str, float] = {}
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, file = "", entry
+        elif not name:
+            raise OptionError(f"--knob takes FILE or NAME=FILE; got {entry!r}.")
+        path = input_file(file, "a knob")
+        if path.suffix == ".json":
+            if name:
+                raise OptionError(f"A panel names its knobs itself: pass --knob {file}, without {name}=.")
+            panel = load_panel(path)
+            added = {key: (panel.rack[key], strength) for key, strength in panel.setting.items()}
+        else:
+            knob = Knob.load(path)
+            added = {name or knob.name: (knob.with_(name=name) if name else knob, 1.0)}
+        for key, (knob, strength) in added.items():
+            if key in knobs:
+                raise OptionError(f"Two knobs are named {key!r}. Name them yourself: --knob NAME=FILE.")
+            knobs[key], setting[key] = knob, strength
+    return Panel(Rack(**knobs), setting)
+
+
+def setting_from(args: Namespace, panel: Panel) -> dict[str, float]:
+    """Return the setting that --strength or --set asks for, or else the panel's own."""
+    if args.strength is not None:
+        if not panel.rack:
+            raise OptionError("--strength needs a knob. Add --knob FILE.")
+        return dict.fromkeys(panel.rack, check_strength(args.strength))
+    if args.set is not None:
+        setting = parse_setting(args.set)
+        panel.rack.resolve(setting)  # names that are not there
+        return setting
+    return panel.setting
+
+
+def check_knobs(rack: Rack, loaded: Loaded, *, strict: bool) -> None:
+    """Compare every knob with the model; raises `KnobError`, or warns where not `strict`."""
+    for knob in rack.values():
+        knob.check(loaded.model, loaded.tokenizer, strict=strict)
+
+
+def warn_outside(rack: Rack, setting: Setting) -> None:
+    """Warn of strengths outside the range that tuning found safe."""
+    for name, strength in setting.items():
+        bounds = rack[name].safe_range
+        if bounds is not None and not bounds[0] <= strength <= bounds[1]:
+            warnings.warn(
+                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}: tuning "
+                "measured nothing beyond it, or answers that break or guardrails that fall.",
+                TrimtabWarning,
+                stacklevel=2,
+            )
+
+
+# Pairs and tasks
+
+
+class WorldPart(NamedTuple):
+    """A family of PrefWorld, and how many of its questions."""
+
+    family: str
+    size: int
+
+
+def world_part(text: str) -> WorldPart | None:
+    """Read `prefworld:FAMILY` or `prefworld:FAMILY:COUNT`; None for anything else, which is a file."""
+    world, _, rest = text.partition(":")
+    if world != WORLD or Path(text).exists():
+        return None
+    from trimtab.prefworld.families import FAMILIES
+
+    family, colon, count = rest.partition(":")
+    if family not in FAMILIES:
+        raise unknown_name("family of PrefWorld", family, FAMILIES)
+    if colon and not (count.isdecimal() and int(count) > 0):
+        raise OptionError(f"A part of PrefWorld is written prefworld:math or prefworld:math:200; got {text!r}.")
+    return WorldPart(family, int(count) if colon else WORLD_COUNT)
+
+
+def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: Duplicates) -> Pairs:
+    """Load pairs from a file, or draw them from a split of PrefWorld: the same name gives the same pairs."""
+    from trimtab.pairs import Pairs
+
+    part = world_part(text)
+    if part is None:
+        return Pairs.load(input_file(text, "a JSON or JSONL file of pairs, or prefworld:FAMILY"), duplicates=duplicates)
+    from trimtab.prefworld import world
+
+    pairs = world.pairs(part.family, part.size, split=split)
+    if not len(pairs):
+        raise PairsError(f"The answers of PrefWorld's family {part.family!r} have one side only: there are no pairs.")
+    return pairs
+
+
+def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
+    """Load a task from `FILE` or `FILE:GRADER`, or draw validation questions of PrefWorld, which grades its own."""
+    part = world_part(text)
+    if part is not None:
+        from trimtab.prefworld import world
+
+        return world.task(part.family, "validation", part.size)
+    from trimtab.evals import tasks
+
+    file, colon, name = text.rpartition(":")
+    if colon and not Path(text).exists():
+        if name not in tasks.GRADERS:
+            raise unknown_name("grader", name, tasks.GRADERS)
+        text, grader = file, name
+    path = input_file(text, "a JSONL file with prompt and answer, or prefworld:FAMILY")
+    try:
+        return tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{text!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def warn_same_pairs(knob: Knob, pairs: Pairs) -> None:
+    """Warn when a knob is to be tuned on the pairs it was learned from."""
+    if knob.provenance.get("pairs_hash") == pairs.hash():
+        warnings.warn(
+            f"Knob {knob.name!r} was learned from these very pairs: what is chosen on them fits them too well. "
+            "Tune on pairs that learning has not seen.",
+            TrimtabWarning,
+            stacklevel=2,
+        )

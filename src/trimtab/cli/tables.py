@@ -1,0 +1,107 @@
+"""What a knob went through, as text: the candidate sites of learning, the tables of tuning.
+
+Knob files come from others, so nothing is assumed of their tables: what is not there, or not a row, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from trimtab.types import Site
+
+SHOWN_SITES = 8
+_STATISTICS = ("relative_norm", "cos_r_mu", "angle", "pairwise_cosine", "probe_auc", "top5_share")
+
+Row = Mapping[str, Any]
+
+
+def columns(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Align rows under their heads, in text; columns without a value in any row are left out.
+
+    >>> print(columns(["site", "gain", "score"], [["4/last", 0.5, None], ["12/last", 1.25, None]]))
+    site     gain
+    4/last   0.5
+    12/last  1.25
+    """
+    kept = [i for i in range(len(heads)) if any(row[i] is not None for row in rows)]
+    lines = [[heads[i] for i in kept], *([_cell(row[i]) for i in kept] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(kept))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def facts(entries: Mapping[str, object]) -> str:
+    """Write named facts, one per line; those that are None are left out."""
+    return "\n".join(f"{key:<12}{value}" for key, value in entries.items() if value is not None)
+
+
+def sites_text(diagnostics: Row) -> str | None:
+    """Return the best candidate sites of learning with their diagnostics, or None where there are none."""
+    selection, statistics = _object(diagnostics.get("selection")), _object(diagnostics.get("sites"))
+    ranking = [pair for pair in _list(selection.get("table")) if isinstance(pair, list) and len(cast(Any, pair)) == 2]
+    rows: list[list[object]] = []
+    for site, score in cast(list[list[object]], ranking[:SHOWN_SITES]):
+        about = _object(statistics.get(str(site)))
+        rows.append([site, score, *(about.get(name) for name in _STATISTICS)])
+    if not rows:
+        return None
+    more = f", {SHOWN_SITES} of {len(ranking)}" if len(ranking) > SHOWN_SITES else ""
+    return f"candidate sites, best first by {_cell(selection.get('rule'))}{more}\n" + columns(
+        ["site", "score", *_STATISTICS], rows
+    )
+
+
+def tuning_text(tuning: Row | None, site: Site, gain: float) -> str | None:
+    """Return the finalists and the dose-response of tuning, the chosen setting marked, or None before tuning."""
+    if tuning is None:
+        return None
+    rails = [str(name) for name in _list(tuning.get("guardrails"))]
+    parts: list[str] = []
+    finalists = _rows(tuning.get("table"))
+    if finalists:
+        chosen = [row.get("site") == str(site) and row.get("gain") == gain for row in finalists]
+        base = _object(tuning.get("base"))
+        rows = [["", "base", None, None, *_measures(base, rails), None]]
+        for row, mark in zip(finalists, chosen, strict=True):
+            place = ["*" if mark else "", row.get("site"), row.get("gain"), row.get("margin")]
+            rows.append([*place, *_measures(row, rails), row.get("within_budget")])
+        heads = ["", "site", "gain", "margin", "score", *rails, "broken", "within budget"]
+        judged = _cell(tuning.get("task")) if tuning.get("task") else "margin of the pairs"
+        parts.append(f"finalists, judged by {judged} (* chosen)\n{columns(heads, rows)}")
+    curve = _rows(tuning.get("dose_response"))
+    if curve:
+        rows = [
+            [row.get("strength"), row.get("alpha"), *_measures(row, rails), row.get("kl"), row.get("within_budget")]
+            for row in curve
+        ]
+        heads = ["strength", "alpha", "score", *rails, "broken", "KL", "within budget"]
+        parts.append(f"dose-response\n{columns(heads, rows)}")
+    return "\n\n".join(parts) or None
+
+
+def _measures(row: Row, rails: Sequence[str]) -> list[object]:
+    kept = _object(row.get("guardrails"))
+    return [row.get("score"), *(kept.get(rail) for rail in rails), row.get("broken")]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _object(value: object) -> Row:
+    return cast(Row, value) if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[object]:
+    return cast(list[object], value) if isinstance(value, list) else []
+
+
+def _rows(value: object) -> list[Row]:
+    return [cast(Row, row) for row in _list(value) if isinstance(row, Mapping)]

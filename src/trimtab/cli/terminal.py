@@ -1,0 +1,92 @@
+"""What is printed where: results on stdout, progress, warnings and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from trimtab.errors import TrimtabWarning
+
+# Control characters but newline and tab, and halves of surrogate pairs: what a model or a file says must not command
+# the terminal, nor fail to print.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Messages speak Python; these of its keywords are options here.
+_KEYWORD = re.compile(r"""\b(duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")""")
+
+
+def as_options(message: str) -> str:
+    """Write the keywords in a message as options of the command line.
+
+    >>> as_options("Pass duplicates='drop' to leave it out.")
+    'Pass --duplicates drop to leave it out.'
+    """
+    message = message.replace("pass strict=False", "pass --no-strict")
+    return _KEYWORD.sub(lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}", message)
+
+
+def harmless(text: str) -> str:
+    """Replace control characters, newline and tab excepted, and what is no character at all."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+@contextmanager
+def plain_warnings() -> Generator[None]:
+    """Show each warning once, in one line on stderr, without the source line that Python would add."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = " ".join(as_options(str(message)).splitlines())
+        if text not in seen:
+            seen.add(text)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TrimtabWarning)
+        warnings.showwarning = show
+        yield
+
+
+class Terminal:
+    """Where one run prints; with `json`, stdout holds JSON only, one object per line."""
+
+    def __init__(self, *, json: bool) -> None:
+        self.json = json
+
+    def result(self, record: Mapping[str, Any], text: str) -> None:
+        """Print a result: the record as one line of JSON, or the text."""
+        print(json.dumps(record) if self.json else harmless(text), flush=True)
+
+    def stream(self, piece: str) -> None:
+        """Print a piece of an answer at once, unless stdout is for JSON."""
+        if not self.json:
+            print(harmless(piece), end="", flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a remark on stderr."""
+        print(harmless(text), file=sys.stderr, flush=True)
+
+    @contextmanager
+    def working(
+        self, what: str, total: int | None = None, *, printing: bool = False
+    ) -> Generator[Callable[[int], None]]:
+        """Show on a terminal that long work goes on; call what is yielded with the number of steps that are done.
+
+        `printing` says that results are printed meanwhile: on a terminal they show enough, and would cross the bar.
+        """
+        if not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
+            yield lambda _: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        counted = [BarColumn(), MofNCompleteColumn()] if total is not None else []
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), *counted, TimeElapsedColumn()]
+        # stdout is left alone: it may go to a file, and rich would draw it to the terminal.
+        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda steps: bar.advance(task, steps)

@@ -1,0 +1,128 @@
+"""Choose a knob's site and gain on held-out pairs, under a budget for guardrails.
+
+Pairs, task and guardrails must be data that learning has not seen, and not what the knob will be tested on: parts of
+PrefWorld are taken from its validation split. Without a task the margin between the pairs' answers decides.
+"""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.cli import options
+from trimtab.cli.options import given, input_file, output_file
+from trimtab.cli.sources import load_pairs, load_task, open_model, warn_same_pairs
+from trimtab.cli.tables import facts, tuning_text
+from trimtab.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from trimtab.artifact import Knob
+    from trimtab.evals.tasks import Task
+
+TUNE = ("gains", "finalists", "budget", "batch_size")
+"""Options that go to `trimtab.tune` under their own names."""
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the verb's options."""
+    options.add_model(parser)
+    parser.add_argument("--knob", required=True, metavar="FILE", help="the knob, as learned")
+    parser.add_argument("--pairs", required=True, metavar="PAIRS", help="held-out pairs: a file, or prefworld:math")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to write the tuned knob")
+    parser.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
+    parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
+    goal = parser.add_argument_group("what decides")
+    source = "FILE[:GRADER] with prompt and answer per line, or prefworld:FAMILY[:COUNT]"
+    goal.add_argument("--task", metavar="TASK", help=f"what should get better: {source}")
+    goal.add_argument(
+        "--guardrail", action="append", default=[], metavar="TASK", help="what must not get worse; may be repeated"
+    )
+    goal.add_argument(
+        "--grader", default="exact_match", help="contains, exact_answer, exact_match or refusal (default exact_match)"
+    )
+    goal.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="cut answers to files' prompts there (default 128)"
+    )
+    goal.add_argument("--budget", type=float, metavar="X", help="share a guardrail may lose (default 0.02)")
+    search = parser.add_argument_group("what is tried")
+    search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas (default 0.15,0.3,0.5,0.8,1.2)")
+    search.add_argument("--finalists", type=int, metavar="N", help="sites that answer the task (default 3)")
+    search.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")
+
+
+def run(args: Namespace, terminal: Terminal) -> None:
+    """Tune, save, and print the tables that decided."""
+    out = output_file(args.out)
+    file = input_file(args.knob, "a knob")
+    with terminal.working("Preparing"):
+        from trimtab.artifact import Knob
+        from trimtab.tune import GAINS, STRENGTHS, tune
+
+        knob = Knob.load(file)
+        pairs = load_pairs(args.pairs, split="validation", duplicates=args.duplicates)
+        task, *guardrails = [
+            load_task(text, grader=args.grader, max_new_tokens=args.max_new_tokens) if text else None
+            for text in [args.task, *args.guardrail]
+        ]
+    warn_same_pairs(knob, pairs)
+    with open_model(args, terminal) as loaded:
+        knob.check(loaded.model, loaded.tokenizer, strict=not args.no_strict)
+        jobs = [job for job in (task, *guardrails) if job is not None]
+        # The base model, the finalists at every gain, the dose-response; fewer where a dose is beyond repair.
+        rounds = 1 + (args.finalists or 3) * len(args.gains or GAINS) + len(STRENGTHS)
+        with terminal.working(f"Tuning {knob.name}", rounds * len(jobs) if jobs else None) as advance:
+            watched = [_watched(job, advance) for job in jobs]
+            tuned = tune(
+                knob,
+                loaded.model,
+                loaded.tokenizer,
+                pairs,
+                task=watched[0] if task is not None else None,
+                guardrails=watched[1:] if task is not None else watched,
+                **given(args, *TUNE),
+            )
+    tuned.save(out)
+    terminal.result(_record(tuned, out), _text(tuned, args, out))
+
+
+def _watched(task: Task, advance: Callable[[int], None]) -> Task:
+    """Return the task, counted each time that its answers are graded."""
+
+    def grade(answers: Sequence[str]) -> Sequence[float]:
+        advance(1)
+        return task.grade(answers)
+
+    return replace(task, grade=grade)
+
+
+def _record(knob: Knob, out: Path) -> dict[str, Any]:
+    tuning = knob.tuning or {}
+    shown = ("task", "guardrails", "budget", "pairs", "base", "table", "dose_response", "safe_range", "seconds")
+    return {
+        "knob": knob.name,
+        "site": str(knob.site),
+        "gain": knob.gain,
+        **{key: tuning.get(key) for key in shown},
+        "out": str(out),
+    }
+
+
+def _text(knob: Knob, args: Namespace, out: Path) -> str:
+    tuning = knob.tuning or {}
+    bounds = knob.safe_range
+    file = shlex.quote(str(out))
+    head = facts(
+        {
+            "tuned": f"{knob.name} on {tuning['pairs']} pairs in {tuning['seconds']:.1f} s",
+            "site": knob.site,
+            "gain": f"{knob.gain:g}: strength 1 is alpha {knob.gain:g}",
+            "safe range": f"strengths {bounds[0]:g} to {bounds[1]:g}" if bounds else None,
+            "written to": out,
+            "next": f'trimtab generate {shlex.quote(args.model)} "..." --knob {file}',
+        }
+    )
+    return "\n\n".join(filter(None, [head, tuning_text(tuning, knob.site, knob.gain)]))

@@ -1,0 +1,126 @@
+"""How likely a model finds given answers, under knobs: margins of pairs and divergence from the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from trimtab.adapter import Adapter
+from trimtab.artifact import Knob
+from trimtab.pairs import Pairs
+from trimtab.render import Renderer
+from trimtab.runtime import steer
+from trimtab.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Text(NamedTuple):
+    """A rendered prompt with an answer: `ids`, of which `start` and later belong to the answer."""
+
+    ids: list[int]
+    start: int
+
+
+class Margins(NamedTuple):
+    """Log-likelihoods in nats, summed over the answer's tokens: `chosen` [N], `rejected` [N]."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def margin(self) -> np.ndarray:
+        """log p(chosen) - log p(rejected) per pair, [N]."""
+        return self.chosen - self.rejected
+
+
+def render_texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
+) -> list[Text]:
+    """Render every prompt with its answer, closing tokens included (they are part of what the model says)."""
+    renderer = Renderer(tokenizer)
+    rendered = [renderer.full(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [Text(list(r.ids), r.response_start) for r in rendered]
+
+
+def pair_margins(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    settings: Sequence[Mapping[Knob, float]],
+    *,
+    answer_tokens: int | None = None,
+    token_budget: int = 8192,
+) -> list[Margins]:
+    """Score the answers of every pair under every setting; rows of different settings share batches.
+
+    Returns one `Margins` per setting, in their order. `answer_tokens` scores only the first tokens of every answer.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    texts = render_texts(tokenizer, prompts * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs])
+    if answer_tokens is not None:
+        texts = [Text(text.ids[: text.start + answer_tokens], text.start) for text in texts]
+    rows = [(text, setting) for setting in settings for text in texts]
+    sums = np.zeros(len(rows))
+    for number, logps, ids in _forwards(model, tokenizer, rows, token_budget):
+        sums[number] = float(logps.gather(-1, ids[:, None]).sum())
+    n = len(pairs)
+    blocks = sums.reshape(len(settings), 2, n)
+    return [Margins(block[0], block[1]) for block in blocks]
+
+
+def divergence(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    setting: Mapping[Knob, float],
+    *,
+    token_budget: int = 8192,
+) -> float:
+    """Return KL(base || steered) in nats per token, over the answers' tokens."""
+    total, count = 0.0, 0
+    plain: dict[int, torch.Tensor] = {}
+    for knobs in ({}, setting):
+        for number, logps, _ in _forwards(model, tokenizer, [(t, knobs) for t in texts], token_budget):
+            if number not in plain:
+                plain[number] = logps
+                continue
+            base = plain[number]
+            total += float((base.exp() * (base - logps)).sum())
+            count += len(base)
+    return total / max(count, 1)
+
+
+def _forwards(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Text, Mapping[Knob, float]]],
+    token_budget: int,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Run rows in batches of similar length; yield row number, log-probabilities [T, V] and ids [T] of its answer."""
+    renderer, adapter = Renderer(tokenizer), Adapter(model)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids))
+    while order:
+        batch = [order.pop()]
+        width = len(rows[batch[0]][0].ids)
+        while order and (len(batch) + 1) * width <= token_budget:
+            batch.append(order.pop())
+        picked = [rows[i] for i in batch]
+        inputs = renderer.pad([list(text.ids) for text, _ in picked], side="right")
+        # Position start - 1 predicts the answer's first token: the prompt ends there.
+        lengths = [text.start for text, _ in picked]
+        with torch.no_grad(), steer(adapter, [knobs for _, knobs in picked], prompt_lengths=lengths):
+            logits = model(
+                input_ids=inputs.input_ids.to(model.device),
+                attention_mask=inputs.attention_mask.to(model.device),
+                position_ids=inputs.position_ids.to(model.device),
+                use_cache=False,
+            ).logits
+        for row, number in enumerate(batch):
+            text = rows[number][0]
+            answer = logits[row, text.start - 1 : len(text.ids) - 1].float().cpu()
+            yield number, answer.log_softmax(-1), torch.tensor(text.ids[text.start :])

@@ -1,0 +1,197 @@
+"""Choose site and gain on validation data, under a budget for guardrails; measure the dose-response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from trimtab.artifact import Knob
+from trimtab.errors import OptionError, TuneError
+from trimtab.evals.likelihood import divergence, pair_margins, render_texts
+from trimtab.evals.tasks import Outcome, Task, run_task
+from trimtab.pairs import Pairs
+from trimtab.types import Message, Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GAINS = (0.15, 0.3, 0.5, 0.8, 1.2)
+STRENGTHS = (-1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+class _Candidate(NamedTuple):
+    site: Site
+    gain: float
+    margin: float
+    chosen: float
+
+
+def tune(
+    knob: Knob,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    task: Task | None = None,
+    guardrails: Sequence[Task] = (),
+    gains: Sequence[float] = GAINS,
+    finalists: int = 3,
+    budget: float = 0.02,
+    broken_budget: float = 0.05,
+    rank_pairs: int = 12,
+    rank_tokens: int = 16,
+    strengths: Sequence[float] = STRENGTHS,
+    dose_response: bool = True,
+    batch_size: int = 128,
+) -> Knob:
+    """Return the knob at the site and gain that do best on validation data, pruned to that site.
+
+    Two stages. Teacher-forced margins of the first `rank_tokens` tokens of `rank_pairs` validation `pairs` rank every site at every gain (alpha, in
+    multiples of the mean residual norm); a setting counts only where it makes the chosen answers themselves more
+    likely, which a destructive dose never does. Then the model answers `task` and every guardrail at each gain of the
+    `finalists` best sites, and the best score wins whose guardrails all stay within `budget` (a share of items) of the
+    base model and whose broken answers (empty, cut, repeating) rise by at most `broken_budget`; of equals the smallest
+    dose. Without a task the margin itself decides, and answers to the pairs' prompts show what breaks.
+
+    `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
+    `knob.tuning` of the result holds both tables, the dose-response over `strengths` (score, guardrails, KL to base,
+    broken answers) and the `safe_range` around [0, 1] within the budgets. Raises `TuneError` if nothing qualifies.
+    """
+    if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
+        raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
+    if min(finalists, rank_pairs, rank_tokens) < 1:
+        raise OptionError(
+            f"finalists, rank_pairs and rank_tokens must be at least 1; got {finalists}, {rank_pairs}, {rank_tokens}."
+        )
+    begun = time.perf_counter()
+    ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], gains, rank_tokens)
+    judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
+    sites = list(dict.fromkeys(c.site for c in ranking))[:finalists]
+    table: list[dict[str, Any]] = []
+    for site in sites:
+        for gain in sorted(gains):
+            margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
+            row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
+            table.append({"site": str(site), "gain": gain, "margin": margin, **row})
+            if row["broken"] > judge.base["broken"] + 0.5:
+                break  # beyond repair; larger doses of the same direction are worse
+    allowed = [row for row in table if row["within_budget"]]
+    if not allowed:
+        raise TuneError(
+            f"None of the {len(table)} settings of {knob.name!r} keeps every guardrail within {budget:g} of the base "
+            f"model. Try smaller gains than {min(gains):g}, more guardrail items, or a larger budget."
+        )
+    score = "score" if task else "margin"
+    best = max(allowed, key=lambda row: (row[score], -row["gain"]))
+    chosen = knob.with_(site=best["site"], gain=best["gain"]).pruned()
+    tuning: dict[str, Any] = {
+        "ranking": [{"site": str(c.site), "gain": c.gain, "margin": c.margin, "chosen": c.chosen} for c in ranking],
+        "table": table,
+        "base": judge.base,
+        "task": task.name if task else None,
+        "guardrails": [g.name for g in guardrails],
+        "budget": budget,
+        "pairs": len(pairs),
+    }
+    if dose_response:
+        curve = _curve(chosen, judge, strengths)
+        tuning |= {"dose_response": curve, "safe_range": list(_safe_range(curve))}
+    tuning["seconds"] = time.perf_counter() - begun
+    return chosen.with_(tuning=tuning)
+
+
+def _rank(
+    knob: Knob,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    gains: Sequence[float],
+    answer_tokens: int,
+) -> list[_Candidate]:
+    """Order every site and gain by how much they raise the margin; settings that lower the chosen answers come last."""
+    spots = [(site, gain) for site in knob.vectors if float(knob.vectors[site].norm()) > 0 for gain in gains]
+    if not spots:
+        raise TuneError(f"Every vector of {knob.name!r} is zero: its pairs do not differ at any site that was read.")
+    settings: list[Mapping[Knob, float]] = [{knob.with_(site=site, gain=gain): 1.0} for site, gain in spots]
+    base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens)
+    found = [
+        _Candidate(site, gain, float((m.margin - base.margin).mean()), float((m.chosen - base.chosen).mean()))
+        for (site, gain), m in zip(spots, steered, strict=True)
+    ]
+    return sorted(found, key=lambda c: (c.chosen > 0, c.margin if c.chosen > 0 else c.chosen), reverse=True)
+
+
+class _Judge:
+    """Measures a knob at a strength against the base model, on the same validation items."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Pairs,
+        task: Task | None,
+        guardrails: list[Task],
+        budget: float,
+        broken_budget: float,
+        batch_size: int,
+    ) -> None:
+        self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
+        self._task, self._guardrails = task, guardrails
+        # Without a task the answers to the pairs' own prompts still show where a dose begins to break the model.
+        self._tasks = [task or Task("prompts", tuple(p.prompt for p in pairs[:16]), lambda answers: [0.0] * len(answers))]
+        self._tasks += guardrails
+        self._budget, self._broken_budget = budget, broken_budget
+        outcomes = self._run({})
+        self.base: dict[str, Any] = self._summary(outcomes)
+        told = [(p, a) for t in outcomes for p, a in zip(t[0].prompts[:16], t[1].answers[:16], strict=True) if a]
+        prompts = [(Message("user", p),) if isinstance(p, str) else p for p, _ in told]
+        self._texts = render_texts(tokenizer, prompts, [a for _, a in told])
+
+    def measure(self, knob: Knob, strength: float, *, kl: bool = False) -> dict[str, Any]:
+        """Return score, guardrails, broken share and whether the budgets are kept."""
+        row = self._summary(self._run({knob: strength}))
+        drops = [self.base["guardrails"][g] - value for g, value in row["guardrails"].items()]
+        row["within_budget"] = (
+            max(drops, default=0.0) <= self._budget + 1e-9
+            and row["broken"] <= self.base["broken"] + self._broken_budget + 1e-9
+        )
+        if kl and self._texts:
+            row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
+        return row
+
+    def _run(self, setting: Mapping[Knob, float]) -> list[tuple[Task, Outcome]]:
+        return [(t, run_task(self._model, self._tokenizer, t, setting, batch_size=self._batch)) for t in self._tasks]
+
+    def _summary(self, outcomes: list[tuple[Task, Outcome]]) -> dict[str, Any]:
+        score = next((o.accuracy for t, o in outcomes if t is self._task), None)
+        broken = float(np.mean(np.concatenate([o.degenerate for _, o in outcomes])))
+        rails = {t.name: o.accuracy for t, o in outcomes if t in self._guardrails}
+        return {"score": score, "guardrails": rails, "broken": broken}
+
+
+def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float]) -> list[dict[str, Any]]:
+    """Measure the dose-response of the chosen setting, strength 0 included."""
+    zero = {"strength": 0.0, "alpha": 0.0, **judge.base, "within_budget": True, "kl": 0.0}
+    rows = [
+        {"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)} for s in strengths if s != 0
+    ]
+    return sorted([zero, *rows], key=lambda row: row["strength"])
+
+
+def _safe_range(curve: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the largest unbroken range of measured strengths around 0 that keeps the budgets."""
+    low = high = 0.0
+    for row in curve:
+        if row["strength"] > 0:
+            if not row["within_budget"]:
+                break
+            high = row["strength"]
+    for row in reversed(curve):
+        if row["strength"] < 0:
+            if not row["within_budget"]:
+                break
+            low = row["strength"]
+    return low, high

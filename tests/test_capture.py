@@ -1,0 +1,312 @@
+"""Capture: what is read is what stands at the block's output, whatever the batch, the padding and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import pico
+from trimtab import capture as module
+from trimtab.adapter import Adapter
+from trimtab.capture import Evidence, Format, capture, expand_positions
+from trimtab.errors import AdapterError, OptionError, PairsError, RenderError, UnknownName
+from trimtab.methods.palrs import palrs_layer
+from trimtab.pairs import Pairs
+from trimtab.render import Renderer
+from trimtab.types import Message, Pair, Site
+
+QUESTION: tuple[str, ...] = ("response_end", "last", "response_mean", "demonstrated")
+ALONE: tuple[str, ...] = ("post_instruction", "last", "response_mean")
+
+
+def pairs(n: int = 3) -> Pairs:
+    return Pairs(Pair((Message("user", f"q{i}" * (i + 1)),), f"yes{'!' * i}", "no" * (i + 2)) for i in range(n))
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    return Adapter(model).blocks
+
+
+def stream(model: PreTrainedModel, ids: Sequence[int]) -> list[Tensor]:
+    """Run one sequence without padding and return every block's output `[T, D]`, by hooks of our own."""
+    seen: list[Tensor] = []
+
+    def look(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0].detach().clone())
+
+    hooks = [block.register_forward_hook(look) for block in blocks(model)]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([list(ids)]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def at(evidence: Evidence, layer: int, position: str) -> Tensor:
+    """Return chosen and rejected at one site, `[2, N, D]`."""
+    s = evidence.sites.index(Site(layer, position))
+    return torch.stack([evidence.chosen[:, s], evidence.rejected[:, s]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return pico.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return pico.model()
+
+
+@pytest.mark.parametrize("name", pico.ARCHITECTURES)
+def test_capture_equals_what_hook_sees_at_every_layer(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, data, r = pico.model(name), pairs(2), Renderer(tokenizer)
+    found = capture(model, tokenizer, data, positions=["last"], format="question_response", token_budget=1)
+    assert [site.layer for site in found.sites] == list(range(pico.LAYERS))
+    for n, pair in enumerate(data):
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
+            full = r.full(pair.prompt, answer)
+            for layer, acts in enumerate(stream(model, full.ids)):
+                expected = acts[full.response_end - 1]
+                torch.testing.assert_close(at(found, layer, "last")[side, n], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_every_position_is_the_token_it_says(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    data, r = pairs(3), Renderer(tokenizer)
+    asked = capture(model, tokenizer, data, positions=QUESTION, format="question_response", layers=[1])
+    alone = capture(model, tokenizer, data, positions=ALONE, format="response_as_user", layers=[1])
+    for n, pair in enumerate(data):
+        other = data[(n + 1) % 3].prompt[0].content
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
+            full, slot = r.full(pair.prompt, answer), r.as_user(answer)
+            shown = r.demonstrated(pair.prompt, answer, other)
+            whole, user, demo = (stream(model, ids)[1] for ids in (full.ids, slot.ids, shown))
+            expected = {
+                (asked, "response_end[-1]"): whole[-1],
+                (asked, "response_end[-2]"): whole[-2],
+                (asked, "last"): whole[full.response_end - 1],
+                (asked, "response_mean"): whole[full.response_start : full.response_end].mean(0),
+                (asked, "demonstrated"): demo[-1],
+                (alone, "post_instruction[-1]"): user[-1],
+                (alone, "post_instruction[-4]"): user[-4],
+                (alone, "last"): user[slot.response_end - 1],
+                (alone, "response_mean"): user[slot.response_start : slot.response_end].mean(0),
+            }
+            for (evidence, position), vector in ((key, value) for key, value in expected.items()):
+                torch.testing.assert_close(at(evidence, 1, position)[side, n], vector, atol=2e-5, rtol=1e-4)
+            assert tokenizer.decode(full.ids[full.response_end - 1]) == answer[-1]
+
+
+def test_palrs_layer_is_the_input_of_the_block_bit_for_bit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data, inputs = pairs(2)[:1], []
+
+    def look(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    hook = blocks(model)[2].register_forward_pre_hook(look, with_kwargs=True)
+    # Layer 2 is read too, so that block 2 runs and shows its input.
+    found = capture(
+        model, tokenizer, data, positions=["post_instruction[-1]"], format="response_as_user", layers=[1, 2],
+        token_budget=1,
+    )  # fmt: skip
+    hook.remove()
+    ids = [Renderer(tokenizer).as_user(answer).ids for answer in (data[0].chosen, data[0].rejected)]
+    read = [next(x for x in inputs if x.shape[1] == len(row))[0, -1] for row in ids]
+    assert torch.equal(at(found, palrs_layer(2), "post_instruction[-1]")[:, 0], torch.stack(read))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt", "bloom", "falcon"])
+def test_padding_side_and_batch_size_do_not_change_the_evidence(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, data = pico.model(name), pairs(4)
+    ways = [("right", 1), ("right", 90), ("left", 90), ("left", 8192), ("right", 8192)]
+    found = [
+        capture(
+            model, tokenizer, data, positions=QUESTION, format="question_response", padding=side, token_budget=budget
+        )
+        for side, budget in ways
+    ]  # fmt: skip
+    for other in found[1:]:
+        torch.testing.assert_close(other.chosen, found[0].chosen, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(other.rejected, found[0].rejected, atol=5e-5, rtol=1e-4)
+        assert other.norms == pytest.approx(found[0].norms, rel=1e-5)
+
+
+def test_residual_norm_is_the_mean_over_answer_tokens_as_assistant_turn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data, r = pairs(3), Renderer(tokenizer)
+    norms: dict[int, list[float]] = {0: [], 2: []}
+    for pair in data:
+        for answer in (pair.chosen, pair.rejected):
+            full = r.full(pair.prompt, answer)
+            for layer, acts in enumerate(stream(model, full.ids)):
+                if layer in norms:
+                    norms[layer] += acts[full.response_start : full.response_end].norm(dim=-1).tolist()
+    ways: list[tuple[Format, str]] = [("question_response", "last"), ("response_as_user", "last")]
+    for format, position in ways:
+        found = capture(model, tokenizer, data, positions=[position], format=format, layers=[0, -1])
+        assert found.norms == pytest.approx({layer: sum(v) / len(v) for layer, v in norms.items()}, rel=1e-5)
+        assert found.norm_tokens == len(norms[0])
+        assert found.lengths.tolist() == [[3, 4], [4, 6], [5, 8]]
+
+
+def test_blocks_above_the_highest_layer_and_the_head_never_run(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, runs = pico.model(), []
+    watched = [*blocks(model), model.get_output_embeddings()]
+    for i, part in enumerate(watched):
+        part.register_forward_hook(lambda *_, i=i: runs.append(i))
+    capture(model, tokenizer, pairs(), positions=["last"], format="question_response", layers=[0, 1])
+    assert set(runs) == {0, 1}
+
+
+def test_batch_that_does_not_fit_is_halved_until_it_does(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response")
+    sizes: list[int] = []
+    run_to = Adapter.run_to
+
+    def small(self: Adapter, layer: int, **inputs: Tensor) -> None:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("no")
+        run_to(self, layer, **inputs)
+
+    monkeypatch.setattr(Adapter, "run_to", small)
+    halved = capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response")
+    assert sizes[0] == 20
+    assert min(sizes) <= 3
+    torch.testing.assert_close(halved.chosen, whole.chosen, atol=2e-5, rtol=1e-4)
+    assert halved.norms == pytest.approx(whole.norms)
+
+    monkeypatch.setattr(Adapter, "run_to", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response")
+
+
+def test_no_batch_exceeds_the_token_budget(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    run_to = Adapter.run_to
+
+    def watched(self: Adapter, layer: int, **inputs: Tensor) -> None:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        run_to(self, layer, **inputs)
+
+    monkeypatch.setattr(Adapter, "run_to", watched)
+    capture(model, tokenizer, pairs(8), positions=["last"], format="question_response", token_budget=150)
+    assert sum(rows for rows, _ in shapes) == 16
+    assert all(rows * width <= 150 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 2
+
+
+def test_dropout_is_off_and_the_model_is_left_as_it_was(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = pico.model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    calm = capture(model, tokenizer, pairs(), positions=["last"], format="question_response")
+    model.train()
+    blocks(model)[0].eval()
+    modes = [part.training for part in model.modules()]
+    trained = capture(model, tokenizer, pairs(), positions=["last"], format="question_response")
+    assert torch.equal(calm.chosen, trained.chosen)
+    assert [part.training for part in model.modules()] == modes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_half_precision_is_read_as_it_is_and_kept_in_float32(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = pico.model(dtype=torch.bfloat16)
+    found = capture(
+        model, tokenizer, pairs(1), positions=["last"], format="question_response", layers=[0], token_budget=1
+    )
+    full = Renderer(tokenizer).full(pairs(1)[0].prompt, pairs(1)[0].chosen)
+    assert found.chosen.dtype == torch.float32
+    assert torch.equal(found.chosen[0, 0], stream(model, full.ids)[0][full.response_end - 1].float())
+
+
+@pytest.mark.quick
+def test_demonstrated_asks_another_question_and_the_same_one_of_both_answers() -> None:
+    questions = ["a", "a", "b", "a"]
+    data = Pairs(Pair((Message("user", q),), "x", f"y{i}") for i, q in enumerate(questions))
+    assert module._other_questions(data) == ["b", "b", "a", "b"]
+    with pytest.raises(PairsError, match="these pairs ask only one"):
+        module._other_questions(data[:2])
+
+
+@pytest.mark.quick
+def test_positions_without_an_index_stand_for_all_their_tokens() -> None:
+    r = Renderer(pico.tokenizer())
+    assert expand_positions(r, ["post_instruction"], "response_as_user") == tuple(
+        f"post_instruction[-{k}]" for k in (4, 3, 2, 1)
+    )
+    assert expand_positions(r, ["last", "response_end", "last"], "question_response") == (
+        "last",
+        "response_end[-2]",
+        "response_end[-1]",
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("positions", "format", "error", "message"),
+    [
+        (["post_instruction"], "question_response", OptionError, "come before the answer"),
+        (["response_end[-1]"], "response_as_user", OptionError, "Use format='question_response'"),
+        (["last[-1]"], "question_response", OptionError, "takes no index"),
+        (["post_instruction[-5]"], "response_as_user", UnknownName, r"Known: post_instruction\[-1\]"),
+        (["post_instruction[0]"], "response_as_user", UnknownName, r"Known: post_instruction\[-1\]"),
+        (["lost"], "question_response", UnknownName, "Did you mean 'last'"),
+        ([], "question_response", OptionError, "no positions"),
+        (["last"], "question", UnknownName, "Unknown format 'question'"),
+    ],
+)
+def test_position_that_does_not_exist_says_what_does(
+    positions: list[str], format: Format, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        expand_positions(Renderer(pico.tokenizer()), positions, format)
+
+
+@pytest.mark.quick
+def test_templateless_tokenizer_has_no_closing_tokens_to_read() -> None:
+    r = Renderer(pico.tokenizer(chat=False))
+    with pytest.raises(OptionError, match="Use position 'last'"):
+        expand_positions(r, ["response_end"], "question_response")
+    with pytest.raises(RenderError, match="needs a chat template"):
+        expand_positions(r, ["post_instruction"], "response_as_user")
+
+
+def test_input_that_cannot_be_read_is_an_error_before_anything_runs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def run(data: Pairs, layers: list[int] | None = None, budget: int = 99) -> Evidence:
+        return capture(
+            model, tokenizer, data, positions=["last"], format="question_response", layers=layers, token_budget=budget
+        )
+
+    with pytest.raises(PairsError, match="no pairs"):
+        run(Pairs())
+    with pytest.raises(OptionError, match="no layers"):
+        run(pairs(), [])
+    with pytest.raises(AdapterError, match="no layer 3"):
+        run(pairs(), [3])
+    with pytest.raises(OptionError, match="at least 1; got 0"):
+        run(pairs(), budget=0)
+    long = Pair((Message("user", "q"),), "a" * 300, "b")
+    with pytest.raises(PairsError, match=r"Pair 4 is \d+ tokens long.*holds 256"):
+        run(pairs() + Pairs([long]))
+
+
+def test_layers_count_from_the_end_and_come_in_order(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = capture(model, tokenizer, pairs(), positions=["last"], format="question_response", layers=[-1, 0, 2])
+    assert found.sites == (Site(0, "last"), Site(2, "last"))
+    assert sorted(found.norms) == [0, 2]
+    assert found.format == "question_response"

@@ -1,0 +1,298 @@
+"""Generation with knobs: order, rows, sampling, streaming, and what counts as the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from pico import END, knob, model, tokenizer
+from trimtab.artifact import Knob, Rack
+from trimtab.errors import OptionError, UnknownName
+from trimtab.generate import generate
+from trimtab.render import Renderer
+from trimtab.runtime import steer
+from trimtab.types import WHERE, Message
+
+TEXTS = ["Hi", "What is a trim tab?", "One two three", "A"]
+
+
+def by_hand(lm: PreTrainedModel, text: str, dose: Mapping[Knob, float], steps: int = 8) -> str:
+    """The greedy answer to one prompt, by transformers alone under `steer`."""
+    words = tokenizer()
+    ids = torch.tensor([Renderer(words).prompt_ids([Message("user", text)])])
+    with steer(lm, dose):
+        out = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False)
+    return words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def always_say(lm: PreTrainedModel, token: int | None) -> None:
+    """Make the model predict one token, or (None) every token alike."""
+    head = torch.nn.Linear(lm.config.hidden_size, lm.config.vocab_size)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        if token is not None:
+            head.bias[token] = 1.0
+    lm.set_output_embeddings(head)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_equal_one_at_a_time_runs_in_the_order_of_the_prompts(name: str, batch_size: int) -> None:
+    lm, one, two = model(name), knob(0), knob(1, name="two", where="completion")
+    doses: list[dict[Knob, float]] = [{one: 1.0}, {}, {one: -0.5, two: 1.0}, {two: 2.0}]
+    out = generate(lm, tokenizer(), TEXTS, knobs=doses, max_new_tokens=8, batch_size=batch_size)
+    assert [generation.prompt for generation in out] == [(Message("user", text),) for text in TEXTS]
+    assert [generation.text for generation in out] == [
+        by_hand(lm, text, dose) for text, dose in zip(TEXTS, doses, strict=True)
+    ]
+    assert len({generation.text for generation in out}) == 4
+    assert [generation.knobs for generation in out] == [{"pico": 1.0}, {}, {"pico": -0.5, "two": 1.0}, {"two": 2.0}]
+
+
+def test_settings_by_name_by_knob_and_for_all_prompts_agree() -> None:
+    lm, words, one, two = model(), tokenizer(), knob(0), knob(1, name="two")
+    rack = Rack(math=one, concise=two)
+    named = generate(lm, words, TEXTS, rack=rack, knobs={"math": 1.0, "concise": -0.5}, max_new_tokens=6)
+    direct = generate(lm, words, TEXTS, knobs={one: 1.0, two: -0.5}, max_new_tokens=6)
+    rows = generate(lm, words, TEXTS, rack=rack, knobs=[{"math": 1, "concise": -0.5}] * 4, max_new_tokens=6)
+    assert [g.text for g in named] == [g.text for g in direct] == [g.text for g in rows]
+    assert named[0].knobs == {"math": 1.0, "concise": -0.5} == rows[0].knobs
+    assert direct[0].knobs == {"pico": 1.0, "two": -0.5}
+    plain = generate(lm, words, TEXTS, rack=rack, max_new_tokens=6)
+    assert all(g.knobs == {} for g in plain)
+    assert [g.text for g in plain] != [g.text for g in named]
+    assert [g.text for g in plain] == [g.text for g in generate(lm, words, TEXTS, knobs={}, max_new_tokens=6)]
+
+
+def test_where_of_the_call_replaces_that_of_the_knobs() -> None:
+    lm, words, turned = model(), tokenizer(), knob(0)
+    texts = set[str]()
+    for where in WHERE:
+        own = generate(lm, words, ["Hello there"], knobs={turned.with_(where=where): 1.0}, max_new_tokens=8)
+        call = generate(lm, words, ["Hello there"], knobs={turned: 1.0}, where=where, max_new_tokens=8)
+        assert own == call
+        texts.add(own[0].text)
+    assert len(texts) == 3
+    assert turned.where == "all"
+
+
+def test_prompts_are_strings_messages_or_mappings() -> None:
+    lm, words = model(), tokenizer()
+    turns = [
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "Yes?"),
+        Message("user", "Bye"),
+    ]
+    as_dicts = [{"role": turn.role, "content": turn.content} for turn in turns]
+    out = generate(lm, words, ["Bye", turns, as_dicts, [Message("user", "Bye")]], max_new_tokens=4)
+    assert out[1].prompt == out[2].prompt == tuple(turns)
+    assert out[1].text == out[2].text
+    assert out[0] == out[3]
+    assert generate(lm, words, []) == []
+
+
+def test_tokenizers_without_a_template_complete_the_text() -> None:
+    lm, words = model(), tokenizer(chat=False)
+    out = generate(lm, words, ["Once upon a time"], max_new_tokens=5)
+    ids = torch.tensor([words.encode("Once upon a time")])
+    expected = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert out[0].text == words.decode(expected[0, ids.shape[1] :])
+
+
+def test_an_answer_ends_at_the_first_token_that_ends_a_turn() -> None:
+    lm, words = model(), tokenizer()
+    whole = generate(lm, words, TEXTS, max_new_tokens=12)
+    assert not any(g.finished for g in whole)
+    assert {g.tokens for g in whole} == {12}
+    ids = torch.tensor([Renderer(words).prompt_ids([Message("user", TEXTS[1])])])
+    out = lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    answer = out[0, ids.shape[1] :].tolist()
+    stop = answer[5]
+    lm.generation_config.eos_token_id = [stop, END]
+    cut = generate(lm, words, TEXTS, max_new_tokens=12)
+    assert cut[1].finished
+    assert cut[1].tokens == answer.index(stop)
+    assert cut[1].text == words.decode(answer[: answer.index(stop)])
+    for before, after in zip(whole, cut, strict=True):
+        assert before.text.startswith(after.text)
+        assert after.finished == (after.tokens < 12)
+    lm.generation_config.eos_token_id = stop
+    assert generate(lm, words, TEXTS, max_new_tokens=12) == cut
+
+
+def test_an_answer_that_ends_at_once_is_empty_and_finished() -> None:
+    lm, words = model(), tokenizer()
+    lm.generation_config.eos_token_id = list(range(lm.config.vocab_size))
+    out = generate(lm, words, TEXTS)
+    assert all((g.text, g.tokens, g.finished) == ("", 0, True) for g in out)
+
+
+def test_special_tokens_stay_out_of_the_text() -> None:
+    lm, words = model(), tokenizer()
+    always_say(lm, words.convert_tokens_to_ids("<|user|>"))
+    out = generate(lm, words, ["Hi"], max_new_tokens=3)
+    assert (out[0].text, out[0].tokens, out[0].finished) == ("", 3, False)
+
+
+def test_sampled_generation_with_the_same_seed_is_repeatable() -> None:
+    lm, words, turned = model(), tokenizer(), knob(1)
+    state = torch.get_rng_state()
+
+    def sample(seed: int, **options: Any) -> list[str]:
+        out = generate(lm, words, TEXTS, knobs={turned: 1.0}, max_new_tokens=8, seed=seed, **options)
+        return [g.text for g in out]
+
+    assert sample(1, temperature=1.0) == sample(1, temperature=1.0)
+    assert sample(1, temperature=1.0) != sample(2, temperature=1.0)
+    assert sample(1, temperature=0.0) == sample(2, temperature=0.0)
+    assert sample(1, temperature=1.0, top_p=1e-6) == sample(2, temperature=0.0)
+    assert sample(3, temperature=1e-4) == sample(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_is_the_distribution_of_the_model_and_of_nothing_else() -> None:
+    lm, words = model(), tokenizer()
+    always_say(lm, None)
+    lm.generation_config.update(top_k=1, repetition_penalty=50.0, temperature=0.01, do_sample=True)
+    out = generate(lm, words, ["Hi"] * 8, max_new_tokens=64, temperature=1.0)
+    assert len({letter for g in out for letter in g.text}) > 60  # top_k=50, the habit of transformers, allows 50
+
+
+@pytest.mark.parametrize("own", [{}, {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 30, "min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generation_warns_about_nothing(
+    own: dict[str, Any], temperature: float, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lm, words = model(), tokenizer()
+    lm.generation_config.update(**own, do_sample=bool(own))
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        generate(lm, words, TEXTS, max_new_tokens=4, temperature=temperature)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.text == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_preferences_of_the_model_do_not_touch_greedy_decoding() -> None:
+    lm, words = model(), tokenizer()
+    plain = generate(lm, words, TEXTS, max_new_tokens=8)
+    lm.generation_config.update(
+        do_sample=True,
+        temperature=2.0,
+        top_k=3,
+        num_beams=2,
+        repetition_penalty=3.0,
+        no_repeat_ngram_size=1,
+        max_length=5,
+    )
+    assert generate(lm, words, TEXTS, max_new_tokens=8) == plain
+
+
+# --- streaming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streamed_pieces_join_to_the_answer(temperature: float) -> None:
+    lm, words, pieces = model(), tokenizer(), list[str]()
+    options: dict[str, Any] = {"knobs": {knob(1): 1.0}, "max_new_tokens": 24, "temperature": temperature, "seed": 3}
+    streamed = generate(lm, words, ["Hello"], on_text=pieces.append, **options)
+    assert streamed == generate(lm, words, ["Hello"], **options)
+    assert "".join(pieces) == streamed[0].text
+    assert len(pieces) > 3
+    assert all(pieces)
+
+
+def test_characters_of_several_tokens_are_streamed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "naïve 🙂 ≠ \ufffd"
+    lm, words, pieces = model(), tokenizer(units="bytes"), list[str]()
+    ids = [*words.encode(text), END]
+    steps = iter(ids)
+
+    def scripted(lm_self: object, *args: object, **inputs: Any) -> torch.Tensor:
+        stream, prompt = inputs["streamer"], inputs["input_ids"]
+        stream.put(prompt)
+        for token in steps:
+            stream.put(torch.tensor([token]))
+        stream.end()
+        return torch.cat([prompt, torch.tensor([ids])], 1)
+
+    monkeypatch.setattr(type(lm), "generate", scripted)
+    out = generate(lm, words, ["Hi"], on_text=pieces.append)
+    assert out[0].text == "".join(pieces) == text
+    assert pieces == [*"naïve 🙂 ≠ \ufffd"]
+    assert (out[0].tokens, out[0].finished) == (len(ids) - 1, True)
+
+
+def test_an_answer_cut_inside_a_character_is_streamed_to_its_end() -> None:
+    lm, words, pieces = model(), tokenizer(units="bytes"), list[str]()
+    always_say(lm, words.encode("🙂")[0])
+    out = generate(lm, words, ["Hi"], on_text=pieces.append, max_new_tokens=3)
+    assert out[0].text == "".join(pieces) == "\ufffd" * 3
+
+
+def test_an_error_in_on_text_ends_the_generation_and_leaves_the_model_clean() -> None:
+    lm, words, pieces = model(), tokenizer(), list[str]()
+    plain = generate(lm, words, ["Hello"], max_new_tokens=8)
+
+    def stop(piece: str) -> None:
+        pieces.append(piece)
+        raise ConnectionAbortedError
+
+    with pytest.raises(ConnectionAbortedError):
+        generate(lm, words, ["Hello"], knobs={knob(1): 1.0}, on_text=stop)
+    assert len(pieces) == 1
+    assert generate(lm, words, ["Hello"], max_new_tokens=8) == plain
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens and batch_size are 1 or more; got 0 and 64"),
+        ({"batch_size": 0}, "got 128 and 0"),
+        ({"temperature": -0.1}, "temperature is 0 .greedy. or more; got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be finite"),
+        ({"top_p": 0.0}, "top_p is above 0 and at most 1; got 0.0"),
+        ({"top_p": 1.1}, "got 1.1"),
+        ({"knobs": {"math": 1.0}}, r"Knob 'math' is set by name, and there is no rack. Pass rack=Rack\(math=...\)"),
+        ({"knobs": [{}]}, "Got 1 knob settings for 2 prompts"),
+        ({"knobs": {knob(): float("inf")}}, "strength of 'pico' must be finite"),
+        ({"knobs": {"math": float("inf")}, "rack": Rack(math=knob())}, "strength of 'math' must be finite"),
+        ({"on_text": print}, "on_text streams one prompt; got 2"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        generate(model(), tokenizer(), ["a", "b"], **options)
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnknownName, match=r"Unknown knob 'maths'\. Known: math\. Did you mean 'math'"):
+        generate(model(), tokenizer(), ["a"], rack=Rack(math=knob()), knobs={"maths": 1.0})
+    with pytest.raises(UnknownName, match=r"Unknown where 'everywhere'\. Known: all, completion, prompt"):
+        generate(model(), tokenizer(), ["a"], where=cast(Any, "everywhere"))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("Hello", r"Prompts come as a list; got the string 'Hello'. Pass \[prompt\]"),
+        ([Message("user", "Hi")], "A prompt is a string, or a list of messages; got Message"),
+        ([[]], r"A prompt is a string, or a list of messages; got \[\]"),
+        ([[{"role": "user"}]], "A message has a role and a content, both text; got {'role': 'user'}"),
+        ([["Hi"]], "got 'Hi'"),
+    ],
+)
+def test_prompts_of_another_shape_are_refused(prompts: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        generate(model(), tokenizer(), prompts)

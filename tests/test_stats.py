@@ -1,0 +1,129 @@
+"""Intervals: exact cases, determinism, errors, and coverage on simulated data."""
+
+from __future__ import annotations
+
+import itertools
+from math import comb
+
+import numpy as np
+import pytest
+
+from trimtab.errors import OptionError
+from trimtab.evals import stats
+from trimtab.evals.stats import Interval, bootstrap_mean, paired_bootstrap, wilson
+
+pytestmark = pytest.mark.quick
+
+
+def test_identical_scores_give_exactly_zero() -> None:
+    scores = np.random.default_rng(0).random(50)
+    assert paired_bootstrap(scores, scores) == Interval(0.0, 0.0, 0.0)
+
+
+def test_a_constant_gain_has_no_width_and_the_sign_of_b_minus_a() -> None:
+    scores = np.arange(40.0)
+    assert paired_bootstrap(scores, scores + 2) == Interval(2.0, 2.0, 2.0)
+    assert paired_bootstrap(scores + 2, scores) == Interval(-2.0, -2.0, -2.0)
+
+
+def test_swapping_the_systems_mirrors_the_interval() -> None:
+    a, b = np.random.default_rng(1).random((2, 60))
+    forward, backward = paired_bootstrap(a, b), paired_bootstrap(b, a)
+    np.testing.assert_allclose(forward, (-backward.estimate, -backward.high, -backward.low), atol=1e-15)
+
+
+def test_pairing_narrows_the_interval_of_correlated_scores() -> None:
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=200)
+    b = a + 0.1 * rng.normal(size=200)
+    paired, shuffled = paired_bootstrap(a, b), paired_bootstrap(a, rng.permutation(b))
+    assert paired.high - paired.low < 0.2 * (shuffled.high - shuffled.low)
+
+
+def test_the_interval_matches_the_exact_bootstrap_of_three_items() -> None:
+    difference = np.array([0.0, 1.0, 5.0])
+    exact = np.sort([np.mean(sample) for sample in itertools.product(difference, repeat=3)])
+    interval = paired_bootstrap(np.zeros(3), difference, draws=50_000, level=0.8)
+    assert interval == pytest.approx((2.0, np.quantile(exact, 0.1), np.quantile(exact, 0.9)))
+
+
+def test_same_seed_same_interval_and_another_seed_another() -> None:
+    a, b = np.random.default_rng(3).random((2, 80))
+    assert paired_bootstrap(a, b, seed=4) == paired_bootstrap(a, b, seed=4)
+    assert paired_bootstrap(a, b, seed=4) != paired_bootstrap(a, b, seed=5)
+
+
+def test_the_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = np.random.default_rng(3).random((2, 80))
+    whole = paired_bootstrap(a, b, draws=1000)
+    monkeypatch.setattr(stats, "CHUNK", 80 * 7)
+    assert paired_bootstrap(a, b, draws=1000) == whole
+
+
+def test_a_higher_level_is_wider() -> None:
+    a, b = np.random.default_rng(6).random((2, 80))
+    narrow, wide = paired_bootstrap(a, b, level=0.5), paired_bootstrap(a, b, level=0.99)
+    assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
+    assert wilson(3, 10, level=0.5).low > wilson(3, 10, level=0.99).low
+
+
+def test_booleans_count_as_zero_and_one() -> None:
+    assert paired_bootstrap([False, False], [True, False]).estimate == 0.5
+    assert bootstrap_mean(np.array([True, True, False, True])).estimate == 0.75
+
+
+def test_bootstrap_mean_is_near_the_normal_interval() -> None:
+    values = np.random.default_rng(7).normal(3.0, 2.0, size=2000)
+    half = 1.96 * values.std() / np.sqrt(values.size)
+    np.testing.assert_allclose(bootstrap_mean(values), values.mean() + np.array([0, -half, half]), atol=0.01)
+
+
+def test_ninety_five_percent_covers_the_true_gain_about_that_often() -> None:
+    rng, hits, runs = np.random.default_rng(8), 0, 400
+    for seed in range(runs):
+        a = rng.random(100) < 0.5
+        flip = rng.random(100)
+        b = np.where(flip < 0.3, True, np.where(flip < 0.5, False, a))  # the true gain: 0.3/2 - 0.2/2
+        interval = paired_bootstrap(a, b, draws=300, seed=seed)
+        hits += interval.low <= 0.05 <= interval.high
+    assert 0.90 <= hits / runs <= 0.98  # 4 standard errors around 0.94
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_equals_published_values(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((successes / n, low, high), abs=5e-5)
+
+
+def test_wilson_covers_the_true_share_by_exact_enumeration() -> None:
+    intervals = [wilson(k, 50) for k in range(51)]
+    coverage = [
+        sum(comb(50, k) * p**k * (1 - p) ** (50 - k) for k in range(51) if intervals[k].low <= p <= intervals[k].high)
+        for p in np.linspace(0.05, 0.95, 19)
+    ]
+    assert min(coverage) > 0.93
+    assert np.mean(coverage) == pytest.approx(0.95, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "words"),
+    [
+        ([1.0, 2.0], [1.0], {}, "same items; got 2 and 1"),
+        ([], [], {}, r"got shape \[0\] for a"),
+        ([1.0], [[1.0]], {}, r"got shape \[1, 1\] for b"),
+        ([1.0], [float("nan")], {}, "b holds 1 that are not"),
+        ([1.0], [2.0], {"level": 95}, "between 0 and 1"),
+        ([1.0], [2.0], {"draws": 10}, "at least 100 draws; got 10"),
+    ],
+)
+def test_wrong_scores_and_options_say_what_is_wrong(a: list, b: list, options: dict, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        paired_bootstrap(a, b, **options)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(3, 2), (-1, 5), (0, 0)])
+def test_impossible_counts_are_errors(successes: int, n: int) -> None:
+    with pytest.raises(OptionError, match="Successes must be between 0 and n"):
+        wilson(successes, n)

@@ -1,0 +1,136 @@
+"""Choosing site and gain: planted truth, budgets, and likelihoods against computation by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from pico import model, tokenizer
+from trimtab.artifact import Knob
+from trimtab.errors import OptionError, TuneError
+from trimtab.evals.likelihood import divergence, pair_margins, render_texts
+from trimtab.evals.tasks import Task, load_task, run_task
+from trimtab.pairs import Pairs
+from trimtab.render import Renderer
+from trimtab.runtime import steer
+from trimtab.tune import tune
+from trimtab.types import Message, Site
+
+RECORDS = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no, never"} for i in range(6)]
+PAIRS = Pairs.from_records(RECORDS)
+
+
+def planted(lm: torch.nn.Module, words: object) -> Knob:
+    """A knob with the direction that writes "y" at the last layer, and noise at another site."""
+    letter = Renderer(words).full([Message("user", "Q")], "yes")  # pyright: ignore[reportArgumentType]
+    first = letter.ids[letter.response_start]
+    write = lm.get_output_embeddings().weight[first].detach().float()  # pyright: ignore
+    noise = torch.randn(len(write), generator=torch.Generator().manual_seed(0))
+    vectors = {Site(1, "last"): write, Site(0, "last"): noise}
+    return Knob("yes", "planted", vectors, {0: 1.0, 1: 1.0}, Site(0, "last"), 1.0)
+
+
+def says_yes(answers: Sequence[str]) -> list[float]:
+    return [float(a.startswith("y")) for a in answers]
+
+
+def test_pair_margins_equal_a_computation_by_hand() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words)
+    settings = [{}, {knob: 2.0}, {knob.with_(where="completion"): 2.0}]
+    scored = pair_margins(lm, words, PAIRS, settings, token_budget=100)
+    for setting, margins in zip(settings, scored, strict=True):
+        for i, pair in enumerate(PAIRS):
+            for answer, found in ((pair.chosen, margins.chosen[i]), (pair.rejected, margins.rejected[i])):
+                text = Renderer(words).full(pair.prompt, answer)
+                ids = torch.tensor([text.ids])
+                with torch.no_grad(), steer(lm, setting, prompt_lengths=[text.response_start]):
+                    logps = lm(ids, use_cache=False).logits[0].log_softmax(-1)
+                expected = sum(float(logps[t - 1, text.ids[t]]) for t in range(text.response_start, len(text.ids)))
+                assert found == pytest.approx(expected, abs=1e-4)
+    assert not np.allclose(scored[1].chosen, scored[2].chosen)
+
+
+def test_divergence_is_zero_for_the_base_and_grows_with_the_dose() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words)
+    texts = render_texts(words, [p.prompt for p in PAIRS], [p.chosen for p in PAIRS])
+    found = [divergence(lm, words, texts, {knob: s}) for s in (0.0, 0.2, 1.0)]
+    assert found[0] == 0.0
+    assert 0 < found[1] < found[2]
+
+
+def test_tuning_finds_the_planted_site_and_stores_what_it_measured() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words)
+    task = Task("yes", tuple(f"Ask {i}" for i in range(4)), says_yes, max_new_tokens=3)
+    tuned = tune(knob, lm, words, PAIRS, task=task, gains=(0.5, 4.0, 40.0), broken_budget=1.0, strengths=(-1.0, 0.5, 1.0))
+    assert tuned.site == Site(1, "last")
+    assert set(tuned.vectors) == {tuned.site}
+    assert run_task(lm, words, task, {tuned: 1.0}).accuracy == 1.0
+    tuning = tuned.tuning
+    assert tuning is not None
+    assert len(tuning["ranking"]) == 6
+    assert [row["strength"] for row in tuning["dose_response"]] == [-1.0, 0.0, 0.5, 1.0]
+    assert tuning["dose_response"][1]["kl"] == 0.0
+    best = max(row["score"] for row in tuning["table"])
+    winners = [row["gain"] for row in tuning["table"] if row["score"] == best and row["site"] == "1/last"]
+    assert tuned.gain == min(winners)
+    assert tuned.safe_range == (-1.0, 1.0)
+
+
+def test_a_guardrail_that_falls_rules_a_setting_out() -> None:
+    lm, words = model(), tokenizer()
+    prompts = tuple(f"Keep {i}" for i in range(4))
+    probe = Task("keep", prompts, says_yes, max_new_tokens=3)
+    before = run_task(lm, words, probe).answers
+    keep = Task("keep", prompts, lambda answers: [float(a == b) for a, b in zip(answers, before, strict=True)], max_new_tokens=3)
+    task = Task("yes", ("Ask",), says_yes, max_new_tokens=3)
+    knob = planted(lm, words)
+    with pytest.raises(TuneError, match="smaller gains than 40"):
+        tune(knob, lm, words, PAIRS, task=task, guardrails=[keep], gains=(40.0,), broken_budget=1.0)
+    tuned = tune(
+        knob, lm, words, PAIRS, task=task, guardrails=[keep], gains=(1e-4, 40.0), broken_budget=1.0, strengths=(1.0, 4e5, 8e5)
+    )
+    assert tuned.gain == 1e-4
+    assert tuned.safe_range == (0.0, 1.0)
+
+
+def test_bad_options_are_errors() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words)
+    with pytest.raises(OptionError, match="positive"):
+        tune(knob, lm, words, PAIRS, gains=(0.5, -1.0))
+    with pytest.raises(OptionError, match="finalists"):
+        tune(knob, lm, words, PAIRS, finalists=0)
+    zero = Knob("zero", "planted", {Site(0, "last"): torch.zeros(knob.width)}, {0: 1.0}, Site(0, "last"), 1.0)
+    with pytest.raises(TuneError, match="do not differ"):
+        tune(zero, lm, words, PAIRS)
+
+
+def test_tuning_without_a_task_goes_by_the_margin() -> None:
+    lm, words = model(), tokenizer()
+    tuned = tune(planted(lm, words), lm, words, PAIRS, gains=(0.5, 2.0), broken_budget=1.0, dose_response=False)
+    assert tuned.site == Site(1, "last")
+    assert tuned.tuning is not None
+    assert tuned.tuning["task"] is None
+
+
+def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: object) -> None:
+    from pathlib import Path
+
+    folder = Path(str(tmp_path))
+    good = folder / "sums.jsonl"
+    good.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": [{"role": "user", "content": "2+2?"}], "answer": 4}\n')
+    task = load_task(good, grader="exact_answer")
+    assert task.prompts == ("1+1?", (Message("user", "2+2?"),))
+    assert list(task.grade(["It is 2.", "5"])) == [1.0, 0.0]
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"prompt": "x"}\n')
+    with pytest.raises(OptionError, match="bad.jsonl:1"):
+        load_task(bad)
+    with pytest.raises(KeyError, match="Known: contains"):
+        load_task(good, grader="exact")
