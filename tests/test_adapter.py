@@ -135,8 +135,14 @@ def test_blocks_above_the_wanted_layer_and_the_head_never_run() -> None:
     assert ran == ["2", "head"]
     assert hooks(lm) == before
     assert all(torch.equal(partial.acts[layer], full.acts[layer]) for layer in (0, 1))
+    caches = list[object]()
+    adapter.blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
     adapter.run_to(-1, **inputs)
-    assert ran == ["2", "head", "2"]
+    adapter.run_to(-1, **inputs, use_cache=True)
+    assert ran == ["2", "head", "2", "2"]
+    assert [cache is None for cache in caches] == [True, False]
 
 
 def test_a_real_error_in_a_partial_run_is_not_swallowed() -> None:
@@ -166,7 +172,7 @@ def test_every_hook_is_gone_after_errors_inside_and_while_entering(monkeypatch: 
     lm = model()
     adapter, before = Adapter(lm), hooks(lm)
     with adapter.write({0: shift(1)}, lambda call: None), adapter.read([0]):
-        assert hooks(lm) == before + 4
+        assert hooks(lm) == before + 3
     with pytest.raises(IndexError), adapter.write({0: shift(1)}, lambda call: None), adapter.read([0]):
         lm(torch.tensor([[10**6]]))
     assert hooks(lm) == before
@@ -195,6 +201,8 @@ def test_before_is_called_once_per_forward_with_what_the_model_was_given() -> No
         lm(inputs["input_ids"])
         lm.base_model(input_ids=inputs["input_ids"])
         lm(inputs_embeds=torch.zeros(2, 4, WIDTH), use_cache=False)
+        with pytest.raises(AdapterError, match=r"Cannot tell batch and length from a decoder call with arguments \[]"):
+            lm.base_model()
     assert [(call.batch, call.tokens, call.caching) for call in calls] == [
         (2, 6, True),
         (2, 1, True),
@@ -210,7 +218,7 @@ def test_before_is_called_once_per_forward_with_what_the_model_was_given() -> No
     assert third.past == 0
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "long", "long of the new tokens only"])
+@pytest.mark.parametrize("kind", ["bool", "float", "long", "long with room to spare", "long of the new tokens only"])
 def test_padding_is_found_in_every_kind_of_mask(kind: str) -> None:
     flat = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     past, tokens = 1, 4
@@ -220,6 +228,7 @@ def test_padding_is_found_in_every_kind_of_mask(kind: str) -> None:
         "bool": square,
         "float": torch.where(square, 0.0, torch.finfo(torch.float32).min),
         "long": flat,
+        "long with room to spare": torch.nn.functional.pad(flat, (0, 3)),
         "long of the new tokens only": flat[:, past:],
     }[kind]
 

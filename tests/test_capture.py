@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -310,3 +311,16 @@ def test_layers_count_from_the_end_and_come_in_order(
     assert found.sites == (Site(0, "last"), Site(2, "last"))
     assert sorted(found.norms) == [0, 2]
     assert found.format == "question_response"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_accelerator_reads_what_the_processor_reads(padding: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    models = [pico.model(), pico.model().to("cuda")]  # pyright: ignore[reportArgumentType]
+    found = [
+        capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response", padding=padding)
+        for model in models
+    ]
+    assert found[1].chosen.device.type == "cpu"
+    torch.testing.assert_close(found[1].chosen, found[0].chosen, atol=1e-3, rtol=1e-3)
+    assert found[1].norms == pytest.approx(found[0].norms, rel=1e-3)

@@ -389,5 +389,38 @@ def test_massive_activations_are_a_warning_in_wide_models_only(
         assert any("Five coordinates hold 100%" in str(w.message) for w in caught) == warned
 
 
+EXERCISED: dict[str, Any] = {
+    "method": "pca",
+    "name": "other",
+    "format": "question_response",
+    "positions": "last",
+    "layers": [2],
+    "first": 0.3,
+    "last": 1.0,
+    "selection": "max_relative_norm",
+    "site": "2/demonstrated",
+    "scale": "mean_chosen_norm",
+    "where": "completion",
+    "length_match": "regress",
+    "options": {"seed": 4},
+    "seed": 5,
+    "token_budget": 1,
+    "licence": "CC0",
+}
+
+
+@pytest.mark.parametrize("option", [*inspect.signature(learn).parameters][3:])
+def test_every_public_parameter_is_exercised(
+    option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def outcome(**options: Any) -> tuple[object, ...]:
+        knob = learn(model, tokenizer, uneven()[::3], **{"method": "random", **options})
+        known = {key: value for key, value in knob.provenance.items() if key != "created"}
+        return knob.name, knob.method, sorted(knob.vectors), knob.site, knob.gain, knob.where, known
+
+    assert outcome() == outcome()
+    assert outcome(**{option: EXERCISED[option]}) != outcome()
+
+
 def test_the_package_exports_the_function() -> None:
     assert exported is learn

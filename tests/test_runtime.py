@@ -412,13 +412,18 @@ def test_a_cache_made_outside_needs_prompt_lengths_unless_all_tokens_are_steered
 
 
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2"])  # with and without sliding windows
 @torch.no_grad()
-def test_static_caches_and_prompt_lookup_steer_the_same_tokens(where: Where) -> None:
-    lm = model()
+def test_static_caches_steer_the_same_tokens(name: str, where: Where) -> None:
+    lm, inputs = model(name), pad(prompts([12, 3, 1]))
     with steer(lm, [{knob(1, where=where): 1.0}, {}, {knob(0, where=where): -1.0}]):
-        inputs = pad(prompts([6, 3, 1]))
         assert torch.equal(greedy(lm, inputs, cache_implementation="static"), greedy(lm, inputs))
-    repeating = pad([[20, 21, 22, 23] * 4])
+
+
+@pytest.mark.parametrize("where", WHERE)
+@torch.no_grad()
+def test_prompt_lookup_with_prompt_lengths_steers_the_same_tokens(where: Where) -> None:
+    lm, repeating = model(), pad([[20, 21, 22, 23] * 4])
     with steer(lm, {knob(1, where=where): 1.0}, prompt_lengths=[16]):
         assert torch.equal(greedy(lm, repeating, prompt_lookup_num_tokens=3), greedy(lm, repeating))
 

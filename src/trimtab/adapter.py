@@ -91,7 +91,7 @@ class Adapter:
         self.model = model
         self.path = layers_path if layers_path is not None else _find_blocks(model)
         self.blocks: list[nn.Module] = list(_module_list(model, self.path))
-        self._stack = _caller_of(model, self.path)
+        self._decoder = _caller_of(model, self.path)
         text_config = _text_config(model)
         width = getattr(text_config, "hidden_size", None)
         if not isinstance(width, int):
@@ -130,10 +130,10 @@ class Adapter:
         Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before.
         """
         reading = Reading()
-        with ExitStack() as stack:
+        with ExitStack() as exits:
             for layer in {self.layer(index) for index in layers}:
                 hook = partial(_record, reading.acts, layer)
-                stack.callback(self.blocks[layer].register_forward_hook(hook).remove)
+                exits.callback(self.blocks[layer].register_forward_hook(hook).remove)
             yield reading
 
     @contextmanager
@@ -147,13 +147,14 @@ class Adapter:
         resolved = {self.layer(index): function for index, function in functions.items()}
         if len(resolved) != len(functions):
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
-        with ExitStack() as stack:
+        with ExitStack() as exits:
             if before is not None:
-                self._announce(before, stack)
+                hook = partial(_announce, before)
+                exits.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for layer, function in resolved.items():
                 hook = partial(_replace, layer, self.hidden_size, function)
                 # prepend: hooks that only look, ours or those behind output_hidden_states, see the new stream
-                stack.callback(self.blocks[layer].register_forward_hook(hook, prepend=True).remove)
+                exits.callback(self.blocks[layer].register_forward_hook(hook, prepend=True).remove)
             yield
 
     def run_to(self, layer: int, **inputs: object) -> None:
@@ -170,27 +171,6 @@ class Adapter:
             pass
         finally:
             handle.remove()
-
-    def _announce(self, before: Callable[[CallInfo], None], stack: ExitStack) -> None:
-        """Call `before` whenever the module that runs the blocks is called.
-
-        The arguments of the model itself are kept until then: some models hand their decoder a processed mask only.
-        """
-        outer: dict[str, Any] = {}
-
-        def enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            outer.clear()
-            outer.update(_named(module, args, kwargs))
-
-        def enter_stack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inner = _named(module, args, kwargs)
-            call = _call_info(inner, outer)
-            outer.clear()
-            before(call)
-
-        if self._stack is not self.model:
-            stack.callback(self.model.register_forward_pre_hook(enter_model, with_kwargs=True).remove)
-        stack.callback(self._stack.register_forward_pre_hook(enter_stack, with_kwargs=True).remove)
 
 
 # Finding the blocks
@@ -265,30 +245,27 @@ def _parameters(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward call."""
-    return {**(dict(zip(_parameters(module), args, strict=False)) if args else {}), **kwargs}
-
-
-def _call_info(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> CallInfo:
-    """Describe a call of the decoder from its own arguments, and from the model's where those say more."""
-    first = next((inner[name] for name in ("input_ids", "inputs_embeds") if inner.get(name) is not None), None)
+def _announce(
+    before: Callable[[CallInfo], None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Describe a call of the decoder from its arguments."""
+    named = {**(dict(zip(_parameters(module), args, strict=False)) if args else {}), **kwargs}
+    first = next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
     if first is None:  # a home-made decoder
-        first = next((value for value in inner.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
+        first = next((value for value in named.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
     if first is None:
-        raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(inner)}.")
-    caches = (call.get(name) for call in (inner, outer) for name in ("past_key_values", "cache_params"))
+        raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
+    caches = (named.get(name) for name in ("past_key_values", "cache_params"))
     cache = next((value for value in caches if value is not None), None)
-    masks = [_one_mask(call.get("attention_mask")) for call in (inner, outer)]
-    flat = [mask for mask in masks if mask is not None and mask.dim() == 2]
-    mask = next(iter(flat + [mask for mask in masks if mask is not None and mask.dim() == 4]), None)
-    return CallInfo(
-        batch=int(first.shape[0]),
-        tokens=int(first.shape[1]),
-        device=first.device,
-        attention_mask=mask,
-        cache=cache,
-        caching=cache is not None or inner.get("use_cache") is True or outer.get("use_cache") is True,
+    before(
+        CallInfo(
+            batch=int(first.shape[0]),
+            tokens=int(first.shape[1]),
+            device=first.device,
+            attention_mask=_one_mask(named.get("attention_mask")),
+            cache=cache,
+            caching=cache is not None or named.get("use_cache") is True,
+        )
     )
 
 
@@ -297,7 +274,7 @@ def _one_mask(mask: object) -> Tensor | None:
     if isinstance(mask, Mapping):
         kinds = cast(Mapping[str, object], mask)
         mask = kinds.get("full_attention", next(iter(kinds.values()), None))
-    return mask if isinstance(mask, Tensor) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
 
 
 # The hooks

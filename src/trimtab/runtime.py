@@ -112,7 +112,7 @@ class Steering:
         self._match_rows(call.batch)
         if self._needs_prompt:
             past, prompt = call.past, self._prompt
-            if past == 0 or prompt is None or past < prompt.end:
+            if prompt is None or past < prompt.end:
                 real = call.real_tokens()
                 if past == 0 or prompt is None:
                     prompt = self._prompt = self._start_prompt(call, past, real)

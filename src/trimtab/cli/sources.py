@@ -127,8 +127,8 @@ def warn_outside(rack: Rack, setting: Setting) -> None:
         bounds = rack[name].safe_range
         if bounds is not None and not bounds[0] <= strength <= bounds[1]:
             warnings.warn(
-                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}: tuning "
-                "measured nothing beyond it, or answers that break or guardrails that fall.",
+                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}; "
+                "beyond it tuning measured nothing, or broken answers, or fallen guardrails.",
                 TrimtabWarning,
                 stacklevel=2,
             )
