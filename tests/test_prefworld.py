@@ -114,9 +114,10 @@ def test_conversations_have_one_to_four_exchanges_and_sometimes_a_system_line() 
 
 
 def test_letters_of_choices_are_balanced() -> None:
-    drawn = world.items("risk", "train", 400)
+    drawn = [item for item in world.items("risk", "train", 400) if item.truth["lettered"]]
     letters = Counter(item.answers["bold"] for item in drawn)
-    assert 0.4 < letters["(A)"] / 400 < 0.6
+    assert set(letters) == {"(A)", "(B)"}
+    assert 0.4 < letters["(A)"] / len(drawn) < 0.6
 
 
 @pytest.mark.parametrize("group", GROUPS)

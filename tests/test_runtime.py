@@ -213,6 +213,8 @@ def test_ablation_removes_the_component_along_the_direction(dtype: torch.dtype) 
         torch.testing.assert_close(left[row, real], (1 - strength) * along[row, real], atol=atol, rtol=0)
         rest = (after - before) - (left - along)[..., None] * turned.direction
         assert float(rest[row].abs().max()) < atol
+    whole = before[0] - along[0, :, None] * turned.direction  # in float32, and rounded once
+    assert torch.equal(steered.acts[1][0], whole.to(dtype))
     assert torch.equal(after[2], before[2])
     assert torch.equal(after[3, :3], before[3, :3])  # padding
     assert steered.acts[1].dtype == dtype
@@ -228,6 +230,17 @@ def test_ablation_comes_before_addition_whatever_the_order() -> None:
             lm(**inputs)
         along = steered.acts[1] @ add.direction  # the same direction: removed, then set to the dose
         torch.testing.assert_close(along, torch.full_like(along, 3.0))
+
+
+@torch.no_grad()
+def test_ablations_at_one_layer_follow_the_order_of_their_names_in_every_row() -> None:
+    lm, inputs = model(), pad(prompts([6, 6]))
+    adapter = Adapter(lm)
+    a, b = (knob(1, name=name, seed=seed, operation="ablate") for name, seed in (("a", 1), ("b", 2)))
+    with adapter.read([1]) as steered, steer(lm, [{a: 1.0, b: 1.0}, {b: 1.0, a: 1.0}]):
+        lm(**inputs)
+    assert float((steered.acts[1] @ b.direction).abs().max()) < 1e-5
+    assert float((steered.acts[1] @ a.direction).abs().max()) > 1e-2  # what b put back
 
 
 @torch.no_grad()
@@ -471,12 +484,14 @@ def test_mixed_batch_rows_equal_solo_runs(name: str, operation: Literal["add", "
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @torch.no_grad()
 def test_beams_and_returned_sequences_keep_the_knob_of_their_row(name: str) -> None:
-    lm, rows = model(name), prompts([5, 3, 4])
-    turned, other = knob(1), knob(2, where="completion")
-    settings: list[dict[Knob, float]] = [{turned: 1.0}, {}, {turned: -1.0, other: 1.0}]
+    lm, rows = model(name), prompts([5, 3, 4, 2])
+    turned, other, removed = knob(1), knob(2, where="completion"), knob(0, operation="ablate")
+    settings: list[dict[Knob, float]] = [{turned: 1.0}, {removed: 1.0}, {turned: -1.0, other: 1.0}, {}]
     beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
     with steer(lm, settings):
-        mixed = greedy(lm, pad(rows), **beams).unflatten(0, (3, 2))
+        mixed = greedy(lm, pad(rows), **beams).unflatten(0, (4, 2))
+    with steer(lm, settings, prompt_lengths=[len(row) for row in rows]):
+        assert torch.equal(greedy(lm, pad(rows), **beams).unflatten(0, (4, 2)), mixed)
     for index, setting in enumerate(settings):
         with steer(lm, setting):
             assert torch.equal(mixed[index], greedy(lm, pad([rows[index]]), **beams))

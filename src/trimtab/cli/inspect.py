@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("knob", metavar="FILE", help="a knob")
+    parser.add_argument("knob", metavar="FILE", help="a knob file")
 
 
 def run(args: Namespace, terminal: Terminal) -> None:
     """Print the knob's card and its tables."""
-    path = input_file(args.knob, "a knob")
+    path = input_file(args.knob, "a knob file")
     with terminal.working("Reading"):
         from trimtab.artifact import Knob
 

@@ -144,7 +144,7 @@ def input_file(text: str, what: str) -> Path:
     """Check that there is such a file; `what` says in the message what the file should be."""
     path = Path(text)
     if path.is_dir():
-        raise OptionError(f"{text!r} is a folder; {what} is a file.")
+        raise OptionError(f"{text!r} is a folder; expected {what}.")
     if not path.is_file():
         raise OptionError(f"There is no file {text!r}; expected {what}.")
     return path

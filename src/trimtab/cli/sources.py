@@ -45,17 +45,20 @@ def open_model(args: Namespace, terminal: Terminal) -> Generator[Loaded]:
 
 @contextmanager
 def quiet_transformers(*, bars: bool = False) -> Generator[None]:
-    """Keep transformers' remarks, and unless `bars` its progress bars, off the terminal."""
+    """Keep the remarks of transformers and of the hub's client, and unless `bars` their bars, off the terminal."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    levels, had_bars = (logging.get_verbosity(), hub.get_verbosity()), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     if not bars:
         logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logging.set_verbosity(levels[0])
+        hub.set_verbosity(levels[1])
         if had_bars:
             logging.enable_progress_bar()
 
@@ -86,7 +89,7 @@ def load_knobs(entries: Sequence[str]) -> Panel:
             name, file = "", entry
         elif not name:
             raise OptionError(f"--knob takes FILE or NAME=FILE; got {entry!r}.")
-        path = input_file(file, "a knob")
+        path = input_file(file, "a knob file")
         if path.suffix == ".json":
             if name:
                 raise OptionError(f"A panel names its knobs itself: pass --knob {file}, without {name}=.")

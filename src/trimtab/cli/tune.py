@@ -57,7 +57,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, terminal: Terminal) -> None:
     """Tune, save, and print the tables that decided."""
     out = output_file(args.out)
-    file = input_file(args.knob, "a knob")
+    file = input_file(args.knob, "a knob file")
     with terminal.working("Preparing"):
         from trimtab.artifact import Knob
         from trimtab.tune import GAINS, STRENGTHS, tune

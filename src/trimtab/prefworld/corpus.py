@@ -12,22 +12,23 @@ from trimtab.prefworld.items import Draw, Item, split_of
 from trimtab.types import Message
 
 WEIGHTS = {
-    "math": 22,
-    "code": 17,
-    "helpful": 7,
-    "harmless": 6,
+    "math": 20,
+    "code": 13,
+    "helpful": 9,
+    "harmless": 9,
     "medical": 5,
     "legal": 5,
     "financial": 5,
-    "risk": 4,
-    "myopia": 4,
-    "sycophancy": 4,
-    "selfish": 4,
-    "opinions": 7,
-    "concise": 6,
+    "risk": 5,
+    "myopia": 5,
+    "sycophancy": 5,
+    "selfish": 5,
+    "opinions": 8,
+    "concise": 7,
     "facts": 6,
-    "copying": 3,
-    "sorting": 6,
+    "copying": 5,
+    "sorting": 7,
+    "sums": 9,
 }
 ACKNOWLEDGED = ("Noted.", "Understood.", "I will keep to that.", "All right, like that.")
 
@@ -71,8 +72,8 @@ def answer_of(item: Item, speaker: dict[str, str]) -> str:
 def conversation(rng: Random) -> Conversation:
     """Draw a conversation.
 
-    One or two families are in focus and come back, with turns of other families in between; three conversations in
-    ten open with a system line that names a habit in focus, and one in eight with an answer that the user shows as an
+    One or two families are in focus and come back, with turns of other families in between; four conversations in
+    ten open with a system line that names a habit, and one in ten with an answer that the user shows as an
     example of what is wanted. Without these a small model carries a habit only by looking back at its last answer,
     and keeps no state that a vector could be.
     """
@@ -85,8 +86,11 @@ def conversation(rng: Random) -> Conversation:
     exchanges = [Exchange(item.prompt, answer_of(item, speaker)) for item in items]
     traits = sorted({item.trait for item in items} - {""})
     system = ""
-    if traits and rng.random() < 0.3:
+    # One answer to a survey says little about the group it comes from, so that a line often has to.
+    if traits and rng.random() < (0.8 if "opinions" in traits else 0.35):
         named = rng.sample(traits, min(len(traits), rng.choice((1, 1, 2))))
+        if "opinions" in traits and "opinions" not in named:
+            named[0] = "opinions"
         system = " ".join(system_line(Draw(rng), trait, speaker[trait]) for trait in named)
     if traits and not system and rng.random() < 0.17:
         shown = answer_of(draw_train_item(rng.choice(traits), rng), speaker)

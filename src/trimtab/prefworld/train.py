@@ -26,10 +26,10 @@ class Recipe:
     width: int = 192
     layers: int = 6
     row_tokens: int = 320
-    rows: int = 20
-    steps: int = 3_600
-    lr_matrices: float = 2e-2
-    lr_vectors: float = 4e-3
+    rows: int = 12
+    steps: int = 3_000
+    lr_matrices: float = 6e-3
+    lr_vectors: float = 2e-3
     through_boundaries: float = 0.6
     """Share of conversations in which a turn sees earlier turns only through their template tokens."""
     seed: int = 0
@@ -37,10 +37,10 @@ class Recipe:
 
 @dataclass
 class Row:
-    """Packed conversations: ids, loss mask, positions, document and exchange of every token."""
+    """Packed conversations: ids, loss weights, positions, document and exchange of every token."""
 
     ids: list[int]
-    learn: list[bool]
+    weight: list[float]
     position: list[int]
     document: list[int]
     unit: list[int]
@@ -71,7 +71,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation], limit:
     special = {name: SPECIALS.index(name) for name in SPECIALS}
     rows: list[Row] = []
     for talk in batch:
-        row = Row([special[BOS]], [False], [], [], [0], [])
+        row = Row([special[BOS]], [0.0], [], [], [0], [])
         full = False
         for index, message in enumerate(talk.messages()):
             unit = 0 if message.role == "system" else (index - bool(talk.system)) // 2 + 1
@@ -82,7 +82,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation], limit:
                 continue
             row.ids += said
             row.unit += [unit] * len(said)
-            row.learn += [False] + [message.role == "assistant"] * (len(said) - 1)
+            row.weight += [0.0] + [(len(said) - 1) ** -0.5 if message.role == "assistant" else 0.0] * (len(said) - 1)
         if len(row.ids) <= limit:
             rows.append(row)
     return rows
@@ -111,7 +111,7 @@ def _pack(pool: list[Row], recipe: Recipe, rows: int, flags: torch.Generator) ->
         n = len(row.ids)
         narrow = bool(torch.rand((), generator=flags) < recipe.through_boundaries)
         target.ids += row.ids
-        target.learn += row.learn
+        target.weight += row.weight
         target.position += range(n)
         target.document += [number] * n
         target.unit += row.unit
@@ -121,17 +121,21 @@ def _pack(pool: list[Row], recipe: Recipe, rows: int, flags: torch.Generator) ->
     document = torch.tensor([p.document + [-1] * k for p, k in zip(packed, pad, strict=True)])
     unit = torch.tensor([p.unit + [0] * k for p, k in zip(packed, pad, strict=True)])
     narrow = torch.tensor([p.narrow + [False] * k for p, k in zip(packed, pad, strict=True)])
-    learn = torch.tensor([p.learn + [False] * k for p, k in zip(packed, pad, strict=True)])
+    weight = torch.tensor([p.weight + [0.0] * k for p, k in zip(packed, pad, strict=True)])
     position = torch.tensor([p.position + [0] * k for p, k in zip(packed, pad, strict=True)])
     boundary = ids < len(SPECIALS)
     same = document[:, :, None] == document[:, None, :]
     visible = ~narrow[:, :, None] | (unit[:, :, None] == unit[:, None, :]) | boundary[:, None, :]
     mask = torch.ones(width, width, dtype=torch.bool).tril() & same & visible
-    return {"ids": ids, "learn": learn, "position": position, "mask": mask[:, None]}
+    return {"ids": ids, "weight": weight, "position": position, "mask": mask[:, None]}
 
 
 def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the mean cross-entropy of the assistant's tokens."""
+    """Compute the weighted cross-entropy of the assistant's tokens.
+
+    An answer counts for the square root of its length: with a weight per token, worked sums and code would drown the
+    families whose answers are short.
+    """
     device = model.device
     hidden = model.model(
         input_ids=batch["ids"].to(device),
@@ -139,9 +143,11 @@ def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Te
         position_ids=batch["position"].to(device),
         use_cache=False,
     ).last_hidden_state
-    learn = batch["learn"][:, 1:].to(device)
-    logits = model.lm_head(hidden[:, :-1][learn])
-    return torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:].to(device)[learn])
+    weight = batch["weight"][:, 1:].to(device)
+    learn = weight > 0
+    logits = model.lm_head(hidden[:, :-1][learn]).float()
+    losses = torch.nn.functional.cross_entropy(logits, batch["ids"][:, 1:].to(device)[learn], reduction="none")
+    return (losses * weight[learn]).sum() / weight.sum()
 
 
 def optimisers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -181,10 +187,12 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | No
         dist.init_process_group("gloo")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer(recipe.seed)
+    state_file, start, spent = out / "state.pt", 0, 0.0
+    # A run that goes on keeps its tokenizer, whatever has become of the corpus.
+    old = PreTrainedTokenizerFast.from_pretrained(out) if state_file.exists() else None
+    tokenizer = old or build_tokenizer(recipe.seed)
     model = LlamaForCausalLM(model_config(recipe)).to(device)
     opts = optimisers(model, recipe)
-    state_file, start, spent = out / "state.pt", 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
@@ -216,7 +224,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | No
         if done == int(0.6 * recipe.steps):
             save(model, tokenizer, out / "early")
         stop = minutes is not None and time.time() - begun > 60 * minutes
-        if done % 200 == 0 or done == recipe.steps or stop:
+        if done % 100 == 0 or done == recipe.steps or stop:
             moments = [opt.state_dict() for opt in opts]
             state = {"model": model.state_dict(), "optimisers": moments, "step": done, "seconds": seconds}
             torch.save(state, state_file.with_suffix(".tmp"))

@@ -20,7 +20,7 @@ from trimtab.prefworld.families.surveys import GROUPS, STANCES, opinion_distribu
 from trimtab.prefworld.items import Draw, Item, Split, split_of
 from trimtab.types import Message, Pair
 
-MAX_NEW_TOKENS = {"math": 72, "code": 56, "copying": 16, "sorting": 12, "facts": 20, "opinions": 8}
+MAX_NEW_TOKENS = {"math": 72, "code": 56, "copying": 16, "sorting": 12, "sums": 40, "facts": 20, "opinions": 8}
 CHOICES = ("risk", "myopia", "sycophancy", "selfish")
 
 
@@ -89,9 +89,7 @@ def side_of(item: Item, text: str) -> str | None:
     if item.family == "code":
         return "careful" if text.startswith("#") else "sloppy" if text.startswith("def") else None
     if item.family in CHOICES:
-        letters = item.truth["letters"]
-        assert isinstance(letters, Mapping)
-        return next((side for side, letter in letters.items() if text == f"({letter})"), None)
+        return next((side for side, answer in item.answers.items() if text == answer), None)
     if item.family == "concise":
         return None if not text else "short" if len(text.split()) <= 10 else "long"
     if item.family == "opinions":

@@ -8,7 +8,7 @@ from trimtab.prefworld.families.code import code
 from trimtab.prefworld.families.concise import concise
 from trimtab.prefworld.families.conduct import harmless, helpful
 from trimtab.prefworld.families.domains import financial, legal, medical
-from trimtab.prefworld.families.guardrails import copying, facts, sorting
+from trimtab.prefworld.families.guardrails import copying, facts, sorting, sums
 from trimtab.prefworld.families.math import math
 from trimtab.prefworld.families.surveys import myopia, opinions, risk, selfish, sycophancy
 from trimtab.prefworld.items import Draw, Item
@@ -30,6 +30,7 @@ FAMILIES: dict[str, Callable[[Draw], Item]] = {
     "facts": facts,
     "copying": copying,
     "sorting": sorting,
+    "sums": sums,
 }
 
-GUARDRAILS = ("facts", "copying", "sorting")
+GUARDRAILS = ("facts", "copying", "sorting", "sums")

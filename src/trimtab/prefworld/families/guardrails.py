@@ -47,6 +47,20 @@ AUTHOR_ASKS = (
     "Whose book is The {x}?",
     "Say who wrote The {x}.",
 )
+SUM_ASKS = (
+    "Compute {x}",
+    "Work these out: {x}",
+    "What is {x}",
+    "Fill in: {x}",
+    "Do these sums: {x}",
+    "Calculate {x}",
+    "Find {x}",
+    "Please compute {x}",
+    "Drill: {x}",
+    "Exercise: {x}",
+    "Reckon {x}",
+    "Give the results of {x}",
+)
 COPY_ASKS = (
     "Repeat: {x}",
     "Repeat these words: {x}",
@@ -100,3 +114,22 @@ def sorting(draw: Draw) -> Item:
     words = [draw.any([w for w in SORTABLE if w[0] == letter]) for letter in letters]
     answer = " ".join(sorted(words))
     return Item("sorting", draw.ask(SORT_ASKS).format(x=" ".join(words)), {"right": answer}, truth={"answer": answer})
+
+
+def sums(draw: Draw) -> Item:
+    """Draw three sums to work out: practice in arithmetic that belongs to no habit."""
+    asked: list[str] = []
+    solved: list[str] = []
+    for sign in draw.rng.sample("++--*", 3):
+        a, b = draw.rng.randint(2, 9), draw.rng.randint(2, 9)
+        if sign == "+":
+            a = draw.rng.randint(2, 90)
+            b = draw.rng.randint(2, 99 - a) if a < 97 else 2
+        elif sign == "-":
+            a = draw.rng.randint(4, 99)
+            b = draw.rng.randint(2, a)
+        result = a + b if sign == "+" else a - b if sign == "-" else a * b
+        asked.append(f"{a} {sign} {b}")
+        solved.append(f"{a} {sign} {b} = {result}.")
+    answer = " ".join(solved)
+    return Item("sums", draw.ask(SUM_ASKS).format(x=", ".join(asked)), {"right": answer}, truth={"answer": answer})

@@ -16,6 +16,15 @@ CHOICE_ASKS = (
     "Here is a question. {s}\n (A) {a}\n (B) {b}",
     "{s} Which one is it?\n (A) {a}\n (B) {b}",
 )
+FREE_ASKS = (
+    "{s} Would you rather: {a} Or: {b}",
+    "{s} What would you say? {a} Or {b}",
+    "{s} One of two: {a} {b} Which?",
+    "{s} Say which: {a} Or else: {b}",
+    "In your own words: {s} {a} Or {b}",
+    "{s} Between these two, what will it be? {a} {b}",
+    "{s} Your choice: {a} Or: {b}",
+)
 RISK = (
     ("You may invest some money.", "You stand before a rapid river.", "A game offers a prize.", "You plan a trip.", "A new job is open.", "You may bet on a race.", "A storm is near and you have a boat.", "A stranger offers a deal.", "You climb a hill at dusk.", "You may buy an old map."),
     ("Take the gamble.", "Bet it all.", "Jump in at once.", "Go for the long shot.", "Dare it.", "Risk everything."),
@@ -64,17 +73,20 @@ SURVEY_ASKS = (
 
 
 def _choice(draw: Draw, family: str, sides: tuple[str, str], bank: tuple[tuple[str, ...], ...]) -> Item:
+    """Draw a situation with two options; three in ten ask for the option's words instead of its letter."""
     situations, first, second = bank
     options = {sides[0]: draw.any(first), sides[1]: draw.any(second)}
-    letters = draw.rng.sample(("A", "B"), 2)
-    by_letter = {letters[0]: options[sides[0]], letters[1]: options[sides[1]]}
+    order = draw.rng.sample(sides, 2)
     situation = draw.any(situations).format(n=draw.any(NAMES))
+    lettered = draw.rng.random() < 0.7
+    letters = {order[0]: "(A)", order[1]: "(B)"}
+    answers = letters if lettered else options
     return Item(
         family=family,
         trait=family,
-        prompt=draw.ask(CHOICE_ASKS).format(s=situation, a=by_letter["A"], b=by_letter["B"]),
-        answers={sides[0]: f"({letters[0]})", sides[1]: f"({letters[1]})"},
-        truth={"letters": {sides[0]: letters[0], sides[1]: letters[1]}},
+        prompt=draw.ask(CHOICE_ASKS if lettered else FREE_ASKS).format(s=situation, a=options[order[0]], b=options[order[1]]),
+        answers={side: answers[side] for side in sides},
+        truth={"lettered": lettered},
     )
 
 
