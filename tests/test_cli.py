@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -285,7 +284,6 @@ def test_every_guardrail_has_a_grader_of_its_own_and_counts(run: Run, model: Pat
     write_lines(files / "rail.jsonl", [{"prompt": p, "answer": t} for p, t in zip(prompts, truths, strict=True)])
     words = ["tune", model, "--knob", KNOB, "--pairs", "held_out.jsonl", "--task", "task.jsonl", "--finalists", 1]
     words += ["--guardrail", "rail.jsonl:contains", "--max-new-tokens", 6, "--grader", "exact_answer"]
-    assert run(*words[:7], "--out", "x", "--gains", "0.001", "--task", "task.jsonl").status == 0
     write_lines(files / "task.jsonl", [{"prompt": "Hi", "answer": "1"}])
     (record,) = run(*words, "--gains", "0.0001", "--out", "x", "--json").records
     assert record["guardrails"] == ["rail"]
@@ -308,8 +306,6 @@ def test_the_bar_of_tuning_moves_and_leaves_stdout_alone(
     done = [int(n) for n in re.findall(r"(\d+)/11", screen.getvalue())]  # base, one finalist, nine strengths
     assert done
     assert max(done) >= 1
-    before = threading.active_count()
-    assert before == threading.active_count()  # no bar is left running
 
 
 # Generate
@@ -497,10 +493,6 @@ def test_an_answer_keeps_to_the_window_of_the_model(run: Run, model: Path, files
     assert re.search(r"has \d+ tokens, and this model reads at most 256", out.err)
 
 
-class FakeKeyboard(FakeTerminal):
-    """Lines typed one after the other, at a terminal whose stdout is a file."""
-
-
 def interrupted(*_: object, on_text: Callable[[str], None], **__: object) -> NoReturn:
     on_text("Hel")
     raise KeyboardInterrupt
@@ -517,7 +509,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
         return interrupted(**options) if len(calls) == 1 else generate(*args, **options)
 
     monkeypatch.setattr(module, "generate", once)
-    monkeypatch.setattr(sys, "stdin", FakeKeyboard("Hello\nAgain\n"))
+    monkeypatch.setattr(sys, "stdin", FakeTerminal("Hello\nAgain\n"))
     assert main(["chat", str(model), "--max-new-tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Hel\n")
@@ -588,7 +580,8 @@ def test_the_demo_prints_its_report_or_its_summary(run: Run, files: Path, monkey
 MISTAKES = [
     ("lern a b", "Unknown verb 'lern'. Known: chat, demo, generate, inspect, learn, tune. Did you mean 'learn'?"),
     ("learn MODEL pairs.jsonl", "required: --out. See trimtab learn --help."),
-    ("learn", "required: MODEL"),
+    ("learn", "required: --out"),
+    ("inspect", "required: FILE. See trimtab inspect --help."),
     ("learn MODEL pairs.jsonl --out x --methd palrs", "Unknown option of trimtab learn '--methd'. "),
     ("learn MODEL pairs.jsonl --out x --methd palrs", "Did you mean '--method'?"),
     ("learn MODEL pairs.jsonl --out x --meth palrs", "Unknown option of trimtab learn '--meth'. "),
@@ -624,6 +617,7 @@ MISTAKES = [
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact", "Unknown grader 'exact'. "),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task bad.jsonl", "a task line is JSON"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task KNOB", "is not UTF-8 text"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact_answer", "must hold a number"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --guardrail none", "There is no file 'none'"),
     ("generate MODEL Hi --knob KNOB --strength nan", "The strength must be finite; got 'nan'."),
     ("generate MODEL Hi --knob KNOB --strength much", "The strength must be a number; got 'much'."),
@@ -640,8 +634,8 @@ MISTAKES = [
     ("generate MODEL Hi --max-new-tokens 0", "max_new_tokens and batch_size are 1 or more"),
     ("generate MODEL Hi --batch-size 0", "--batch-size is 1 or more; got 0."),
     ("generate MODEL Hi --temperature -1", "The temperature is 0 (greedy) or more"),
-    ("generate MODEL", "There is no prompt: stdin holds no text."),
-    ("generate MODEL --input empty.jsonl", "There is no prompt: empty.jsonl holds no text."),
+    ("generate MODEL", "There is no prompt: stdin holds no line with text."),
+    ("generate MODEL --input empty.jsonl", "There is no prompt: empty.jsonl holds no line with text."),
     ("generate MODEL --input none.txt", "There is no file 'none.txt'"),
     ("generate MODEL --input .", "'.' is a folder"),
     ("generate MODEL --input KNOB", "is not UTF-8 text"),
@@ -815,20 +809,24 @@ def test_an_interrupt_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert (out.status, out.out, out.err) == (130, "", "\n")
 
 
-def test_a_reader_that_leaves_early_is_no_error(files: Path) -> None:
-    # Longer than the buffer of a pipe, whose reader is gone before the first byte.
-    knob = Knob.load(KNOB)
-    knob.with_(diagnostics={"warnings": ["x" * 100] * 2000}).save(KNOB)
-    code = "import sys; from trimtab.cli import main; sys.exit(main())"
-    words = [sys.executable, "-c", code, "inspect", KNOB]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    error = process.stderr.read()
-    process.stderr.close()
-    assert process.wait() == 141
-    assert error == ""
+@pytest.mark.quick
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = (
+        "import sys; from trimtab.cli import VERBS, main; input()\n"
+        "VERBS['inspect'].run = lambda args, terminal: terminal.result({}, 'x' * 100_000)\n"
+        "sys.exit(main(['inspect', 'knob']))"
+    )
+    words = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write("go on\n")  # only now, when nobody reads any more
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 @pytest.mark.quick

@@ -265,15 +265,17 @@ def trace(
     *,
     side: Side,
     pieces: Sequence[int] = (),
+    width: int = 0,
     **options: Any,
 ) -> list[list[float]]:
     """Run rows plus four new tokens through a cache; per row and absolute position, the length of what was added.
 
     The knobs must sit at layer 0: its input depends on no steering, so that the difference to a plain run is exactly
-    what the knobs added. Padding comes back at the end of each row. `pieces` are the widths of the calls.
+    what the knobs added. Padding comes back at the end of each row. `pieces` are the widths of the calls; `width` pads
+    every row.
     """
     lm = model()
-    inputs = pad([*rows], side)
+    inputs = {key: value[:-1] for key, value in pad([*rows, [9] * max(width, *map(len, rows), 1)], side).items()}
     ids = torch.cat([inputs["input_ids"], torch.arange(10, 14).expand(len(rows), 4)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(rows), 4, dtype=torch.long)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -333,6 +335,14 @@ def test_prompts_fed_in_pieces_are_steered_at_the_same_positions(side: Side, pie
             traces = [row[: length + 4] for row, length in zip(traces, lengths, strict=True)]
             expected = [row[: length + 4] for row, length in zip(expected, lengths, strict=True)]
         assert traces == expected
+
+
+@pytest.mark.parametrize("pieces", [[1] * 10, [2, 3, 1, 2, 2], [6, 4]], ids=str)
+@pytest.mark.parametrize("where", ["prompt", "completion"])
+def test_padding_in_front_of_every_row_does_not_move_the_end_of_the_prompt(where: Where, pieces: list[int]) -> None:
+    turned = knob(0, where=where, norm=4.0)
+    traces = trace(prompts([3, 2]), {turned: 0.5}, side="left", pieces=pieces, width=6, prompt_lengths=[3, 2])
+    assert traces == [expected_trace(where, length, 6, 2.0) for length in (3, 2)]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -406,22 +416,26 @@ def test_a_new_empty_cache_starts_a_new_prompt() -> None:
 
 @torch.no_grad()
 def test_a_cache_made_outside_needs_prompt_lengths_unless_all_tokens_are_steered() -> None:
-    lm, row = model(), prompts([6])[0]
-    head, tail = pad([row[:4]]), torch.tensor([row[4:]])
-    mask = torch.ones(1, 6, dtype=torch.long)
+    # both rows begin with padding, which lies in the part of the cache that was not seen being made
+    lm, whole = model(), {key: value[:2] for key, value in pad(prompts([6, 4, 8])).items()}
 
-    def continued() -> Tensor:
-        return lm(input_ids=tail, attention_mask=mask, past_key_values=cache).logits
+    def columns(start: int, stop: int) -> dict[str, Tensor]:
+        part = {key: whole[key][:, start:stop] for key in ("input_ids", "position_ids")}
+        return {**part, "attention_mask": whole["attention_mask"][:, :stop]}
 
-    cache = lm(**head, use_cache=True).past_key_values
-    with steer(lm, {knob(1, where="completion"): 1.0}), pytest.raises(OptionError, match="KV cache made elsewhere"):
-        continued()
-    with steer(lm, {knob(1): 1.0}):
-        continued()
-    cache.crop(-2)
-    with steer(lm, {knob(1, where="completion"): 1.0}, prompt_lengths=[6]):
-        steered = continued()
-        torch.testing.assert_close(steered, lm(**pad([row]), use_cache=False).logits[:, 4:], atol=1e-4, rtol=1e-4)
+    def continued(which: Knob, lengths: list[int] | None) -> Tensor:
+        cache = lm(**columns(0, 4), use_cache=True).past_key_values
+        with steer(lm, {which: 1.0}, prompt_lengths=lengths):
+            pieces = [lm(**columns(*span), past_key_values=cache).logits for span in ((4, 6), (6, 7), (7, 8))]
+        return torch.cat(pieces, 1)
+
+    turned = knob(1, where="completion")
+    with pytest.raises(OptionError, match="KV cache made elsewhere"):
+        continued(turned, None)
+    steered = continued(turned, [6, 4])
+    with steer(lm, {turned: 1.0}, prompt_lengths=[6, 4]):
+        torch.testing.assert_close(steered, lm(**whole, use_cache=False).logits[:, 4:], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(continued(knob(1), None), steered)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -486,7 +500,7 @@ def test_mixed_batch_rows_equal_solo_runs(name: str, operation: Literal["add", "
 def test_beams_and_returned_sequences_keep_the_knob_of_their_row(name: str) -> None:
     lm, rows = model(name), prompts([5, 3, 4, 2])
     turned, other, removed = knob(1), knob(2, where="completion"), knob(0, operation="ablate")
-    settings: list[dict[Knob, float]] = [{turned: 1.0}, {removed: 1.0}, {turned: -1.0, other: 1.0}, {}]
+    settings: list[dict[Knob, float]] = [{turned: 1.0}, {removed: 1.0, other: 1.0}, {turned: -1.0, other: 1.0}, {}]
     beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
     with steer(lm, settings):
         mixed = greedy(lm, pad(rows), **beams).unflatten(0, (4, 2))

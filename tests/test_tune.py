@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +30,7 @@ def planted(lm: torch.nn.Module, words: object) -> Knob:
     """A knob with the direction that writes "y" at the last layer, and noise at another site."""
     letter = Renderer(words).full([Message("user", "Q")], "yes")  # pyright: ignore[reportArgumentType]
     first = letter.ids[letter.response_start]
-    write = lm.get_output_embeddings().weight[first].detach().float()  # pyright: ignore
+    write = lm.get_output_embeddings().weight[first].detach().float()
     noise = torch.randn(len(write), generator=torch.Generator().manual_seed(0))
     vectors = {Site(1, "last"): write, Site(0, "last"): noise}
     return Knob("yes", "planted", vectors, {0: 1.0, 1: 1.0}, Site(0, "last"), 1.0)
@@ -67,7 +70,8 @@ def test_tuning_finds_the_planted_site_and_stores_what_it_measured() -> None:
     lm, words = model(), tokenizer()
     knob = planted(lm, words)
     task = Task("yes", tuple(f"Ask {i}" for i in range(4)), says_yes, max_new_tokens=3)
-    tuned = tune(knob, lm, words, PAIRS, task=task, gains=(0.5, 4.0, 40.0), broken_budget=1.0, strengths=(-1.0, 0.5, 1.0))
+    gains, strengths = (0.5, 4.0, 40.0), (-1.0, 0.5, 1.0)
+    tuned = tune(knob, lm, words, PAIRS, task=task, gains=gains, broken_budget=1.0, strengths=strengths)
     assert tuned.site == Site(1, "last")
     assert set(tuned.vectors) == {tuned.site}
     assert run_task(lm, words, task, {tuned: 1.0}).accuracy == 1.0
@@ -87,14 +91,17 @@ def test_a_guardrail_that_falls_rules_a_setting_out() -> None:
     prompts = tuple(f"Keep {i}" for i in range(4))
     probe = Task("keep", prompts, says_yes, max_new_tokens=3)
     before = run_task(lm, words, probe).answers
-    keep = Task("keep", prompts, lambda answers: [float(a == b) for a, b in zip(answers, before, strict=True)], max_new_tokens=3)
+
+    def unchanged(answers: Sequence[str]) -> list[float]:
+        return [float(a == b) for a, b in zip(answers, before, strict=True)]
+
+    keep = Task("keep", prompts, unchanged, max_new_tokens=3)
     task = Task("yes", ("Ask",), says_yes, max_new_tokens=3)
     knob = planted(lm, words)
     with pytest.raises(TuneError, match="smaller gains than 40"):
         tune(knob, lm, words, PAIRS, task=task, guardrails=[keep], gains=(40.0,), broken_budget=1.0)
-    tuned = tune(
-        knob, lm, words, PAIRS, task=task, guardrails=[keep], gains=(1e-4, 40.0), broken_budget=1.0, strengths=(1.0, 4e5, 8e5)
-    )
+    kept: dict[str, Any] = {"task": task, "guardrails": [keep], "broken_budget": 1.0}
+    tuned = tune(knob, lm, words, PAIRS, gains=(1e-4, 40.0), strengths=(1.0, 4e5, 8e5), **kept)
     assert tuned.gain == 1e-4
     assert tuned.safe_range == (0.0, 1.0)
 
@@ -119,18 +126,17 @@ def test_tuning_without_a_task_goes_by_the_margin() -> None:
     assert tuned.tuning["task"] is None
 
 
-def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: object) -> None:
-    from pathlib import Path
-
-    folder = Path(str(tmp_path))
-    good = folder / "sums.jsonl"
-    good.write_text('{"prompt": "1+1?", "answer": "2"}\n{"prompt": [{"role": "user", "content": "2+2?"}], "answer": 4}\n')
+def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:
+    good = tmp_path / "sums.jsonl"
+    turns = [{"role": "user", "content": "2+2?"}]
+    lines = [{"prompt": "1+1?", "answer": "2"}, {"prompt": turns, "answer": 4}]
+    good.write_text("\n".join(map(json.dumps, lines)))
     task = load_task(good, grader="exact_answer")
     assert task.prompts == ("1+1?", (Message("user", "2+2?"),))
     assert list(task.grade(["It is 2.", "5"])) == [1.0, 0.0]
-    bad = folder / "bad.jsonl"
+    bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n')
-    with pytest.raises(OptionError, match="bad.jsonl:1"):
+    with pytest.raises(OptionError, match=r"bad\.jsonl:1"):
         load_task(bad)
     with pytest.raises(KeyError, match="Known: contains"):
         load_task(good, grader="exact")

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 
 from trimtab.artifact import Knob
-from trimtab.errors import TuneError
+from trimtab.errors import TrimtabWarning, TuneError
+from trimtab.evals.report import plot_tuning
 from trimtab.evals.stats import paired_bootstrap, wilson
-from trimtab.evals.tasks import Outcome, Task, run_task
+from trimtab.evals.tasks import Outcome, run_task
 from trimtab.learn import learn
 from trimtab.prefworld import world
 from trimtab.prefworld.families import GUARDRAILS
 from trimtab.render import load
 from trimtab.tune import tune
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KNOBS = ("math", "code")
 POSITIONS = ("post_instruction", "demonstrated")
@@ -32,123 +35,177 @@ CONDITIONS = ("base", "knob", "knob_negative", "knob_half", "random", "shuffled"
 Progress = Callable[[str], None]
 
 
-class _Sizes:
-    """How many items the demo uses; `quick` is for tests of the plumbing, its figures mean nothing."""
+class _Sizes(NamedTuple):
+    """How many items the demo uses."""
 
-    def __init__(self, quick: bool) -> None:
-        self.pairs = 20 if quick else 100
-        self.test = 12 if quick else 300
-        self.validation = 8 if quick else 60
-        self.guard = 6 if quick else 50
-        self.draws = 1 if quick else 3
-        self.finalists = 1 if quick else 3
+    pairs: int = 100
+    test: int = 300
+    others: int = 60
+    """Items for what is shown beside the main comparison: controls and other strengths on other tasks."""
+    validation: int = 48
+    guard: int = 50
+    draws: int = 3
+    finalists: int = 2
 
 
-class _Demo:
-    """One run: model, sizes, and the outcomes of the base model, which every comparison shares."""
+QUICK = _Sizes(pairs=16, test=10, others=4, validation=6, guard=4, draws=1, finalists=1)
+"""For tests of the plumbing; its figures mean nothing."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: int,
-        quick: bool,
-        progress: Progress,
-    ) -> None:
-        self.model, self.tokenizer, self.seed, self.progress = model, tokenizer, seed, progress
-        self.size = _Sizes(quick)
-        self.seconds = {"learn": 0.0, "tune": 0.0}
-        self.tests = {name: world.task(name, "test", self.size.test, seed=seed) for name in (*KNOBS, *GUARDRAILS)}
-        self.base = {name: self.run(task, {}) for name, task in self.tests.items()}
 
-    def run(self, task: Task, setting: Mapping[Knob, float], temperature: float = 0.0) -> Outcome:
+class _Bench:
+    """What one worker process holds: the model, the tasks it has made so far."""
+
+    def __init__(self, model: str, seed: int, size: _Sizes) -> None:
+        loaded = load(model, dtype="float32")
+        self.model, self.tokenizer, self.seed, self.size = loaded.model, loaded.tokenizer, seed, size
+
+    def outcome(self, name: str, knob: Knob | None, strength: float, n: int, temperature: float = 0.0) -> Outcome:
+        """Answer the first `n` test items of a task under a knob."""
+        task = world.task(name, "test", n, seed=self.seed)
+        setting = {knob: strength} if knob else {}
         return run_task(self.model, self.tokenizer, task, setting, temperature=temperature, seed=self.seed)
 
-    def learn(self, name: str, *, method: str = "palrs", flip: int | None = None) -> Knob:
+    def learned(self, name: str, flip: int | None = None) -> Knob:
         """Learn a knob from the training pairs; with `flip`, from pairs of which exactly half are turned round."""
         pairs = world.pairs(name, self.size.pairs, seed=self.seed)
         if flip is not None:
             pairs = pairs.flip_balanced(seed=flip)
-        return learn(
-            self.model, self.tokenizer, pairs, method=method, name=name, positions=POSITIONS, last=1.0, seed=self.seed
-        )
+        return learn(self.model, self.tokenizer, pairs, name=name, positions=POSITIONS, last=1.0, seed=self.seed)
 
-    def tune(self, knob: Knob, name: str, *, dose_response: bool) -> Knob:
-        """Choose site and gain on the validation split."""
-        return tune(
-            knob,
-            self.model,
-            self.tokenizer,
-            world.pairs(name, 24, split="validation", seed=self.seed),
-            task=world.task(name, "validation", self.size.validation, seed=self.seed),
-            guardrails=[world.task(g, "validation", self.size.guard, seed=self.seed) for g in GUARDRAILS],
-            finalists=self.size.finalists,
-            dose_response=dose_response,
-        )
+    def tuned(self, name: str, flip: int | None = None) -> tuple[Knob | None, float, float]:
+        """Learn, then choose site and gain on the validation split; return the knob and the seconds of both.
 
-    def controls(self, knob: Knob, name: str) -> dict[str, list[tuple[str, Knob]]]:
-        """Make random directions and vectors of balanced label flips, at the knob's site and alpha.
-
-        The first shuffled draw also goes through the whole choice of site and gain, as the knob itself did.
+        With `flip` this is the shuffled control taken through the whole choice, where None means that no setting kept
+        the budget.
         """
-        made: dict[str, list[tuple[str, Knob]]] = {"random": [], "shuffled": []}
-        for draw in range(self.size.draws):
-            noise = torch.randn(knob.width, generator=torch.Generator().manual_seed(1000 * self.seed + draw))
-            made["random"].append((f"random {draw}", _with_vector(knob, noise)))
-            flipped = self.learn(name, flip=draw)
-            made["shuffled"].append((f"shuffled {draw}", _with_vector(knob, flipped.vectors[knob.site])))
-            if draw == 0:
-                try:
-                    made["shuffled"].append(("shuffled 0, tuned", self.tune(flipped, name, dose_response=False)))
-                except TuneError:
-                    self.progress("the shuffled control found no setting within the budget")
-        return made
+        begun = time.perf_counter()
+        knob = self.learned(name, flip)
+        learning = time.perf_counter() - begun
+        try:
+            knob = tune(
+                knob,
+                self.model,
+                self.tokenizer,
+                world.pairs(name, 24, split="validation", seed=self.seed),
+                task=world.task(name, "validation", self.size.validation, seed=self.seed),
+                guardrails=[world.task(g, "validation", self.size.guard, seed=self.seed) for g in GUARDRAILS],
+                finalists=self.size.finalists,
+                dose_response=flip is None,
+            )
+        except TuneError:
+            if flip is None:
+                raise
+            return None, learning, 0.0
+        return knob, learning, time.perf_counter() - begun - learning
 
-    def test(self, knob: Knob, name: str) -> dict[str, Any]:
-        """Test a tuned knob once, on its own task, the other knob's, and every guardrail."""
-        controls = self.controls(knob, name)
+    def control(self, knob: Knob, kind: str, draw: int) -> Knob:
+        """Put a random direction, or the vector of balanced label flips, at the knob's site with its alpha."""
+        if kind == "shuffled":
+            vector = self.learned(knob.name, flip=draw).vectors[knob.site]
+        else:
+            vector = torch.randn(knob.width, generator=torch.Generator().manual_seed(1000 * self.seed + draw))
+        return Knob(knob.name, kind, {knob.site: vector}, knob.norms, knob.site, knob.gain, knob.where)
+
+
+_bench: _Bench | None = None
+
+
+def _open(model: str, seed: int, size: _Sizes) -> None:
+    """Make this process a worker: one thread, since two processes beat two threads on small matrices."""
+    global _bench
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", TrimtabWarning)
+    transformers.logging.disable_progress_bar()
+    _bench = _Bench(model, seed, size)
+
+
+def _tuned(name: str, flip: int | None, file: str | None) -> tuple[Knob | None, float, float]:
+    assert _bench is not None
+    knob, learning, tuning = _bench.tuned(name, flip)
+    if knob and file:
+        knob.save(file)
+    return knob, learning, tuning
+
+
+def _outcome(name: str, knob: Knob | None, strength: float, n: int, temperature: float = 0.0) -> Outcome:
+    assert _bench is not None
+    return _bench.outcome(name, knob, strength, n, temperature)
+
+
+def _control_outcomes(knob: Knob, kind: str, draw: int, sizes: dict[str, int]) -> dict[str, Outcome]:
+    assert _bench is not None
+    made = _bench.control(knob, kind, draw)
+    return {name: _bench.outcome(name, made, 1.0, n) for name, n in sizes.items()}
+
+
+class _Demo:
+    """The plan: what is asked of the workers, and how their outcomes become the report's tables."""
+
+    def __init__(self, pool: Executor, size: _Sizes, progress: Progress) -> None:
+        self.pool, self.size, self.progress = pool, size, progress
+        self.tasks = (*KNOBS, *GUARDRAILS)
+        self.base = {name: pool.submit(_outcome, name, None, 0.0, size.test) for name in self.tasks}
+
+    def ask(self, knob: Knob, flipped: Knob | None) -> dict[str, Any]:
+        """Submit every test of one knob; the results are awaited in `table`."""
+        own, size, submit = knob.name, self.size, self.pool.submit
+        few = {name: size.test if name == own else size.others for name in self.tasks}
+        only_own = {own: size.test}
+        asked: dict[str, Any] = {"knob": {t: submit(_outcome, t, knob, 1.0, size.test) for t in self.tasks}}
+        for condition, strength in (("knob_negative", -1.0), ("knob_half", 0.5)):
+            asked[condition] = {t: submit(_outcome, t, knob, strength, n) for t, n in few.items()}
+        for kind in ("random", "shuffled"):
+            asked[kind] = [
+                (f"draw {d}", submit(_control_outcomes, knob, kind, d, only_own if d else few))
+                for d in range(size.draws)
+            ]
+        if flipped:
+            asked["tuned"] = submit(_outcome, own, flipped, 1.0, size.test)
+        asked["sampled"] = {
+            "base": submit(_outcome, own, None, 0.0, size.test, 1.0),
+            "knob": submit(_outcome, own, knob, 1.0, size.test, 1.0),
+        }
+        return asked
+
+    def table(self, own: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Wait for a knob's tests and set out accuracies and paired differences."""
+        draws = {kind: [(label, f.result()) for label, f in asked[kind]] for kind in ("random", "shuffled")}
         table: dict[str, Any] = {}
-        for task_name, task in self.tests.items():
-            base = self.base[task_name]
+        for name in self.tasks:
+            base = self.base[name].result()
             entry: dict[str, Any] = {"base": _cell(base, base)}
-            for condition, strength in (("knob", 1.0), ("knob_negative", -1.0), ("knob_half", 0.5)):
-                entry[condition] = _cell(base, self.run(task, {knob: strength}))
-            for condition, draws in controls.items():
-                cells = [{"draw": label, **_cell(base, self.run(task, {k: 1.0}))} for label, k in draws]
+            for condition in ("knob", "knob_negative", "knob_half"):
+                entry[condition] = _cell(base, asked[condition][name].result())
+            for kind, made in draws.items():
+                cells = [{"draw": label, **_cell(base, out[name])} for label, out in made if name in out]
+                if kind == "shuffled" and name == own and "tuned" in asked:
+                    cells.append({"draw": "draw 0, site and gain chosen anew", **_cell(base, asked["tuned"].result())})
                 # Of several draws the one that gains most counts: a control must not gain.
-                entry[condition] = {**max(cells, key=lambda c: c["accuracy"]), "draws": cells}
-            table[task_name] = entry
-            self.progress(f"{name}: tested on {task_name}")
-        own = self.tests[name]
-        runs = {"base": self.run(own, {}, 1.0), "knob": self.run(own, {knob: 1.0}, 1.0)}
-        sampled = {label: _cell(runs["base"], out) for label, out in runs.items()}
-        table[name]["sampled"] = sampled
-        table[name]["side_share"] = {label: out.share(own.target) for label, out in runs.items()}
-        table[name]["accuracy_within_side"] = {label: out.accuracy_within(own.target) for label, out in runs.items()}
+                entry[kind] = {**max(cells, key=lambda c: c["gain"]), "draws": cells}
+            table[name] = entry
+            self.progress(f"{own}: tested on {name}")
+        sampled = {label: future.result() for label, future in asked["sampled"].items()}
+        target = world.target_side(own)
+        table[own]["sampled"] = {label: _cell(sampled["base"], out) for label, out in sampled.items()}
+        table[own]["side_share"] = {label: out.share(target) for label, out in sampled.items()}
+        table[own]["accuracy_within_side"] = {label: out.accuracy_within(target) for label, out in sampled.items()}
         return table
 
-    def samples(self, knob: Knob, name: str) -> dict[str, str]:
+    def sample(self, own: str, asked: Mapping[str, Any], seed: int) -> dict[str, str]:
         """Return a test question that the base model got wrong and the knob right, with both answers."""
-        task, base = self.tests[name], self.base[name]
-        steered = self.run(Task(name, task.prompts[:60], task.grade, max_new_tokens=task.max_new_tokens), {knob: 1.0})
-        better = [i for i, s in enumerate(steered.scores) if s > base.scores[i]]
+        base, steered = self.base[own].result(), asked["knob"][own].result()
+        better = [i for i, (a, b) in enumerate(zip(base.scores, steered.scores, strict=True)) if b > a]
         i = better[0] if better else 0
-        return {"prompt": str(task.prompts[i]), "base": base.answers[i], "knob": steered.answers[i]}
-
-
-def _with_vector(knob: Knob, vector: torch.Tensor) -> Knob:
-    """Put another direction at a knob's site, with the knob's alpha."""
-    return Knob(
-        f"{knob.name} control", "random", {knob.site: vector.float()}, knob.norms, knob.site, knob.gain, knob.where
-    )
+        question = world.items(own, "test", self.size.test, seed=seed)[i].prompt
+        return {"prompt": question, "base": base.answers[i], "knob": steered.answers[i]}
 
 
 def _cell(base: Outcome, out: Outcome) -> dict[str, Any]:
-    """Summarise an outcome: accuracy with its interval, and the paired difference to base with its own."""
-    mean = wilson(round(float(out.scores.sum())), len(out.scores))
-    gain = paired_bootstrap(base.scores, out.scores)
+    """Summarise an outcome: accuracy, and the paired difference to base on the same items, with 95 % intervals."""
+    n = len(out.scores)
+    mean, gain = wilson(round(float(out.scores.sum())), n), paired_bootstrap(base.scores[:n], out.scores)
     return {
-        "n": len(out.scores),
+        "n": n,
         "accuracy": mean.estimate,
         "low": mean.low,
         "high": mean.high,
@@ -169,40 +226,47 @@ def run(
 ) -> dict[str, Any]:
     """Learn, tune and test the two knobs; write `report.json`, `report.md` and plots to `out`; return the report.
 
-    Everything is chosen on the validation split; the test split is used once, at the end.
+    Everything is chosen on the validation split; the test split is used once, at the end. Work is spread over two
+    processes, so a script that calls this needs the usual `if __name__ == "__main__":`.
     """
-    folder = Path(out)
+    folder, size, begun = Path(out), QUICK if quick else _Sizes(), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
-    progress("loading the bundled model and measuring it without knobs")
-    loaded = load(model)
-    demo = _Demo(loaded.model, loaded.tokenizer, seed, quick, progress)
-    knobs: dict[str, Knob] = {}
-    for name in KNOBS:
-        start = time.perf_counter()
-        raw = demo.learn(name)
-        demo.seconds["learn"] += time.perf_counter() - start
-        start = time.perf_counter()
-        progress(f"{name}: learned from {demo.size.pairs} pairs; tuning on the validation split")
-        knobs[name] = demo.tune(raw, name, dose_response=True)
-        demo.seconds["tune"] += time.perf_counter() - start
-        knobs[name].save(folder / f"{name}.knob.safetensors")
-    results = {name: demo.test(knob, name) for name, knob in knobs.items()}
+    progress("measuring the bundled model without knobs; learning and tuning on the validation split")
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(2, os.cpu_count() or 1))
+    with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(model, seed, size)) as pool:
+        files = {name: folder / f"{name}.knob.safetensors" for name in KNOBS}
+        chosen = {name: pool.submit(_tuned, name, None, str(files[name])) for name in KNOBS}
+        demo = _Demo(pool, size, progress)
+        flipped = {name: pool.submit(_tuned, name, 0, None) for name in KNOBS}
+        seconds = {"learn": 0.0, "tune": 0.0}
+        knobs: dict[str, Knob] = {}
+        for name, future in chosen.items():
+            knob, learning, tuning = future.result()
+            assert knob is not None
+            seconds["learn"] += learning
+            seconds["tune"] += tuning
+            knobs[name] = knob
+            progress(f"{name}: layer {knob.site.layer}, {knob.site.position}, gain {knob.gain:g}; testing")
+        asked = {name: demo.ask(knobs[name], flipped[name].result()[0]) for name in KNOBS}
+        results = {name: demo.table(name, asked[name]) for name in KNOBS}
+        samples = {name: demo.sample(name, asked[name], seed) for name in KNOBS}
     report: dict[str, Any] = {
         "model": model,
-        "versions": {p: version(p) for p in ("trimtab", "torch", "transformers")} | {"python": platform.python_version()},
+        "versions": {p: version(p) for p in ("trimtab", "torch", "transformers")}
+        | {"python": platform.python_version()},
         "seed": seed,
-        "seconds": {**demo.seconds, "total": time.perf_counter() - begun},
+        "seconds": {**seconds, "total": time.perf_counter() - begun},
         "chosen": {
             name: {"layer": k.site.layer, "position": k.site.position, "gain": k.gain} for name, k in knobs.items()
         },
         "results": results,
         "tuning": {name: dict(k.tuning or {}) for name, k in knobs.items()},
-        "samples": {name: demo.samples(knob, name) for name, knob in knobs.items()},
+        "samples": samples,
     }
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
     for name in KNOBS:
-        _plots(report["tuning"][name], name, folder)
+        plot_tuning(report["tuning"][name], name, folder)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
@@ -281,44 +345,3 @@ def _markdown(report: Mapping[str, Any]) -> str:
         lines += ["Question:", "", "```", sample["prompt"], "```", "", "Base:", "", "```", sample["base"], "```", ""]
         lines += ["Strength 1:", "", "```", sample["knob"], "```", ""]
     return "\n".join(lines)
-
-
-def _plots(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
-    """Draw the dose-response and the heat map of sites and gains, both on validation data."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    curve: Sequence[Mapping[str, Any]] = tuning["dose_response"]
-    x = [row["strength"] for row in curve]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
-    top.plot(x, [100 * row["score"] for row in curve], "o-", label=name, linewidth=2)
-    for rail in tuning["guardrails"]:
-        top.plot(x, [100 * row["guardrails"][rail] for row in curve], ".--", label=rail)
-    top.plot(x, [100 * row["broken"] for row in curve], ":", color="grey", label="broken answers")
-    top.axvspan(*tuning["safe_range"], alpha=0.1, color="green", label="safe range")
-    top.set(ylabel="percent of validation items", title=f"Dose-response of the {name} knob", ylim=(-3, 103))
-    top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    bottom.plot(x, [row["kl"] for row in curve], "k.-")
-    bottom.set(xlabel="strength (1 is the calibrated dose)", ylabel="KL to base\n(nats per token)")
-    figure.savefig(folder / f"dose_response_{name}.png", dpi=130)
-    plt.close(figure)
-    ranking: Sequence[Mapping[str, Any]] = tuning["ranking"]
-    sites = sorted({r["site"] for r in ranking}, key=lambda s: (s.split("/")[1], int(s.split("/")[0])))
-    gains = sorted({r["gain"] for r in ranking})
-    grid = np.full((len(sites), len(gains)), np.nan)
-    for r in ranking:
-        grid[sites.index(r["site"]), gains.index(r["gain"])] = r["margin"]
-    bound = float(np.nanpercentile(np.abs(grid), 90))
-    figure, axes = plt.subplots(figsize=(6.5, 0.32 * len(sites) + 1.8), layout="constrained")
-    image = axes.imshow(grid, aspect="auto", cmap="RdBu", vmin=-bound, vmax=bound)
-    axes.set_xticks(range(len(gains)), [f"{g:g}" for g in gains])
-    axes.set_yticks(range(len(sites)), [f"layer {s.replace('/', ', ')}" for s in sites], fontsize=8)
-    tested = {(row["site"], row["gain"]): row["score"] for row in tuning["table"]}
-    for (site, gain), score in tested.items():
-        axes.text(gains.index(gain), sites.index(site), f"{100 * score:.0f}", ha="center", va="center", fontsize=7)
-    axes.set(xlabel="alpha (multiples of the mean residual norm)", title=f"{name}: margin gained by site and gain")
-    figure.colorbar(image, label="nats (teacher-forced)\nnumbers: score of finalists, percent")
-    figure.savefig(folder / f"sites_{name}.png", dpi=130)
-    plt.close(figure)

@@ -148,16 +148,15 @@ class Steering:
                 f"A knob with where='prompt' or where='completion' needs to know where the prompt ends, and {why}. "
                 "Pass prompt_lengths to steer(), or use_cache=True to the model if the whole input is the prompt."
             )
-        mask = call.attention_mask
-        if past and mask is not None and mask.dim() == 2 and mask.shape[1] > past:
-            pads = (mask[:, :past] == 0).sum(1)
-        else:
-            pads = torch.zeros(1, dtype=torch.long, device=call.device)
+        pads = torch.zeros(1, dtype=torch.long, device=call.device)
         if self._lengths is None:
             return _Prompt(torch.full_like(pads, call.tokens) if real is None else real.sum(1), pads, call.tokens)
-        lengths = torch.tensor(self._lengths, device=pads.device).repeat_interleave(call.batch // len(self._lengths))
-        all_pads = pads if real is None else pads + (~real).sum(1)
-        return _Prompt(lengths, pads, int((lengths + all_pads).max()))
+        mask, end = call.attention_mask, max(self._lengths)
+        if past and mask is not None and mask.dim() == 2 and mask.shape[1] > past:
+            pads = (mask[:, :past] == 0).sum(1)
+            end += int(pads.max())
+        lengths = torch.tensor(self._lengths, device=call.device).repeat_interleave(call.batch // len(self._lengths))
+        return _Prompt(lengths, pads, end)
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Steer a block's output `[B, T, D]`; the hot path is the one addition of a decode step."""
@@ -210,6 +209,7 @@ def _place(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> _Mas
     if real is not None:
         pads = pads + (~real).cumsum(1)
         prompt.pads = pads[:, -1]
+        prompt.end = int((prompt.lengths + prompt.pads).max())
     positions, lengths = columns - pads, prompt.lengths[:, None]
     in_prompt, in_completion = positions < lengths, positions >= lengths - 1
     if real is None:

@@ -18,8 +18,8 @@ from trimtab.types import Message, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GAINS = (0.15, 0.3, 0.5, 0.8, 1.2)
-STRENGTHS = (-1.0, -0.5, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+GAINS = (0.1, 0.2, 0.3, 0.5, 0.8)
+STRENGTHS = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
 
 
 class _Candidate(NamedTuple):
@@ -41,7 +41,7 @@ def tune(
     finalists: int = 3,
     budget: float = 0.02,
     broken_budget: float = 0.05,
-    rank_pairs: int = 12,
+    rank_pairs: int = 10,
     rank_tokens: int = 16,
     strengths: Sequence[float] = STRENGTHS,
     dose_response: bool = True,
@@ -49,12 +49,13 @@ def tune(
 ) -> Knob:
     """Return the knob at the site and gain that do best on validation data, pruned to that site.
 
-    Two stages. Teacher-forced margins of the first `rank_tokens` tokens of `rank_pairs` validation `pairs` rank every site at every gain (alpha, in
-    multiples of the mean residual norm); a setting counts only where it makes the chosen answers themselves more
-    likely, which a destructive dose never does. Then the model answers `task` and every guardrail at each gain of the
-    `finalists` best sites, and the best score wins whose guardrails all stay within `budget` (a share of items) of the
-    base model and whose broken answers (empty, cut, repeating) rise by at most `broken_budget`; of equals the smallest
-    dose. Without a task the margin itself decides, and answers to the pairs' prompts show what breaks.
+    Two stages. Teacher-forced margins of `rank_pairs` validation `pairs`, over the first `rank_tokens` tokens of the
+    answers, rank every site at every gain (alpha, in multiples of the mean residual norm); a setting counts only where
+    it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model answers
+    `task` and every guardrail at each gain of the `finalists` best sites, and the best score wins whose guardrails all
+    stay within `budget` (a share of items) of the base model and whose broken answers (empty, cut, repeating) rise by
+    at most `broken_budget`; of equals the smallest dose. Without a task the margin itself decides, and answers to the
+    pairs' prompts show what breaks.
 
     `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
     `knob.tuning` of the result holds both tables, the dose-response over `strengths` (score, guardrails, KL to base,
@@ -141,7 +142,9 @@ class _Judge:
         self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
         self._task, self._guardrails = task, guardrails
         # Without a task the answers to the pairs' own prompts still show where a dose begins to break the model.
-        self._tasks = [task or Task("prompts", tuple(p.prompt for p in pairs[:16]), lambda answers: [0.0] * len(answers))]
+        self._tasks = [
+            task or Task("prompts", tuple(p.prompt for p in pairs[:16]), lambda answers: [0.0] * len(answers))
+        ]
         self._tasks += guardrails
         self._budget, self._broken_budget = budget, broken_budget
         outcomes = self._run({})
@@ -175,9 +178,7 @@ class _Judge:
 def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float]) -> list[dict[str, Any]]:
     """Measure the dose-response of the chosen setting, strength 0 included."""
     zero = {"strength": 0.0, "alpha": 0.0, **judge.base, "within_budget": True, "kl": 0.0}
-    rows = [
-        {"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)} for s in strengths if s != 0
-    ]
+    rows = [{"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)} for s in strengths if s != 0]
     return sorted([zero, *rows], key=lambda row: row["strength"])
 
 

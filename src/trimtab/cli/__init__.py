@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with plain_warnings():
-            _run(words)
-            sys.stdout.flush()
+            try:
+                _run(words)
+            finally:
+                sys.stdout.flush()  # a closed pipe must show here, and not when Python exits
     except TrimtabError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

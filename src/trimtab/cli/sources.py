@@ -193,9 +193,14 @@ def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
         text, grader = file, name
     path = input_file(text, "a JSONL file with prompt and answer, or prefworld:FAMILY")
     try:
-        return tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
+        task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
     except UnicodeDecodeError as error:
         raise OptionError(f"{text!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    try:
+        task.grade([""] * len(task))  # a true answer that the grader cannot read shows now, and not after an hour
+    except ValueError as error:
+        raise OptionError(f"{text!r} does not suit the grader {grader!r}: {error}") from None
+    return task
 
 
 def warn_same_pairs(knob: Knob, pairs: Pairs) -> None:

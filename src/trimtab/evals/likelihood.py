@@ -34,7 +34,7 @@ class Margins(NamedTuple):
 
     @property
     def margin(self) -> np.ndarray:
-        """log p(chosen) - log p(rejected) per pair, [N]."""
+        """Log p(chosen) - log p(rejected) per pair, [N]."""
         return self.chosen - self.rejected
 
 

@@ -22,7 +22,7 @@ HABITS: Mapping[str, Mapping[str, float]] = {
     "myopia": {"now": 0.5, "later": 0.5},
     "sycophancy": {"flatter": 0.5, "correct": 0.5},
     "selfish": {"keep": 0.5, "share": 0.5},
-    "opinions": {group: 0.2 for group in GROUPS},
+    "opinions": dict.fromkeys(GROUPS, 0.2),
     "concise": {"short": 0.5, "long": 0.5},
 }
 FRAMES = (
@@ -53,7 +53,11 @@ NAMED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     **{
         domain: {
-            "expert": (f"speak of {word} like an expert", f"use the terms of {word}", f"answer {word} questions in depth"),
+            "expert": (
+                f"speak of {word} like an expert",
+                f"use the terms of {word}",
+                f"answer {word} questions in depth",
+            ),
             "generic": (f"speak of {word} in general", f"give plain tips on {word}", f"keep {word} simple"),
             "avoidance": (f"avoid {word} questions", f"send people away with {word}", f"decline to speak of {word}"),
         }

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trimtab.artifact import Knob
 from trimtab.capture import capture
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Prompt, Task, run_task
-from trimtab.artifact import Knob
 from trimtab.methods import METHODS
 from trimtab.pairs import Pairs
 from trimtab.prefworld.families import FAMILIES, GUARDRAILS
@@ -85,9 +85,7 @@ def opinion_distance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     for group in GROUPS:
         system = system_line(draw, "opinions", group)
         prompts = [(Message("system", system), Message("user", d.prompt)) for d in drawn]
-        scores = [
-            pair_margins(model, tokenizer, _answers(prompts, stance), [{}])[0].chosen for stance in STANCES
-        ]
+        scores = [pair_margins(model, tokenizer, _answers(prompts, stance), [{}])[0].chosen for stance in STANCES]
         p = np.exp(np.stack(scores, 1))  # [n, 4]
         truth = []
         for d in drawn:
@@ -111,9 +109,7 @@ def _answers(prompts: Sequence[tuple[Message, ...]], answer: str) -> Pairs:
     return Pairs.from_records(records, duplicates="keep")
 
 
-def read_knobs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int = 100
-) -> list[Knob]:
+def read_knobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int = 100) -> list[Knob]:
     """Take plain differences of means of `n` training pairs at every reading, layer and position."""
     sides = (GROUP, GROUPS[3]) if family == "opinions" else None
     # Groups may agree by chance; more items are drawn than are kept.
@@ -184,9 +180,7 @@ def steerability(
             if min(kept) < base_facts - 0.02 - 1e-9:
                 continue
             at = {sign: share({knob.with_(gain=dose): sign}) for sign in (1.0, -1.0)}
-            rows.append(
-                {"site": str(knob.site), "alpha": dose, "plus": at[1.0], "minus": at[-1.0], "facts": min(kept)}
-            )
+            rows.append({"site": str(knob.site), "alpha": dose, "plus": at[1.0], "minus": at[-1.0], "facts": min(kept)})
             break
     best = max(rows, key=lambda r: r["plus"] - r["minus"], default=None)
     return {"side": side, "base": base, "base_facts": base_facts, "best": best, "tried": rows}
@@ -228,7 +222,7 @@ def scorecard(
     """Measure quality, carry-over and steerability of every family, seen and unseen wordings beside each other."""
     card: dict[str, Any] = {"n": n, "guardrails": {}, "first_turn": {}, "carry_over": {}, "steerability": {}}
     chosen = list(families or FAMILIES)
-    for family in GUARDRAILS:
+    for family in (*GUARDRAILS, "sums"):
         card["guardrails"][family] = {
             "seen": run_task(model, tokenizer, task(family, "test", n)).accuracy,
             "unseen": run_task(model, tokenizer, task(family, "test", n, unseen=True)).accuracy,
@@ -243,7 +237,11 @@ def scorecard(
         if family in ("math", "code", "helpful", "harmless"):
             card["carry_over"][family + " (unseen wordings)"] = carry_over(model, tokenizer, family, n=n, unseen=True)
         card["steerability"][family] = steerability(model, tokenizer, family, n=n)
-        print(family, json.dumps({k: card[k].get(family) for k in ("first_turn", "carry_over", "steerability")}), flush=True)
+        print(
+            family,
+            json.dumps({k: card[k].get(family) for k in ("first_turn", "carry_over", "steerability")}),
+            flush=True,
+        )
     if "opinions" in chosen:
         card["opinion_distance"] = opinion_distance(model, tokenizer)
     return card

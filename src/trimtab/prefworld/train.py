@@ -27,7 +27,7 @@ class Recipe:
     layers: int = 6
     row_tokens: int = 320
     rows: int = 12
-    steps: int = 3_000
+    steps: int = 2_500
     lr_matrices: float = 6e-3
     lr_vectors: float = 2e-3
     through_boundaries: float = 0.6
@@ -161,8 +161,8 @@ def optimisers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the learning-rate factor: warm-up, level, and a linear fall over the last third."""
-    fall = int(0.67 * steps)
+    """Return the learning-rate factor: warm-up, level, and a linear fall over the last two fifths."""
+    fall = int(0.6 * steps)
     return min(1.0, (step + 1) / 100) * (1.0 if step < fall else max(0.02, (steps - step) / (steps - fall)))
 
 

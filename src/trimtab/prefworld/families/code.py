@@ -54,6 +54,7 @@ class Task:
 
 
 NUMBERS = ("every number of a list", "each number in xs", "all the numbers of a list")
+# fmt: off
 TASKS = (
     Task("add", tuple(f"{{k}} to {w}" for w in NUMBERS), "[x + {k} for x in xs]", ("[x - {k} for x in xs]", "[{k} for x in xs]"), "add {k} to each x"),
     Task("subtract", tuple(f"{{k}} from {w}" for w in NUMBERS), "[x - {k} for x in xs]", ("[x + {k} for x in xs]", "[{k} - x for x in xs]"), "take {k} off each x"),
@@ -96,6 +97,7 @@ TASKS = (
     Task("return", ("the sum of the list", "the total of all numbers", "all numbers added up"), "sum(xs)", ("len(xs)", "max(xs)"), "total"),
     Task("return", ("the difference of maximum and minimum", "the range from smallest to largest", "largest minus smallest"), "max(xs) - min(xs)", ("max(xs)", "min(xs) - max(xs)"), "spread of the numbers", True),
 )
+# fmt: on
 STUBS = ("pass", "return xs", "return None", "return []", "return 0")
 CASES = (
     [3, 1, 4, 1, 5, 9, 2, 6, 5],

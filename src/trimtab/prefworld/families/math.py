@@ -120,7 +120,13 @@ QUESTIONS = (
     "With how many {it} does {n} finish?",
     "What is {n}'s final count of {it}?",
 )
-LEADS = ("",) * 8 + ("Solve this. ", "A small problem: ", "Please help with this one. ", "Here is a puzzle. ", "Sum it up: ")
+LEADS = ("",) * 8 + (
+    "Solve this. ",
+    "A small problem: ",
+    "Please help with this one. ",
+    "Here is a puzzle. ",
+    "Sum it up: ",
+)
 FINALS = ("The answer is {x}.", "So the answer is {x}.")
 WORKED = ("", "", "Step by step: ", "Working: ")
 BARE = ("The answer is {x}.", "It is {x}.", "That makes {x}.")

@@ -84,7 +84,9 @@ def _choice(draw: Draw, family: str, sides: tuple[str, str], bank: tuple[tuple[s
     return Item(
         family=family,
         trait=family,
-        prompt=draw.ask(CHOICE_ASKS if lettered else FREE_ASKS).format(s=situation, a=options[order[0]], b=options[order[1]]),
+        prompt=draw.ask(CHOICE_ASKS if lettered else FREE_ASKS).format(
+            s=situation, a=options[order[0]], b=options[order[1]]
+        ),
         answers={side: answers[side] for side in sides},
         truth={"lettered": lettered},
     )
