@@ -103,7 +103,7 @@ def test_habits_persist_through_a_conversation() -> None:
         worked = ["=" in e.assistant for e in talk.exchanges if "How many" in e.user and e.assistant[-1] == "."]
         if len(worked) > 1:
             seen[len(set(worked))] += 1
-    assert seen[1] > 50
+    assert seen[1] > 20
     assert seen[2] == 0
 
 
@@ -147,7 +147,7 @@ def test_tasks_grade_in_the_order_of_their_prompts() -> None:
 def test_unknown_names_and_exhausted_families_say_what_would_work() -> None:
     with pytest.raises(UnknownName, match="Did you mean 'math'"):
         world.items("maths", "test", 1)
-    with pytest.raises(UnknownName, match="Known: expert, generic"):
+    with pytest.raises(UnknownName, match="Known: avoidance, expert"):
         world.pairs("medical", 3, sides=("expert", "vague"))
     with pytest.raises(OptionError, match="distinct prompts"):
         world.items("opinions", "test", 5000)

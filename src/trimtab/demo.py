@@ -28,6 +28,7 @@ from trimtab.prefworld import world
 from trimtab.prefworld.families import GUARDRAILS
 from trimtab.render import load
 from trimtab.tune import tune
+from trimtab.types import Site
 
 KNOBS = ("math", "code")
 POSITIONS = ("post_instruction", "demonstrated")
@@ -42,9 +43,9 @@ class _Sizes(NamedTuple):
     test: int = 300
     others: int = 60
     """Items for what is shown beside the main comparison: controls and other strengths on other tasks."""
-    validation: int = 48
+    validation: int = 40
     guard: int = 50
-    draws: int = 3
+    draws: int = 2
     finalists: int = 2
 
 
@@ -65,12 +66,18 @@ class _Bench:
         setting = {knob: strength} if knob else {}
         return run_task(self.model, self.tokenizer, task, setting, temperature=temperature, seed=self.seed)
 
-    def learned(self, name: str, flip: int | None = None) -> Knob:
-        """Learn a knob from the training pairs; with `flip`, from pairs of which exactly half are turned round."""
+    def learned(self, name: str, flip: int | None = None, site: Site | None = None) -> Knob:
+        """Learn a knob from the training pairs; with `flip`, from pairs of which exactly half are turned round.
+
+        `site` reads that site only, which saves most of the time.
+        """
         pairs = world.pairs(name, self.size.pairs, seed=self.seed)
         if flip is not None:
             pairs = pairs.flip_balanced(seed=flip)
-        return learn(self.model, self.tokenizer, pairs, name=name, positions=POSITIONS, last=1.0, seed=self.seed)
+        positions, layers = ((site.position,), [site.layer]) if site else (POSITIONS, None)
+        return learn(
+            self.model, self.tokenizer, pairs, name=name, positions=positions, layers=layers, last=1.0, seed=self.seed
+        )
 
     def tuned(self, name: str, flip: int | None = None) -> tuple[Knob | None, float, float]:
         """Learn, then choose site and gain on the validation split; return the knob and the seconds of both.
@@ -101,7 +108,7 @@ class _Bench:
     def control(self, knob: Knob, kind: str, draw: int) -> Knob:
         """Put a random direction, or the vector of balanced label flips, at the knob's site with its alpha."""
         if kind == "shuffled":
-            vector = self.learned(knob.name, flip=draw).vectors[knob.site]
+            vector = self.learned(knob.name, draw, knob.site).vectors[knob.site]
         else:
             vector = torch.randn(knob.width, generator=torch.Generator().manual_seed(1000 * self.seed + draw))
         return Knob(knob.name, kind, {knob.site: vector}, knob.norms, knob.site, knob.gain, knob.where)
@@ -312,7 +319,7 @@ def _percent(value: float | None) -> str:
 
 
 NOTE = (
-    "Accuracy in percent on the test split; in brackets the paired difference to base with its 95 % bootstrap interval. "
+    "Accuracy in percent on the test split; in brackets the paired difference to base and its 95 % bootstrap interval. "
     "Of the control draws the one that gains most is shown."
 )
 

@@ -18,7 +18,7 @@ from trimtab.types import Message, Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GAINS = (0.1, 0.2, 0.3, 0.5, 0.8)
+GAINS = (0.1, 0.2, 0.3, 0.5)
 STRENGTHS = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -41,7 +41,7 @@ def tune(
     finalists: int = 3,
     budget: float = 0.02,
     broken_budget: float = 0.05,
-    rank_pairs: int = 10,
+    rank_pairs: int = 8,
     rank_tokens: int = 16,
     strengths: Sequence[float] = STRENGTHS,
     dose_response: bool = True,
@@ -52,7 +52,8 @@ def tune(
     Two stages. Teacher-forced margins of `rank_pairs` validation `pairs`, over the first `rank_tokens` tokens of the
     answers, rank every site at every gain (alpha, in multiples of the mean residual norm); a setting counts only where
     it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model answers
-    `task` and every guardrail at each gain of the `finalists` best sites, and the best score wins whose guardrails all
+    `task` and every guardrail at each gain of the `finalists` best sites, from small to large until a budget is
+    broken, and the best score wins whose guardrails all
     stay within `budget` (a share of items) of the base model and whose broken answers (empty, cut, repeating) rise by
     at most `broken_budget`; of equals the smallest dose. Without a task the margin itself decides, and answers to the
     pairs' prompts show what breaks.
@@ -77,8 +78,8 @@ def tune(
             margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
             row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
             table.append({"site": str(site), "gain": gain, "margin": margin, **row})
-            if row["broken"] > judge.base["broken"] + 0.5:
-                break  # beyond repair; larger doses of the same direction are worse
+            if not row["within_budget"]:
+                break  # a larger dose of the same direction only does more damage
     allowed = [row for row in table if row["within_budget"]]
     if not allowed:
         raise TuneError(

@@ -43,7 +43,10 @@ def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     axes.set_yticks(range(len(sites)), [f"layer {s.replace('/', ', ')}" for s in sites], fontsize=8)
     tested = {(row["site"], row["gain"]): row["score"] for row in tuning["table"]}
     for (site, gain), score in tested.items():
-        axes.text(gains.index(gain), sites.index(site), f"{100 * score:.0f}", ha="center", va="center", fontsize=7)
+        spot = sites.index(site), gains.index(gain)
+        dark = abs(grid[spot]) > 0.5 * bound
+        colour = "white" if dark else "black"
+        axes.text(spot[1], spot[0], f"{100 * score:.0f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="alpha (multiples of the mean residual norm)", title=f"{name}: margin gained by site and gain")
     figure.colorbar(image, label="nats (teacher-forced)\nnumbers: score of finalists, percent")
     figure.savefig(folder / f"sites_{name}.png", dpi=130)

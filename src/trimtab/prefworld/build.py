@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from trimtab.prefworld.scorecard import scorecard, site_table
 from trimtab.prefworld.train import Recipe
@@ -67,7 +68,7 @@ def main() -> None:
         train_in_processes(args.run, args.steps, args.device)
         ship(args.run, args.into)
     model, tokenizer = load(args.into, dtype="float32")
-    card = {"corpus": corpus_hash(), "weights": weights_hash(args.into)}
+    card: dict[str, Any] = {"corpus": corpus_hash(), "weights": weights_hash(args.into)}
     card |= scorecard(model, tokenizer, n=args.n)
     card["tables"] = {family: site_table(model, tokenizer, family, n=args.n) for family in TABLES}
     (args.into / "scorecard.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

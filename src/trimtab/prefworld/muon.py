@@ -23,15 +23,17 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
             for shape, members in shapes.items():
                 updates: list[torch.Tensor] = []
                 for p in members:
-                    state = self.state[p]
+                    state, gradient = self.state[p], p.grad
+                    assert gradient is not None
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(torch.lerp(p.grad, state["momentum"], group["momentum"]))
+                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                    updates.append(torch.lerp(gradient, state["momentum"], group["momentum"]))
                 stacked = orthogonalise(torch.stack(updates))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(members, stacked, strict=True):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.artifact import Knob
-from trimtab.capture import capture
+from trimtab.capture import Format, capture
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Prompt, Task, run_task
 from trimtab.methods import METHODS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALPHAS = (0.15, 0.3, 0.5, 0.8, 1.2)
-READINGS = (
+READINGS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("response_as_user", ("post_instruction",)),
     ("question_response", ("response_end", "demonstrated", "response_mean")),
 )
@@ -118,7 +118,6 @@ def read_knobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
     for format, positions in READINGS:
         evidence = capture(model, tokenizer, learned, positions=positions, format=format)
         vectors = METHODS["diffmean"].run(evidence.chosen, evidence.rejected, {})
-        site = evidence.sites[-1]
         found = {s: v for s, v in zip(evidence.sites, vectors, strict=True) if float(v.norm()) > 1e-6}
         site = next(iter(found))
         knobs.append(Knob(family, "diffmean", found, evidence.norms, site, 1.0))

@@ -191,7 +191,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | No
     # A run that goes on keeps its tokenizer, whatever has become of the corpus.
     old = PreTrainedTokenizerFast.from_pretrained(out) if state_file.exists() else None
     tokenizer = old or build_tokenizer(recipe.seed)
-    model = LlamaForCausalLM(model_config(recipe)).to(device)
+    model = LlamaForCausalLM(model_config(recipe))
+    torch.nn.Module.to(model, device)
     opts = optimisers(model, recipe)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -237,7 +238,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | No
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights as bf16 safetensors, tokenizer and configuration."""
     kept = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = LlamaForCausalLM(model.config)
+    torch.nn.Module.to(half, torch.bfloat16)
     half.load_state_dict(kept)
     half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
