@@ -31,7 +31,7 @@ from trimtab.learn import learn
 from trimtab.methods import METHODS
 from trimtab.pairs import Pairs
 from trimtab.render import Loaded, load
-from trimtab.tune import tune
+from trimtab.tune import STRENGTHS, tune
 from trimtab.types import Message, Site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,7 +303,8 @@ def test_the_bar_of_tuning_moves_and_leaves_stdout_alone(
     out = run(*words, "--finalists", 1, "--max-new-tokens", 4, "--out", "x.safetensors", "--json")
     assert len(out.records) == 1
     assert "Loading" in screen.getvalue()
-    done = [int(n) for n in re.findall(r"(\d+)/11", screen.getvalue())]  # base, one finalist, nine strengths
+    rounds = 1 + 1 + len(STRENGTHS)  # the base model, one finalist at one gain, the dose-response
+    done = [int(n) for n in re.findall(rf"(\d+)/{rounds}", screen.getvalue())]
     assert done
     assert max(done) >= 1
 

@@ -41,7 +41,8 @@ class _Sizes(NamedTuple):
 
     pairs: int = 100
     test: int = 300
-    others: int = 60
+    sampled: int = 200
+    others: int = 40
     """Items for what is shown beside the main comparison: controls and other strengths on other tasks."""
     validation: int = 40
     guard: int = 50
@@ -49,7 +50,7 @@ class _Sizes(NamedTuple):
     finalists: int = 2
 
 
-QUICK = _Sizes(pairs=16, test=10, others=4, validation=6, guard=4, draws=1, finalists=1)
+QUICK = _Sizes(pairs=16, test=10, sampled=10, others=4, validation=6, guard=4, draws=1, finalists=1)
 """For tests of the plumbing; its figures mean nothing."""
 
 
@@ -169,8 +170,8 @@ class _Demo:
         if flipped:
             asked["tuned"] = submit(_outcome, own, flipped, 1.0, size.test)
         asked["sampled"] = {
-            "base": submit(_outcome, own, None, 0.0, size.test, 1.0),
-            "knob": submit(_outcome, own, knob, 1.0, size.test, 1.0),
+            "base": submit(_outcome, own, None, 0.0, size.sampled, 1.0),
+            "knob": submit(_outcome, own, knob, 1.0, size.sampled, 1.0),
         }
         return asked
 

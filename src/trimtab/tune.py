@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GAINS = (0.1, 0.2, 0.3, 0.5)
-STRENGTHS = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
+STRENGTHS = (-1.0, 0.5, 1.0, 1.5, 2.0)
 
 
 class _Candidate(NamedTuple):

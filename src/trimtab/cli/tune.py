@@ -49,7 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     goal.add_argument("--budget", type=float, metavar="X", help="share a guardrail may lose (default 0.02)")
     search = parser.add_argument_group("what is tried")
-    search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas (default 0.15,0.3,0.5,0.8,1.2)")
+    search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas, as in 0.2,0.5")
     search.add_argument("--finalists", type=int, metavar="N", help="sites that answer the task (default 3)")
     search.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")
 

@@ -149,7 +149,7 @@ def steerability(
     family: str,
     *,
     n: int = 100,
-    tried: int = 4,
+    tried: int = 3,
 ) -> dict[str, Any]:
     """Measure the sampled share of the first side at the first turn at -alpha, 0 and +alpha, and facts at +alpha.
 
