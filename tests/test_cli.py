@@ -832,8 +832,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 @pytest.mark.quick
 def test_messages_speak_of_options_and_not_of_python() -> None:
-    assert as_options("Use length_match='regress', or pass strict=False.") == (
-        "Use --length-match regress, or pass --no-strict."
+    assert as_options("Use length_match='bucket' or 'regress', or pass strict=False.") == (
+        "Use --length-match bucket or regress, or pass --no-strict."
     )
     assert as_options('Pass duplicates="drop" to leave it out; x=1.') == "Pass --duplicates drop to leave it out; x=1."
 

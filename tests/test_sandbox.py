@@ -291,12 +291,13 @@ def test_isolation_is_described(sandbox: Sandbox) -> None:
 
 
 @needs_fork
-def test_hundreds_of_programs_take_seconds() -> None:
+def test_hundreds_of_programs_go_through_one_helper() -> None:
     with Sandbox() as quick:
-        started = time.monotonic()
+        assert quick.run("x = 1").ok
+        helper = quick._process
         for number in range(300):
             assert quick.passes("def f(x): return x * x", "f", [([number], number * number)])
-        assert time.monotonic() - started < 20  # about 1.5 on an idle core
+        assert quick._process is helper
 
 
 @needs_fork

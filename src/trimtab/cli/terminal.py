@@ -16,7 +16,7 @@ from trimtab.errors import TrimtabWarning
 # the terminal, nor fail to print.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Messages speak Python; these of its keywords are options here.
-_KEYWORD = re.compile(r"""\b(duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")""")
+_KEYWORD = re.compile(r"""\b(duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?""")
 
 
 def as_options(message: str) -> str:
@@ -26,7 +26,12 @@ def as_options(message: str) -> str:
     'Pass --duplicates drop to leave it out.'
     """
     message = message.replace("pass strict=False", "pass --no-strict")
-    return _KEYWORD.sub(lambda found: f"--{found[1].replace('_', '-')} {found[2] or found[3]}", message)
+
+    def as_option(found: re.Match[str]) -> str:
+        other = f" or {found[4]}" if found[4] else ""
+        return f"--{found[1].replace('_', '-')} {found[2] or found[3]}{other}"
+
+    return _KEYWORD.sub(as_option, message)
 
 
 def harmless(text: str) -> str:
