@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import decoders, models
 from transformers import PreTrainedModel
 
-from pico import END, knob, model, tokenizer
+from pico import END, SPECIAL, knob, model, tokenizer
 from trimtab.artifact import Knob, Rack
 from trimtab.errors import OptionError, UnknownName
 from trimtab.generate import generate
@@ -31,11 +32,11 @@ def by_hand(lm: PreTrainedModel, text: str, dose: Mapping[Knob, float], steps: i
 
 
 def always_say(lm: PreTrainedModel, token: int | None) -> None:
-    """Make the model predict one token, or (None) every token alike."""
+    """Make the model predict one token, or (None) nearly every token alike."""
     head = torch.nn.Linear(lm.config.hidden_size, lm.config.vocab_size)
     with torch.no_grad():
         head.weight.zero_()
-        head.bias.zero_()
+        head.bias.copy_(-1e-4 * torch.arange(lm.config.vocab_size))
         if token is not None:
             head.bias[token] = 1.0
     lm.set_output_embeddings(head)
@@ -53,6 +54,21 @@ def test_answers_equal_one_at_a_time_runs_in_the_order_of_the_prompts(name: str,
     ]
     assert len({generation.text for generation in out}) == 4
     assert [generation.knobs for generation in out] == [{"pico": 1.0}, {}, {"pico": -0.5, "two": 1.0}, {"two": 2.0}]
+
+
+def test_prompts_of_similar_length_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words, widths = model(), tokenizer(), list[int]()
+    original = type(lm).generate
+
+    def spy(view: PreTrainedModel, *, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        widths.append(input_ids.shape[1])
+        return original(view, input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(type(lm), "generate", spy)
+    texts = ["a" * length for length in (20, 2, 21, 1)]
+    generate(lm, words, texts, max_new_tokens=1, batch_size=2)
+    shortest = len(Renderer(words).prompt_ids([Message("user", "")]))
+    assert widths == [shortest + 21, shortest + 2]
 
 
 def test_settings_by_name_by_knob_and_for_all_prompts_agree() -> None:
@@ -134,6 +150,16 @@ def test_an_answer_that_ends_at_once_is_empty_and_finished() -> None:
     assert all((g.text, g.tokens, g.finished) == ("", 0, True) for g in out)
 
 
+@pytest.mark.parametrize("said_by", ["tokenizer", "model"])
+def test_tokenizer_and_model_may_both_say_what_ends_a_turn(said_by: str) -> None:
+    lm, words = model(), tokenizer()
+    end = END if said_by == "tokenizer" else words.convert_tokens_to_ids("!")
+    lm.generation_config.eos_token_id = None if said_by == "tokenizer" else end
+    always_say(lm, end)
+    out = generate(lm, words, ["Hi"])[0]
+    assert (out.text, out.tokens, out.finished) == ("", 0, True)
+
+
 def test_special_tokens_stay_out_of_the_text() -> None:
     lm, words = model(), tokenizer()
     always_say(lm, words.convert_tokens_to_ids("<|user|>"))
@@ -184,16 +210,11 @@ def test_generation_warns_about_nothing(
 def test_the_preferences_of_the_model_do_not_touch_greedy_decoding() -> None:
     lm, words = model(), tokenizer()
     plain = generate(lm, words, TEXTS, max_new_tokens=8)
-    lm.generation_config.update(
-        do_sample=True,
-        temperature=2.0,
-        top_k=3,
-        num_beams=2,
-        repetition_penalty=3.0,
-        no_repeat_ngram_size=1,
-        max_length=5,
-    )
+    own = {"do_sample": True, "num_beams": 2, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "max_length": 5}
+    lm.generation_config.update(**own, temperature=2.0, top_k=3, max_new_tokens=2)
+    before = lm.generation_config.to_dict()
     assert generate(lm, words, TEXTS, max_new_tokens=8) == plain
+    assert lm.generation_config.to_dict() == before
 
 
 # --- streaming -------------------------------------------------------------------------------------------------------
@@ -210,21 +231,35 @@ def test_streamed_pieces_join_to_the_answer(temperature: float) -> None:
     assert all(pieces)
 
 
+def scripted(ids: list[int]) -> Any:
+    """A stand-in for the model's own `generate` that says `ids`."""
+
+    def say(view: object, *, input_ids: torch.Tensor, streamer: Any, **inputs: Any) -> torch.Tensor:
+        streamer.put(input_ids)
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return torch.cat([input_ids, torch.tensor([ids])], 1)
+
+    return say
+
+
+def test_words_keep_their_spaces_when_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words, pieces = model(), tokenizer(chat=False), list[str]()
+    spaced = ["\u2581one", "\u2581two", "s", "\u2581three"]  # decoders of this kind drop the first space of a text
+    words.backend_tokenizer.model = models.WordLevel({token: n for n, token in enumerate([*SPECIAL, *spaced])}, "<pad>")
+    words.backend_tokenizer.decoder = decoders.Metaspace()
+    monkeypatch.setattr(type(lm), "generate", scripted([6, 7, 8, 9, END]))
+    out = generate(lm, words, ["x"], on_text=pieces.append)
+    assert out[0].text == "one twos three"
+    assert pieces == ["one", " two", "s", " three"]
+
+
 def test_characters_of_several_tokens_are_streamed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "naïve 🙂 ≠ \ufffd"
     lm, words, pieces = model(), tokenizer(units="bytes"), list[str]()
     ids = [*words.encode(text), END]
-    steps = iter(ids)
-
-    def scripted(lm_self: object, *args: object, **inputs: Any) -> torch.Tensor:
-        stream, prompt = inputs["streamer"], inputs["input_ids"]
-        stream.put(prompt)
-        for token in steps:
-            stream.put(torch.tensor([token]))
-        stream.end()
-        return torch.cat([prompt, torch.tensor([ids])], 1)
-
-    monkeypatch.setattr(type(lm), "generate", scripted)
+    monkeypatch.setattr(type(lm), "generate", scripted(ids))
     out = generate(lm, words, ["Hi"], on_text=pieces.append)
     assert out[0].text == "".join(pieces) == text
     assert pieces == [*"naïve 🙂 ≠ \ufffd"]

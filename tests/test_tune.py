@@ -113,6 +113,11 @@ def test_bad_options_are_errors() -> None:
         tune(knob, lm, words, PAIRS, gains=(0.5, -1.0))
     with pytest.raises(OptionError, match="finalists"):
         tune(knob, lm, words, PAIRS, finalists=0)
+    with pytest.raises(OptionError, match="negative"):
+        tune(knob, lm, words, PAIRS, budget=-0.1)
+    rail = Task("keep", ("Keep",), says_yes)
+    with pytest.raises(OptionError, match="names of their own; got keep, keep"):
+        tune(knob, lm, words, PAIRS, guardrails=[rail, rail])
     zero = Knob("zero", "planted", {Site(0, "last"): torch.zeros(knob.width)}, {0: 1.0}, Site(0, "last"), 1.0)
     with pytest.raises(TuneError, match="do not differ"):
         tune(zero, lm, words, PAIRS)
@@ -135,8 +140,9 @@ def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:
     assert task.prompts == ("1+1?", (Message("user", "2+2?"),))
     assert list(task.grade(["It is 2.", "5"])) == [1.0, 0.0]
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "x"}\n')
-    with pytest.raises(OptionError, match=r"bad\.jsonl:1"):
-        load_task(bad)
+    for line in ('{"prompt": "x"}', '{"prompt": 5, "answer": "x"}', "prompt"):
+        bad.write_text(line)
+        with pytest.raises(OptionError, match=r"bad\.jsonl:1"):
+            load_task(bad)
     with pytest.raises(KeyError, match="Known: contains"):
         load_task(good, grader="exact")

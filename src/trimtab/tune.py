@@ -62,12 +62,7 @@ def tune(
     `knob.tuning` of the result holds both tables, the dose-response over `strengths` (score, guardrails, KL to base,
     broken answers) and the `safe_range` around [0, 1] within the budgets. Raises `TuneError` if nothing qualifies.
     """
-    if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
-        raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
-    if min(finalists, rank_pairs, rank_tokens) < 1:
-        raise OptionError(
-            f"finalists, rank_pairs and rank_tokens must be at least 1; got {finalists}, {rank_pairs}, {rank_tokens}."
-        )
+    _check(gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens))
     begun = time.perf_counter()
     ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], gains, rank_tokens)
     judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
@@ -103,6 +98,24 @@ def tune(
         tuning |= {"dose_response": curve, "safe_range": list(_safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
+
+
+def _check(
+    gains: Sequence[float],
+    guardrails: Sequence[Task],
+    budgets: tuple[float, float],
+    counts: tuple[int, int, int],
+) -> None:
+    """Raise `OptionError` for options that no search can work with."""
+    if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
+        raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
+    if min(budgets) < 0:
+        raise OptionError(f"Budgets must not be negative; got {budgets[0]:g} and {budgets[1]:g}.")
+    names = [rail.name for rail in guardrails]
+    if len(set(names)) < len(names):
+        raise OptionError(f"Guardrails need names of their own; got {', '.join(names)}.")
+    if min(counts) < 1:
+        raise OptionError("finalists, rank_pairs and rank_tokens must be at least 1; got {}, {}, {}.".format(*counts))
 
 
 def _rank(
@@ -144,7 +157,10 @@ class _Judge:
         self._task, self._guardrails = task, guardrails
         # Without a task the answers to the pairs' own prompts still show where a dose begins to break the model.
         self._tasks = [
-            task or Task("prompts", tuple(p.prompt for p in pairs[:16]), lambda answers: [0.0] * len(answers))
+            task
+            or Task(
+                "prompts", tuple(p.prompt for p in pairs[:16]), lambda answers: [0.0] * len(answers), max_new_tokens=48
+            )
         ]
         self._tasks += guardrails
         self._budget, self._broken_budget = budget, broken_budget

@@ -111,12 +111,13 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
         try:
             record = json.loads(line)
             prompt, truth = record["prompt"], str(record["answer"])
+            if not isinstance(prompt, str):
+                prompt = tuple(Message(str(m["role"]), str(m["content"])) for m in prompt)
         except (ValueError, KeyError, TypeError):
             raise OptionError(
-                f"{path}:{number}: a task line is JSON with the fields prompt and answer; got {line[:80]!r}."
+                f"{path}:{number}: a task line is JSON with the fields prompt (text or messages) and answer; "
+                f"got {line[:80]!r}."
             ) from None
-        if not isinstance(prompt, str):
-            prompt = tuple(Message(str(m["role"]), str(m["content"])) for m in prompt)
         prompts.append(prompt)
         truths.append(truth)
     if not prompts:
