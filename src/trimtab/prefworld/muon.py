@@ -10,7 +10,7 @@ import torch
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz steps (K. Jordan, 2024).
 
-    `torch.optim.Muon` computes the same in bf16, which a CPU without bf16 units emulates some fifty times slower.
+    `torch.optim.Muon` computes the same in bf16, which a CPU without bf16 units emulates, many times slower.
     Matrices of one shape are orthogonalised together.
     """
 

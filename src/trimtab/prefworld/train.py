@@ -178,8 +178,8 @@ def average_gradients(model: LlamaForCausalLM, workers: int) -> None:
 def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | None = None) -> None:
     """Train and save to `out`; a state file there lets a killed run go on where it was.
 
-    Under `torchrun` every process is a worker on its share of the rows; on a CPU one process for each core is about
-    twice as fast as one process with as many threads, since the matrices are small. An earlier checkpoint (at 60 % of
+    Under `torchrun` every process is a worker on its share of the rows; on a CPU one process for each core is
+    faster than one process with as many threads, since the matrices are small. An earlier checkpoint (at 60 % of
     the steps, before the learning rate falls) is kept in `out/early`.
     """
     workers, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
