@@ -20,7 +20,7 @@ LAYERS, WIDTH = 8, 512
 def knob(layer: int, width: int) -> Knob:
     """Make a knob with a random direction at a small dose."""
     site = Site(layer, "last")
-    return Knob(f"random {layer}", "random", {site: torch.randn(width)}, {layer: 1.0}, site, 1e-3)
+    return Knob(f"random{layer}", "random", {site: torch.randn(width)}, {layer: 1.0}, site, 1e-3)
 
 
 def main() -> None:
