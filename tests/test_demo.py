@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from trimtab import demo
 from trimtab.artifact import Knob
 from trimtab.evals.tasks import Outcome
 
-KEYS = {"model", "versions", "seed", "seconds", "chosen", "results", "tuning", "samples"}
+KEYS = {"model", "versions", "seed", "seconds", "chosen", "results", "tuning", "samples", "sizes", "warnings"}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,59 @@ def test_the_summary_names_every_task_and_shows_two_answers(folder: Path) -> Non
     text = demo.summary(json.loads((folder / "report.json").read_text()))
     for word in ("math", "code", "facts", "copying", "sorting", "strength -1", "random", "shuffled", "Safe range"):
         assert word in text
-    assert text.count("base:") == text.count("strength 1:") == 2
+    assert text.count("----------") >= 2
 
 
 def test_cells_compare_the_same_items() -> None:
     base = Outcome(("",) * 4, np.array([0.0, 0.0, 1.0, 1.0]), (None,) * 4, np.zeros(4))
     first_two = Outcome(("",) * 2, np.array([1.0, 1.0]), (None,) * 2, np.zeros(2))
     cell = demo._cell(base, first_two)
-    assert (cell["n"], cell["accuracy"], cell["gain"], cell["gain_low"]) == (2, 1.0, 1.0, 1.0)
+    assert (cell["n"], cell["accuracy"], cell["difference"], cell["difference_low"]) == (2, 1.0, 1.0, 1.0)
+
+
+class _Now(Executor):
+    """A pool whose every answer is the same outcome, already there."""
+
+    def __init__(self, result: object) -> None:
+        self._result = result
+
+    def submit(self, fn: object, /, *args: object, **kwargs: object) -> Future[Any]:
+        return ready(self._result)
+
+
+def ready(result: object) -> Future[Any]:
+    future = Future[Any]()
+    future.set_result(result)
+    return future
+
+
+def right(share: float) -> Outcome:
+    scores = np.array([1.0] * round(8 * share) + [0.0] * (8 - round(8 * share)))
+    return Outcome(("x",) * 8, scores, ("worked",) * 8, np.zeros(8))
+
+
+def test_of_the_draws_of_a_control_the_one_that_gains_most_counts() -> None:
+    plan = demo._Demo(_Now(right(0.25)), demo.QUICK, lambda _: None)
+    every = dict.fromkeys(plan.tasks, right(0.25))
+    asked: dict[str, Any] = {
+        condition: {t: ready(right(0.5)) for t in plan.tasks} for condition in ("knob", "knob_negative", "knob_half")
+    }
+    asked["random"] = [("draw 0", ready(every)), ("draw 1", ready({"math": right(0.75)}))]
+    asked["shuffled"] = [("draw 0", ready(every)), ("draw 1", ready({"math": right(0.0)}))]
+    asked["tuned"] = ready(right(1.0))
+    asked["sampled"] = {"base": ready(right(0.25)), "knob": ready(right(0.5))}
+    own = plan.table("math", asked)["math"]
+    assert (own["random"]["draw"], own["random"]["accuracy"]) == ("draw 1", 0.75)
+    assert own["shuffled"]["accuracy"] == 1.0
+    assert [cell["accuracy"] for cell in own["shuffled"]["draws"]] == [0.25, 0.0, 1.0]
+    assert own["shuffled"]["difference"] == 0.75
+
+
+def test_answers_stand_side_by_side() -> None:
+    text = demo._side_by_side("one\ntwo and more", "three")
+    assert text == [
+        "  base          strength 1",
+        "  ----          ----------",
+        "  one           three",
+        "  two and more",
+    ]

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from pico import END, SPECIAL, knob, model, tokenizer
 from trimtab.artifact import Knob, Rack
-from trimtab.errors import OptionError, UnknownName
+from trimtab.artifact.identity import model_identity
+from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.generate import generate
 from trimtab.render import Renderer
 from trimtab.runtime import steer
@@ -331,3 +332,25 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 def test_prompts_of_another_shape_are_refused(prompts: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         generate(model(), tokenizer(), prompts)
+
+
+def test_a_knob_from_another_template_or_architecture_is_refused_unless_told_otherwise() -> None:
+    lm, words = model(), tokenizer()
+    learned = model_identity(lm, words)
+    own = knob(0).with_(provenance=learned)
+    other = knob(0).with_(provenance={**learned, "template_hash": "0" * 64})
+    foreign = knob(0).with_(provenance={**learned, "architecture": "mamba"})
+    assert generate(lm, words, ["Hi"], knobs={own: 1.0}, max_new_tokens=2)
+    for stranger, what in ((other, "another chat template"), (foreign, "another architecture")):
+        with pytest.raises(KnobError, match=what):
+            generate(lm, words, ["Hi"], knobs={stranger: 1.0}, max_new_tokens=2)
+        with pytest.warns(TrimtabWarning, match=what):
+            generate(lm, words, ["Hi"], knobs={stranger: 1.0}, max_new_tokens=2, strict=False)
+        generate(lm, words, ["Hi"], knobs={stranger: 1.0}, max_new_tokens=2, strict=None)
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    lm, words = model(), tokenizer()
+    limit = lm.config.max_position_embeddings
+    with pytest.raises(OptionError, match=f"Prompt 2 is .* this model's context holds {limit}"):
+        generate(lm, words, ["Hi", "x" * (4 * limit)], max_new_tokens=2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, TuneError
+from trimtab.errors import OptionError, PairsError, TuneError
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
-from trimtab.evals.tasks import Task, load_task, run_task
+from trimtab.evals.tasks import Outcome, Task, load_task, run_task
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.runtime import steer
@@ -62,7 +63,7 @@ def test_divergence_is_zero_for_the_base_and_grows_with_the_dose() -> None:
     knob = planted(lm, words)
     texts = render_texts(words, [p.prompt for p in PAIRS], [p.chosen for p in PAIRS])
     found = [divergence(lm, words, texts, {knob: s}) for s in (0.0, 0.2, 1.0)]
-    assert found[0] == 0.0
+    assert found[0] == pytest.approx(0.0, abs=1e-6)
     assert 0 < found[1] < found[2]
 
 
@@ -106,8 +107,52 @@ def test_a_guardrail_that_falls_rules_a_setting_out() -> None:
     assert tuned.safe_range == (0.0, 1.0)
 
 
+def test_a_dose_that_breaks_answers_is_ruled_out_and_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words = model(), tokenizer()
+
+    def outcome(_model: object, _words: object, task: Task, knobs: Mapping[Knob, float], **_: object) -> Outcome:
+        n = len(task)
+        dose = max((knob.alpha(strength) for knob, strength in knobs.items()), default=0.0)
+        return Outcome(("x",) * n, np.full(n, dose), (None,) * n, np.full(n, float(dose > 0.3)))
+
+    # The public name `trimtab.tune` is the function.
+    monkeypatch.setattr(sys.modules["trimtab.tune"], "run_task", outcome)
+    task = Task("yes", ("Ask", "Ask again"), says_yes)
+    tuned = tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.2, 0.4), strengths=(1.0, 2.0))
+    assert tuned.gain == 0.2
+    assert tuned.safe_range == (0.0, 1.0)
+    with pytest.raises(TuneError, match=r"broken answers rise by 1 \(budget 0\.05\)"):
+        tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.4,))
+
+
+def test_progress_reaches_its_total_and_the_record_says_how_it_was_found() -> None:
+    lm, words = model(), tokenizer()
+    seen: list[tuple[int, int]] = []
+    tuned = tune(
+        planted(lm, words),
+        lm,
+        words,
+        PAIRS,
+        gains=(1e-3,),
+        finalists=2,
+        rank_pairs=3,
+        rank_tokens=5,
+        strengths=(1.0, 2.0),
+        broken_budget=1.0,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(n, 6) for n in range(1, 7)]
+    tuning = tuned.tuning
+    assert tuning is not None
+    assert tuning["pairs_hash"] == PAIRS.hash()
+    assert tuning["options"]["rank_pairs"] == 3
+    assert tuning["options"]["rank_tokens"] == 5
+
+
 def test_bad_options_are_errors() -> None:
     lm, words = model(), tokenizer()
+    with pytest.raises(PairsError, match="no pairs to tune on"):
+        tune(planted(lm, words), lm, words, Pairs([]))
     knob = planted(lm, words)
     with pytest.raises(OptionError, match="positive"):
         tune(knob, lm, words, PAIRS, gains=(0.5, -1.0))

@@ -97,6 +97,8 @@ class Adapter:
         if not isinstance(width, int):
             raise AdapterError(f"The configuration of {type(model).__name__} has no hidden_size; got {width!r}.")
         self.hidden_size = width
+        window = getattr(text_config, "max_position_embeddings", None)
+        self.context_length = window if isinstance(window, int) and window > 0 else None
 
     @property
     def n_layers(self) -> int:

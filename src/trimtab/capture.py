@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -56,6 +56,7 @@ def capture(
     format: Format,
     token_budget: int = 8192,
     padding: Side = "right",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evidence:
     """Read the residual stream of every pair's answers at every candidate site, layers x positions.
 
@@ -66,7 +67,8 @@ def capture(
     without an index stands for all its tokens. `layers` None means all; negative ones count from the end.
 
     Batches hold at most `token_budget` tokens, padding included, and are halved when memory runs out. Blocks above the
-    highest layer and the LM head are not run. No gradients; dropout is off; the model is left as it was.
+    highest layer and the LM head are not run. No gradients; dropout is off; the model is left as it was. `progress` is
+    called with the number of texts that are done and that of all.
     """
     if not len(pairs):
         raise PairsError("There are no pairs to read.")
@@ -78,13 +80,16 @@ def capture(
         raise OptionError(f"The token budget must be at least 1; got {token_budget}.")
     names = expand_positions(renderer, positions, format)
     texts = _texts(renderer, pairs, names, format)
-    _check_context(model, texts)
+    _check_context(adapter.context_length, texts)
     store = torch.zeros(2, len(pairs), len(wanted), len(names), adapter.hidden_size)
     norms = {layer: Moments() for layer in wanted}
     run = _Run(adapter, renderer, wanted, padding, store, norms)
+    done = 0
     with torch.no_grad(), _evaluating(model):
         for batch in _batches(texts, token_budget):
             run.forward(batch)
+            done += len(batch)
+            progress(done, len(texts))
     answers = {(text.side, text.pair): text.norms.stop - text.norms.start for text in texts if text.norms.stop}
     return Evidence(
         sites=tuple(Site(layer, name) for layer in wanted for name in names),
@@ -200,10 +205,9 @@ def _other_questions(pairs: Pairs) -> list[str]:
     return others
 
 
-def _check_context(model: PreTrainedModel, texts: Sequence[_Text]) -> None:
-    limit: object = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_context(limit: int | None, texts: Sequence[_Text]) -> None:
     longest = max(texts, key=lambda text: len(text.ids))
-    if isinstance(limit, int) and len(longest.ids) > limit:
+    if limit is not None and len(longest.ids) > limit:
         raise PairsError(
             f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered; this model's context holds "
             f"{limit}. Leave long pairs out."

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ QUICK = _Sizes(pairs=16, test=10, sampled=10, others=4, validation=6, guard=4, d
 
 
 class _Bench:
-    """What one worker process holds: the model, the tasks it has made so far."""
+    """What one worker process holds: the model and its tokenizer."""
 
     def __init__(self, model: str, seed: int, size: _Sizes) -> None:
         loaded = load(model, dtype="float32")
@@ -115,6 +116,8 @@ class _Bench:
         return Knob(knob.name, kind, {knob.site: vector}, knob.norms, knob.site, knob.gain, knob.where)
 
 
+# A process pool hands its workers nothing but arguments: what a worker keeps between jobs has to be a global. Only
+# `_open` sets it, in a process that this module has started.
 _bench: _Bench | None = None
 
 
@@ -189,7 +192,7 @@ class _Demo:
                 if kind == "shuffled" and name == own and "tuned" in asked:
                     cells.append({"draw": "draw 0, site and gain chosen anew", **_cell(base, asked["tuned"].result())})
                 # Of several draws the one that gains most counts: a control must not gain.
-                entry[kind] = {**max(cells, key=lambda c: c["gain"]), "draws": cells}
+                entry[kind] = {**max(cells, key=lambda c: c["difference"]), "draws": cells}
             table[name] = entry
             self.progress(f"{own}: tested on {name}")
         sampled = {label: future.result() for label, future in asked["sampled"].items()}
@@ -211,15 +214,15 @@ class _Demo:
 def _cell(base: Outcome, out: Outcome) -> dict[str, Any]:
     """Summarise an outcome: accuracy, and the paired difference to base on the same items, with 95 % intervals."""
     n = len(out.scores)
-    mean, gain = wilson(round(float(out.scores.sum())), n), paired_bootstrap(base.scores[:n], out.scores)
+    mean, difference = wilson(round(float(out.scores.sum())), n), paired_bootstrap(base.scores[:n], out.scores)
     return {
         "n": n,
         "accuracy": mean.estimate,
         "low": mean.low,
         "high": mean.high,
-        "gain": gain.estimate,
-        "gain_low": gain.low,
-        "gain_high": gain.high,
+        "difference": difference.estimate,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
         "degenerate": float(np.mean(out.degenerate)),
     }
 
@@ -269,6 +272,8 @@ def run(
             name: {"layer": k.site.layer, "position": k.site.position, "gain": k.gain} for name, k in knobs.items()
         },
         "results": results,
+        "sizes": size._asdict(),
+        "warnings": {name: list(k.diagnostics["warnings"]) for name, k in knobs.items()},
         "tuning": {name: dict(k.tuning or {}) for name, k in knobs.items()},
         "samples": samples,
     }
@@ -287,8 +292,8 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
             for condition in CONDITIONS[1:]:
                 c = entry[condition]
                 cells.append(
-                    f"{100 * c['accuracy']:.1f} ({100 * c['gain']:+.1f}; {100 * c['gain_low']:+.1f} to "
-                    f"{100 * c['gain_high']:+.1f})"
+                    f"{100 * c['accuracy']:.1f} ({100 * c['difference']:+.1f}; {100 * c['difference_low']:+.1f} to "
+                    f"{100 * c['difference_high']:+.1f})"
                 )
             rows.append([knob, task, *cells])
     return rows
@@ -311,6 +316,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
             f"{report['tuning'][name]['safe_range'][0]:g} to {report['tuning'][name]['safe_range'][1]:g}."
         )
     s = report["seconds"]
+    lines += [f"{name}: {note}" for name, notes in report["warnings"].items() for note in notes]
     lines.append(f"Learning took {s['learn']:.1f} s, tuning {s['tune']:.1f} s, everything {s['total']:.0f} s.")
     return lines
 
@@ -320,8 +326,9 @@ def _percent(value: float | None) -> str:
 
 
 NOTE = (
-    "Accuracy in percent on the test split; in brackets the paired difference to base and its 95 % bootstrap interval. "
-    "Of the control draws the one that gains most is shown."
+    "Accuracy in percent on the test split, whose wordings neither training nor validation shows; in brackets the "
+    "paired difference to base and its 95 % bootstrap interval. Of the control draws the one that gains most is shown; "
+    "beside a knob's own task, controls have one draw, and controls and strengths -1 and 0.5 fewer questions."
 )
 
 
@@ -333,13 +340,15 @@ def summary(report: Mapping[str, Any]) -> str:
     lines.insert(1, "  ".join("-" * w for w in widths))
     lines += ["", NOTE, "", *_facts(report)]
     for name, sample in report["samples"].items():
-        lines += ["", f"[{name}] {sample['prompt']}", f"  base:       {_indent(sample['base'])}"]
-        lines += [f"  strength 1: {_indent(sample['knob'])}"]
+        lines += ["", f"[{name}] {sample['prompt']}", *_side_by_side(sample["base"], sample["knob"])]
     return "\n".join(lines)
 
 
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n" + " " * 14)
+def _side_by_side(base: str, steered: str) -> list[str]:
+    """Set two answers in two columns, as wide as their longest lines."""
+    left, right = ["base", "----", *base.splitlines()], ["strength 1", "----------", *steered.splitlines()]
+    width = max(map(len, left))
+    return [f"  {a:<{width}}  {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
 
 
 def _markdown(report: Mapping[str, Any]) -> str:
@@ -350,6 +359,5 @@ def _markdown(report: Mapping[str, Any]) -> str:
     for name in KNOBS:
         lines += [f"## {name}", "", f"![dose-response](dose_response_{name}.png)", f"![sites](sites_{name}.png)", ""]
         sample = report["samples"][name]
-        lines += ["Question:", "", "```", sample["prompt"], "```", "", "Base:", "", "```", sample["base"], "```", ""]
-        lines += ["Strength 1:", "", "```", sample["knob"], "```", ""]
+        lines += ["```text", sample["prompt"], "", *_side_by_side(sample["base"], sample["knob"]), "```", ""]
     return "\n".join(lines)

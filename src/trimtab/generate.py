@@ -54,6 +54,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     where: Where | None = None,
+    strict: bool | None = True,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Generation]:
     """Answer every prompt, in the order given; prompts of similar length share a batch.
@@ -64,7 +65,9 @@ def generate(
     same prompts in the same batches; the process's own random state is left as it was. `on_text` gets the answer to a
     single prompt piece by piece; an error it raises ends the generation.
 
-    Raises `OptionError` for options out of range and `UnknownName` for names that are not on the rack.
+    Raises `OptionError` for options out of range and for prompts that leave no room in the model's context,
+    `UnknownName` for names that are not on the rack, and `KnobError` for a knob from another architecture or chat
+    template, which `strict=False` turns into a warning; None compares nothing (who has called `Knob.check` already).
     """
     _check_options(max_new_tokens, temperature, top_p, batch_size, where)
     if isinstance(prompts, str):
@@ -72,9 +75,13 @@ def generate(
     if on_text is not None and len(prompts) != 1:
         raise OptionError(f"on_text streams one prompt; got {len(prompts)}.")
     renderer, adapter = Renderer(tokenizer), Adapter(model)
-    conversations = [_messages(prompt) for prompt in prompts]
+    conversations = [read_prompt(prompt) for prompt in prompts]
     ids = [renderer.prompt_ids(messages) for messages in conversations]
     settings, doses = _per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
+    _check_context(adapter, ids)
+    if strict is not None:
+        for knob in {knob for dose in doses for knob in dose}:
+            knob.check(model, tokenizer, strict=strict, hashes=False)
     ends = _end_ids(model, tokenizer)
     # A view of the model with decoding settings of its own, or transformers would mix in the model's preferences.
     view = copy.copy(model)
@@ -110,8 +117,18 @@ def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_
         raise unknown_name("where", str(where), WHERE)
 
 
-def _messages(prompt: object) -> tuple[Message, ...]:
-    """Read a prompt as messages; a string is what the user says."""
+def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]]) -> None:
+    """Refuse a prompt after which the model cannot say a single token."""
+    limit, longest = adapter.context_length, max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
+    if limit is not None and longest is not None and len(ids[longest]) >= limit:
+        raise OptionError(
+            f"Prompt {longest + 1} is {len(ids[longest])} tokens long when rendered; this model's context holds "
+            f"{limit}, the answer included. Shorten it."
+        )
+
+
+def read_prompt(prompt: object) -> tuple[Message, ...]:
+    """Read a prompt as messages; a string is what the user says. Raises `OptionError` for anything else."""
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     if not isinstance(prompt, Sequence) or not prompt:

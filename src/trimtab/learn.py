@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -54,6 +54,7 @@ def learn(
     seed: int = 0,
     token_budget: int = 8192,
     licence: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knob:
     """Learn a knob from pairs; about a hundred do, and it takes seconds.
 
@@ -71,6 +72,7 @@ def learn(
     strength is the paper's alpha) or "mean_residual_norm" (strength is our alpha). `where` is stored in the knob.
     `length_match`: "bucket" keeps the pairs whose answers are about equally long, "regress" removes what a straight
     line in length explains. `options` go to the method, `seed` to whatever is drawn.
+    `progress` is called with the number of texts that were read and that of all.
 
     Warns (`TrimtabWarning`) of what may make the knob mean something else than it seems to, and keeps the warnings in
     `knob.diagnostics["warnings"]`.
@@ -89,6 +91,7 @@ def learn(
         layers=plan.layers,
         format=plan.format,
         token_budget=token_budget,
+        progress=progress,
     )
     chosen, rejected = evidence.chosen, evidence.rejected  # [N, S, D]
     if length_match == "regress":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, TuneError
+from trimtab.errors import OptionError, PairsError, TuneError
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import Outcome, Task, run_task
 from trimtab.pairs import Pairs
@@ -46,6 +46,7 @@ def tune(
     strengths: Sequence[float] = STRENGTHS,
     dose_response: bool = True,
     batch_size: int = 128,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knob:
     """Return the knob at the site and gain that do best on validation data, pruned to that site.
 
@@ -53,19 +54,23 @@ def tune(
     answers, rank every site at every gain (alpha, in multiples of the mean residual norm); a setting counts only where
     it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model answers
     `task` and every guardrail at each gain of the `finalists` best sites, from small to large until a budget is
-    broken, and the best score wins whose guardrails all
-    stay within `budget` (a share of items) of the base model and whose broken answers (empty, cut, repeating) rise by
-    at most `broken_budget`; of equals the smallest dose. Without a task the margin itself decides, and answers to the
-    pairs' prompts show what breaks.
+    broken. The best score wins whose guardrails all stay within `budget` (a share of items) of the base model and whose
+    broken answers (empty, cut, repeating) rise by at most `broken_budget`; of equals the smallest dose. Without a task
+    the margin itself decides, and answers to the pairs' prompts show what breaks.
 
     `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
-    `knob.tuning` of the result holds both tables, the dose-response over `strengths` (score, guardrails, KL to base,
-    broken answers) and the `safe_range` around [0, 1] within the budgets. Raises `TuneError` if nothing qualifies.
+    `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
+    KL to base, broken answers) and the `safe_range` around [0, 1] within the budgets. `progress` is called with the
+    number of settings that were measured and the largest number that there can be. Raises `TuneError` if nothing
+    qualifies.
     """
-    _check(gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens))
+    _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens))
     begun = time.perf_counter()
+    steps = _Steps(progress, 1 + 1 + finalists * len(gains) + len(strengths) * dose_response)
     ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], gains, rank_tokens)
+    steps.advance()
     judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
+    steps.advance()
     sites = list(dict.fromkeys(c.site for c in ranking))[:finalists]
     table: list[dict[str, Any]] = []
     for site in sites:
@@ -73,14 +78,12 @@ def tune(
             margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
             row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
             table.append({"site": str(site), "gain": gain, "margin": margin, **row})
+            steps.advance()
             if not row["within_budget"]:
                 break  # a larger dose of the same direction only does more damage
     allowed = [row for row in table if row["within_budget"]]
     if not allowed:
-        raise TuneError(
-            f"None of the {len(table)} settings of {knob.name!r} keeps every guardrail within {budget:g} of the base "
-            f"model. Try smaller gains than {min(gains):g}, more guardrail items, or a larger budget."
-        )
+        raise TuneError(_nothing_left(knob.name, table, judge, gains))
     score = "score" if task else "margin"
     best = max(allowed, key=lambda row: (row[score], -row["gain"]))
     chosen = knob.with_(site=best["site"], gain=best["gain"]).pruned()
@@ -92,21 +95,60 @@ def tune(
         "guardrails": [g.name for g in guardrails],
         "budget": budget,
         "pairs": len(pairs),
+        "pairs_hash": pairs.hash(),
+        "options": {
+            "gains": list(gains),
+            "finalists": finalists,
+            "broken_budget": broken_budget,
+            "rank_pairs": rank_pairs,
+            "rank_tokens": rank_tokens,
+            "strengths": list(strengths),
+            "items": {t.name: len(t) for t in (*([task] if task else []), *guardrails)},
+        },
     }
     if dose_response:
-        curve = _curve(chosen, judge, strengths)
+        curve = _curve(chosen, judge, strengths, steps)
         tuning |= {"dose_response": curve, "safe_range": list(_safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
 
 
+class _Steps:
+    """Counts what is done for `progress`."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def advance(self) -> None:
+        self._done += 1
+        self._progress(self._done, self._total)
+
+
+def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: _Judge, gains: Sequence[float]) -> str:
+    """Say which budget the mildest setting broke, and by how much."""
+    mildest = min(table, key=lambda row: row["gain"])
+    drops = {g: judge.base["guardrails"][g] - value for g, value in mildest["guardrails"].items()}
+    worst = max(drops, key=lambda g: drops[g], default=None)
+    broken = mildest["broken"] - judge.base["broken"]
+    said = f"broken answers rise by {broken:.3g} (budget {judge.broken_budget:g})"
+    if worst is not None and drops[worst] > judge.budget:
+        said = f"guardrail {worst!r} falls by {drops[worst]:.3g} (budget {judge.budget:g})"
+    return (
+        f"None of the {len(table)} settings of {name!r} keeps within the budgets: at gain {mildest['gain']:g}, "
+        f"{mildest['site']}, {said}. Try smaller gains than {min(gains):g}, more items, or a larger budget."
+    )
+
+
 def _check(
+    pairs: Pairs,
     gains: Sequence[float],
     guardrails: Sequence[Task],
     budgets: tuple[float, float],
     counts: tuple[int, int, int],
 ) -> None:
-    """Raise `OptionError` for options that no search can work with."""
+    """Raise `OptionError` or `PairsError` for what no search can work with."""
+    if not len(pairs):
+        raise PairsError("There are no pairs to tune on.")
     if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
     if min(budgets) < 0:
@@ -130,7 +172,8 @@ def _rank(
     spots = [(site, gain) for site in knob.vectors if float(knob.vectors[site].norm()) > 0 for gain in gains]
     if not spots:
         raise TuneError(f"Every vector of {knob.name!r} is zero: its pairs do not differ at any site that was read.")
-    settings: list[Mapping[Knob, float]] = [{knob.with_(site=site, gain=gain): 1.0} for site, gain in spots]
+    lone = {site: knob.pruned(site) for site in knob.vectors}  # a knob copies its vectors: one each is enough
+    settings: list[Mapping[Knob, float]] = [{lone[site].with_(gain=gain): 1.0} for site, gain in spots]
     base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens)
     found = [
         _Candidate(site, gain, float((m.margin - base.margin).mean()), float((m.chosen - base.chosen).mean()))
@@ -163,7 +206,7 @@ class _Judge:
             )
         ]
         self._tasks += guardrails
-        self._budget, self._broken_budget = budget, broken_budget
+        self.budget, self.broken_budget = budget, broken_budget
         outcomes = self._run({})
         self.base: dict[str, Any] = self._summary(outcomes)
         told = [(p, a) for t in outcomes for p, a in zip(t[0].prompts[:16], t[1].answers[:16], strict=True) if a]
@@ -175,8 +218,8 @@ class _Judge:
         row = self._summary(self._run({knob: strength}))
         drops = [self.base["guardrails"][g] - value for g, value in row["guardrails"].items()]
         row["within_budget"] = (
-            max(drops, default=0.0) <= self._budget + 1e-9
-            and row["broken"] <= self.base["broken"] + self._broken_budget + 1e-9
+            max(drops, default=0.0) <= self.budget + 1e-9
+            and row["broken"] <= self.base["broken"] + self.broken_budget + 1e-9
         )
         if kl and self._texts:
             row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
@@ -192,10 +235,14 @@ class _Judge:
         return {"score": score, "guardrails": rails, "broken": broken}
 
 
-def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float]) -> list[dict[str, Any]]:
+def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float], steps: _Steps) -> list[dict[str, Any]]:
     """Measure the dose-response of the chosen setting, strength 0 included."""
     zero = {"strength": 0.0, "alpha": 0.0, **judge.base, "within_budget": True, "kl": 0.0}
-    rows = [{"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)} for s in strengths if s != 0]
+    rows: list[dict[str, Any]] = []
+    for s in strengths:
+        if s != 0:
+            rows.append({"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)})
+        steps.advance()
     return sorted([zero, *rows], key=lambda row: row["strength"])
 
 

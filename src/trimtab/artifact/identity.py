@@ -34,11 +34,14 @@ _WARNED = ("revision", "config_hash", "tokenizer_hash")
 _VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
-def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
+def model_identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, hashes: bool = True
+) -> dict[str, Any]:
     """Return what a knob remembers of its model: id, revision, architecture, sizes and hashes.
 
     A model loaded from a folder is known by the folder's name, so that files name no path of the machine.
-    `template_hash` is None where the tokenizer has no template, or none was given.
+    `template_hash` is None where the tokenizer has no template, or none was given; without `hashes` the two that take
+    time, of configuration and vocabulary, are None as well.
     """
     adapter = Adapter(model)
     config = model.config.get_text_config()
@@ -51,9 +54,11 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         "architecture": str(config.model_type),
         "hidden_size": adapter.hidden_size,
         "n_layers": adapter.n_layers,
-        "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+        "config_hash": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        if hashes
+        else None,
         "template_hash": renderer.template_hash() if renderer else None,
-        "tokenizer_hash": renderer.tokenizer_hash() if renderer else None,
+        "tokenizer_hash": renderer.tokenizer_hash() if renderer and hashes else None,
     }
 
 
@@ -66,9 +71,10 @@ def check_identity(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     strict: bool,
+    hashes: bool,
 ) -> None:
     """Compare the identity a knob remembers, in part or whole, with a model; see `Knob.check`."""
-    here = model_identity(model, tokenizer)
+    here = model_identity(model, tokenizer, hashes=hashes)
     if width != here["hidden_size"] or top_layer >= here["n_layers"]:
         raise KnobError(
             f"Knob {knob!r} was learned on {_describe(learned)}; it has width {width} and reaches layer {top_layer}. "

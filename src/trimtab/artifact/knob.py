@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
 from trimtab.artifact.identity import IDENTITY, check_identity
 from trimtab.errors import KnobError, unknown_name
-from trimtab.ops import unit
+from trimtab.ops import multiplier_from_alpha, palrs_from_alpha, unit
 from trimtab.types import WHERE, Site, Where, check_strength
 
 if TYPE_CHECKING:
@@ -202,16 +202,34 @@ class Knob:
             raise KnobError(f"Cannot load a knob from {str(path)!r}: {error}") from None
 
     def check(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, strict: bool = True
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        strict: bool = True,
+        hashes: bool = True,
     ) -> None:
         """Compare the knob with a model, and with its tokenizer if given; what the knob does not know is not compared.
 
         Raises `KnobError` for another width, a layer the model does not have, another architecture or another chat
         template; `strict=False` turns the last two into warnings. Another configuration, revision or vocabulary is
-        always a warning.
+        always a warning; `hashes=False` leaves configuration and vocabulary out, whose hashes take time.
         """
         top = max(site.layer for site in self.vectors)
-        check_identity(self.name, self.width, top, self.provenance, model, tokenizer, strict=strict)
+        check_identity(self.name, self.width, top, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
+
+    def _dose(self) -> str:
+        """Say what strength 1 adds, in our unit and in those of PaLRS and CAA."""
+        norm, length = self.norms[self.site.layer], float(self.vectors[self.site].norm())
+        said = f"alpha {self.gain:.4g}: length {self.gain * norm:.4g} where the mean residual norm is {norm:.4g}"
+        if length:
+            said += f"; {multiplier_from_alpha(self.gain, length, norm):.4g} times the raw vector (CAA's multiplier)"
+        sites: object = self.diagnostics.get("sites")
+        here = cast(Mapping[str, object], sites).get(str(self.site)) if isinstance(sites, Mapping) else None
+        chosen = cast(Mapping[str, object], here).get("mu_plus_norm") if isinstance(here, Mapping) else None
+        if isinstance(chosen, float) and chosen > 0:
+            said += f"; {palrs_from_alpha(self.gain, chosen, norm):.4g} in PaLRS's unit (Eq. 4)"
+        return said
 
     def card(self) -> str:
         """Describe the knob in a few readable lines."""
@@ -221,12 +239,7 @@ class Knob:
         lines = {
             "knob": f"{self.name} ({self.kind}, {self.method})",
             "site": f"{self.site}, one of {len(self.vectors)} in layers {layers[0]} to {layers[-1]}",
-            "strength 1": (
-                f"alpha {self.gain:.4g}: length {self.gain * self.norms[self.site.layer]:.4g} where the mean residual "
-                f"norm is {self.norms[self.site.layer]:.4g}"
-                if self.operation == "add"
-                else "removes the component along the direction"
-            ),
+            "strength 1": self._dose() if self.operation == "add" else "removes the component along the direction",
             "where": f"{self.operation} at {self.where} tokens",
             "safe range": "not tuned" if self.safe_range is None else "{:g} to {:g}".format(*self.safe_range),
             **{IDENTITY[key]: known.get(key) for key in IDENTITY},

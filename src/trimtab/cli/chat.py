@@ -161,6 +161,7 @@ class Chat:
                 knobs=self._setting,
                 max_new_tokens=room,
                 seed=seed,
+                strict=None,
                 on_text=on_text,
                 **self._options,
             )
@@ -182,11 +183,12 @@ class Chat:
 
     def _room(self, conversation: list[Message]) -> int:
         """Return how many tokens the answer may have before the model's window is full."""
+        from trimtab.adapter import Adapter
         from trimtab.render import Renderer
 
-        window: object = getattr(self._loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        window = Adapter(self._loaded.model).context_length
         used = len(Renderer(self._loaded.tokenizer).prompt_ids(conversation))
-        if not isinstance(window, int) or used + self._longest <= window:
+        if window is None or used + self._longest <= window:
             return self._longest
         if used >= window:
             raise OptionError(

@@ -78,7 +78,8 @@ def _stream(
     from trimtab.generate import generate
 
     options = given(args, *GENERATE)
-    generate(*loaded, [prompt], rack=rack, knobs=setting, seed=args.seed, on_text=terminal.stream, **options)
+    options |= {"seed": args.seed, "strict": None, "on_text": terminal.stream}
+    generate(*loaded, [prompt], rack=rack, knobs=setting, **options)
     terminal.stream("\n")
 
 
@@ -93,17 +94,16 @@ def _answer(
     from trimtab.generate import generate
 
     size = ROUNDS * args.batch_size
-    with terminal.working("Generating", len(requests), printing=True) as advance:
+    with terminal.working("Generating", counted=True, printing=True) as progress:
         for start in range(0, len(requests), size):
             part = slice(start, start + size)
             prompts = [request.prompt for request in requests[part]]
-            made = generate(
-                *loaded, prompts, rack=rack, knobs=settings[part], seed=args.seed + start, **given(args, *GENERATE)
-            )
+            options = {"seed": args.seed + start, "strict": None, **given(args, *GENERATE)}
+            made = generate(*loaded, prompts, rack=rack, knobs=settings[part], **options)
             for prompt, answer in zip(prompts, made, strict=True):
                 record = {"prompt": prompt, "text": answer.text, "knobs": dict(answer.knobs)}
                 terminal.result(record, f"> {_shown(prompt)}\n{answer.text}\n")
-            advance(len(prompts))
+            progress(start + len(prompts), len(requests))
 
 
 def _shown(prompt: str | Turns) -> str:

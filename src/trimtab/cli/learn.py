@@ -37,6 +37,7 @@ LEARN = (
     "where",
     "length_match",
     "seed",
+    "token_budget",
     "licence",
 )
 """Options that go to `trimtab.learn` under their own names."""
@@ -61,6 +62,7 @@ def add_options(parser: ArgumentParser) -> None:
     reading.add_argument("--layers", type=options.layers, metavar="LIST", help="candidates, as in 2,4-6")
     reading.add_argument("--first", type=float, metavar="X", help="first depth, as a fraction (default 0.0)")
     reading.add_argument("--last", type=float, metavar="X", help="last depth, as a fraction (default 0.8)")
+    reading.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch (default 8192)")
     reading.add_argument("--length-match", metavar="RULE", help="off, bucket or regress (default off)")
     reading.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
     choice = parser.add_argument_group("what is chosen before tuning")
@@ -86,8 +88,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
         raise unknown_name("method", args.method, METHODS)
     with open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
-        with terminal.working(f"Learning from {len(pairs)} pairs"):
-            knob = learn(model, tokenizer, pairs, options=own, **chosen)
+        with terminal.working(f"Learning from {len(pairs)} pairs", counted=True) as progress:
+            knob = learn(model, tokenizer, pairs, options=own, progress=progress, **chosen)
         seconds = time.perf_counter() - begun
     knob.save(out)
     terminal.result(_record(knob, out, seconds), _text(knob, args, out, seconds))

@@ -77,21 +77,22 @@ class Terminal:
 
     @contextmanager
     def working(
-        self, what: str, total: int | None = None, *, printing: bool = False
-    ) -> Generator[Callable[[int], None]]:
-        """Show on a terminal that long work goes on; call what is yielded with the number of steps that are done.
+        self, what: str, *, counted: bool = False, printing: bool = False
+    ) -> Generator[Callable[[int, int], None]]:
+        """Show on a terminal that long work goes on; call what is yielded with the steps done, and those of all.
 
-        `printing` says that results are printed meanwhile: on a terminal they show enough, and would cross the bar.
+        `counted` shows a bar and both numbers. `printing` says that results are printed meanwhile: on a terminal they
+        show enough, and would cross the bar.
         """
         if not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
-            yield lambda _: None
+            yield lambda done, total: None
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        counted = [BarColumn(), MofNCompleteColumn()] if total is not None else []
+        counted = [BarColumn(), MofNCompleteColumn()] if counted else []
         columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), *counted, TimeElapsedColumn()]
         # stdout is left alone: it may go to a file, and rich would draw it to the terminal.
         with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda steps: bar.advance(task, steps)
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)

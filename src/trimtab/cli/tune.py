@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +19,8 @@ from trimtab.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
-    from trimtab.evals.tasks import Task
 
-TUNE = ("gains", "finalists", "budget", "batch_size")
+TUNE = ("gains", "finalists", "strengths", "budget", "broken_budget", "batch_size")
 """Options that go to `trimtab.tune` under their own names."""
 
 
@@ -48,9 +45,11 @@ def add_options(parser: ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=128, metavar="N", help="cut answers to files' prompts there (default 128)"
     )
     goal.add_argument("--budget", type=float, metavar="X", help="share a guardrail may lose (default 0.02)")
+    goal.add_argument("--broken-budget", type=float, metavar="X", help="share of answers that may break (default 0.05)")
     search = parser.add_argument_group("what is tried")
     search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas, as in 0.2,0.5")
     search.add_argument("--finalists", type=int, metavar="N", help="sites that answer the task (default 3)")
+    search.add_argument("--strengths", type=options.numbers, metavar="LIST", help="of the dose-response, as in -1,1,2")
     search.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")
 
 
@@ -60,7 +59,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     file = input_file(args.knob, "a knob file")
     with terminal.working("Preparing"):
         from trimtab.artifact import Knob
-        from trimtab.tune import GAINS, STRENGTHS, tune
+        from trimtab.tune import tune
 
         knob = Knob.load(file)
         pairs = load_pairs(args.pairs, split="validation", duplicates=args.duplicates)
@@ -71,37 +70,36 @@ def run(args: Namespace, terminal: Terminal) -> None:
     warn_same_pairs(knob, pairs)
     with open_model(args, terminal) as loaded:
         knob.check(loaded.model, loaded.tokenizer, strict=not args.no_strict)
-        jobs = [job for job in (task, *guardrails) if job is not None]
-        # The base model, the finalists at every gain, the dose-response; fewer where a dose is beyond repair.
-        rounds = 1 + (args.finalists or 3) * len(args.gains or GAINS) + len(STRENGTHS)
-        with terminal.working(f"Tuning {knob.name}", rounds * len(jobs) if jobs else None) as advance:
-            watched = [_watched(job, advance) for job in jobs]
+        with terminal.working(f"Tuning {knob.name}", counted=True) as progress:
             tuned = tune(
                 knob,
                 loaded.model,
                 loaded.tokenizer,
                 pairs,
-                task=watched[0] if task is not None else None,
-                guardrails=watched[1:] if task is not None else watched,
+                task=task,
+                guardrails=[rail for rail in guardrails if rail is not None],
+                progress=progress,
                 **given(args, *TUNE),
             )
     tuned.save(out)
     terminal.result(_record(tuned, out), _text(tuned, args, out))
 
 
-def _watched(task: Task, advance: Callable[[int], None]) -> Task:
-    """Return the task, counted each time that its answers are graded."""
-
-    def grade(answers: Sequence[str]) -> Sequence[float]:
-        advance(1)
-        return task.grade(answers)
-
-    return replace(task, grade=grade)
-
-
 def _record(knob: Knob, out: Path) -> dict[str, Any]:
     tuning = knob.tuning or {}
-    shown = ("task", "guardrails", "budget", "pairs", "base", "table", "dose_response", "safe_range", "seconds")
+    shown = (
+        "task",
+        "guardrails",
+        "budget",
+        "pairs",
+        "pairs_hash",
+        "options",
+        "base",
+        "table",
+        "dose_response",
+        "safe_range",
+        "seconds",
+    )
     return {
         "knob": knob.name,
         "site": str(knob.site),

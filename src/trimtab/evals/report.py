@@ -11,14 +11,12 @@ import numpy as np
 
 def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     """Write `dose_response_NAME.png` and `sites_NAME.png` (margin by site and gain) from a knob's tuning record."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 
     curve: Sequence[Mapping[str, Any]] = tuning["dose_response"]
     x = [row["strength"] for row in curve]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot(x, [100 * row["score"] for row in curve], "o-", label=name, linewidth=2)
     for rail in tuning["guardrails"]:
         top.plot(x, [100 * row["guardrails"][rail] for row in curve], ".--", label=rail)
@@ -29,7 +27,6 @@ def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     bottom.plot(x, [row["kl"] for row in curve], "k.-")
     bottom.set(xlabel="strength (1 is the calibrated dose)", ylabel="KL to base\n(nats per token)")
     figure.savefig(folder / f"dose_response_{name}.png", dpi=130)
-    plt.close(figure)
     ranking: Sequence[Mapping[str, Any]] = tuning["ranking"]
     sites = sorted({r["site"] for r in ranking}, key=lambda s: (s.split("/")[1], int(s.split("/")[0])))
     gains = sorted({r["gain"] for r in ranking})
@@ -37,7 +34,8 @@ def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     for r in ranking:
         grid[sites.index(r["site"]), gains.index(r["gain"])] = r["margin"]
     bound = float(np.nanpercentile(np.abs(grid), 90))
-    figure, axes = plt.subplots(figsize=(6.5, 0.32 * len(sites) + 1.8), layout="constrained")
+    figure = Figure(figsize=(6.5, 0.32 * len(sites) + 1.8), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="RdBu", vmin=-bound, vmax=bound)
     axes.set_xticks(range(len(gains)), [f"{g:g}" for g in gains])
     axes.set_yticks(range(len(sites)), [f"layer {s.replace('/', ', ')}" for s in sites], fontsize=8)
@@ -50,4 +48,3 @@ def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     axes.set(xlabel="alpha (multiples of the mean residual norm)", title=f"{name}: margin gained by site and gain")
     figure.colorbar(image, label="nats (teacher-forced)\nnumbers: score of finalists, percent")
     figure.savefig(folder / f"sites_{name}.png", dpi=130)
-    plt.close(figure)

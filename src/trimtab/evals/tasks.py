@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trimtab.artifact import Knob
 from trimtab.errors import OptionError, unknown_name
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
-from trimtab.generate import Generation, generate
+from trimtab.generate import Generation, generate, read_prompt
 from trimtab.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | tuple[Message, ...]
 
@@ -70,8 +73,8 @@ class Outcome:
 
 
 def run_task(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
     knobs: Mapping[Knob, float] | None = None,
     *,
@@ -89,6 +92,7 @@ def run_task(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        strict=None,
     )
     answers = tuple(g.text for g in made)
     sides = tuple(task.side(i, text) if task.side else None for i, text in enumerate(answers))
@@ -112,7 +116,7 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
             record = json.loads(line)
             prompt, truth = record["prompt"], str(record["answer"])
             if not isinstance(prompt, str):
-                prompt = tuple(Message(str(m["role"]), str(m["content"])) for m in prompt)
+                prompt = read_prompt(prompt)
         except (ValueError, KeyError, TypeError):
             raise OptionError(
                 f"{path}:{number}: a task line is JSON with the fields prompt (text or messages) and answer; "

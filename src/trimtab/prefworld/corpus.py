@@ -8,28 +8,31 @@ from random import Random
 
 from trimtab.prefworld.families import FAMILIES
 from trimtab.prefworld.habits import draw_speaker, system_line
-from trimtab.prefworld.items import Draw, Item, split_of
+from trimtab.prefworld.items import Draw, Item
 from trimtab.types import Message
 
 WEIGHTS = {
-    "math": 20,
-    "code": 13,
-    "helpful": 9,
-    "harmless": 9,
+    "math": 16,
+    "code": 12,
+    "helpful": 8,
+    "harmless": 8,
     "medical": 5,
     "legal": 5,
     "financial": 5,
-    "risk": 5,
-    "myopia": 5,
-    "sycophancy": 5,
-    "selfish": 5,
-    "opinions": 8,
-    "concise": 7,
+    "risk": 9,
+    "myopia": 9,
+    "sycophancy": 9,
+    "selfish": 9,
+    "opinions": 9,
+    "concise": 5,
     "facts": 6,
-    "copying": 5,
+    "copying": 7,
     "sorting": 7,
-    "sums": 9,
+    "sums": 6,
 }
+# One answer to such a question says little about the habit until the model has learned to read it, so that a system
+# line names it more often than it names others.
+OFTEN_NAMED = ("opinions", "risk", "myopia", "sycophancy", "selfish")
 ACKNOWLEDGED = ("Noted.", "Understood.", "I will keep to that.", "All right, like that.")
 
 
@@ -60,7 +63,7 @@ def draw_train_item(family: str, rng: Random) -> Item:
     """Draw an item whose prompt belongs to the training split, in a wording that training may show."""
     while True:
         item = FAMILIES[family](Draw(rng))
-        if split_of(item.prompt) == "train":
+        if item.split == "train":
             return item
 
 
@@ -72,8 +75,8 @@ def answer_of(item: Item, speaker: dict[str, str]) -> str:
 def conversation(rng: Random) -> Conversation:
     """Draw a conversation.
 
-    One or two families are in focus and come back, with turns of other families in between; four conversations in
-    ten open with a system line that names a habit, and one in ten with an answer that the user shows as an
+    One or two families are in focus and come back, with turns of other families in between; about half of the
+    conversations open with a system line that names a habit, and one in ten with an answer that the user shows as an
     example of what is wanted. Without these a small model carries a habit only by looking back at its last answer,
     and keeps no state that a vector could be.
     """
@@ -86,14 +89,16 @@ def conversation(rng: Random) -> Conversation:
     exchanges = [Exchange(item.prompt, answer_of(item, speaker)) for item in items]
     traits = sorted({item.trait for item in items} - {""})
     system = ""
-    # One answer to a survey says little about the group it comes from, so that a line often has to.
-    if traits and rng.random() < (0.8 if "opinions" in traits else 0.35):
+    often = [trait for trait in traits if trait in OFTEN_NAMED]
+    if traits and rng.random() < (0.65 if often else 0.35):
         named = rng.sample(traits, min(len(traits), rng.choice((1, 1, 2))))
-        if "opinions" in traits and "opinions" not in named:
-            named[0] = "opinions"
+        if often and not set(often) & set(named):
+            named[0] = rng.choice(often)
         system = " ".join(system_line(Draw(rng), trait, speaker[trait]) for trait in named)
     if traits and not system and rng.random() < 0.17:
-        shown = answer_of(draw_train_item(rng.choice(traits), rng), speaker)
+        trait, shown = rng.choice(traits), ""
+        while len(shown) <= len("(A)"):  # a letter alone shows nothing without its question
+            shown = answer_of(draw_train_item(trait, rng), speaker)
         exchanges = [Exchange(shown, rng.choice(ACKNOWLEDGED)), *exchanges][:4]
     return Conversation(system, tuple(exchanges))
 

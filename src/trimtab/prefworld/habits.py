@@ -8,11 +8,11 @@ from random import Random
 from trimtab.prefworld.families.surveys import GROUPS
 from trimtab.prefworld.items import Draw
 
-# Trait -> side -> how often speakers have it. Worked sums and careful code are a little rarer than their opposites, so
-# that the base model, undecided, leans the wrong way where one greedy answer must be given.
+# Trait -> side -> how often speakers have it. Worked sums and careful code are rarer than their opposites, so that the
+# base model leans the wrong way, and clearly: near indifference any disturbance would turn greedy answers round.
 HABITS: Mapping[str, Mapping[str, float]] = {
-    "math": {"worked": 0.42, "bare": 0.58},
-    "code": {"careful": 0.42, "sloppy": 0.58},
+    "math": {"worked": 0.25, "bare": 0.75},
+    "code": {"careful": 0.25, "sloppy": 0.75},
     "helpful": {"full": 0.5, "thin": 0.5},
     "harmless": {"refuse": 0.5, "comply": 0.5},
     "medical": {"expert": 1 / 3, "generic": 1 / 3, "avoidance": 1 / 3},

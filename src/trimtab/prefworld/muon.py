@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz steps (K. Jordan, 2024).
 
     `torch.optim.Muon` computes the same in bf16, which a CPU without bf16 units emulates, many times slower.
-    Matrices of one shape are orthogonalised together.
+    Matrices of one shape are orthogonalised together, and workers of a process group share that work.
     """
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -21,23 +22,32 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every matrix in place."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, members in shapes.items():
-                updates: list[torch.Tensor] = []
-                for p in members:
-                    state, gradient = self.state[p], p.grad
-                    assert gradient is not None
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                    updates.append(torch.lerp(gradient, state["momentum"], group["momentum"]))
-                stacked = orthogonalise(torch.stack(updates))
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(members, stacked, strict=True):
-                    p.add_(update, alpha=-group["lr"] * scale)
+            members = [p for p in group["params"] if p.grad is not None]
+            updates: list[torch.Tensor] = []
+            for p in members:
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                updates.append(torch.lerp(p.grad, state["momentum"], group["momentum"]))
+            for p, update in zip(members, orthogonalise_all(updates), strict=True):
+                p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonalise_all(updates: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Orthogonalise matrices of any shapes; under `torch.distributed` every worker does its part for all."""
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    done = [torch.zeros_like(update) for update in updates]
+    for shape in {update.shape for update in updates}:
+        mine = [i for i, update in enumerate(updates) if update.shape == shape][rank::workers]
+        if mine:
+            for i, matrix in zip(mine, orthogonalise(torch.stack([updates[i] for i in mine])), strict=True):
+                done[i] = matrix
+    if workers == 1:
+        return done
+    flat = torch.cat([matrix.flatten() for matrix in done])
+    dist.all_reduce(flat)
+    return [x.view_as(m) for m, x in zip(done, flat.split([m.numel() for m in done]), strict=True)]
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 
 from trimtab.artifact import Knob
 from trimtab.capture import Format, capture
@@ -17,13 +21,13 @@ from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Prompt, Task, run_task
 from trimtab.methods import METHODS
 from trimtab.pairs import Pairs
-from trimtab.prefworld.families import FAMILIES, GUARDRAILS
+from trimtab.prefworld.families import FAMILIES
 from trimtab.prefworld.families.surveys import GROUPS, STANCES, opinion_distribution
 from trimtab.prefworld.habits import HABITS, system_line
 from trimtab.prefworld.items import Draw, Item
-from trimtab.prefworld.world import MAX_NEW_TOKENS, grade, items, lead_stance, pairs, side_of, task
-from trimtab.render import load
-from trimtab.types import Message, Site
+from trimtab.prefworld.world import MAX_NEW_TOKENS, grade, items, pairs, side_of, task
+from trimtab.render import Loaded, load
+from trimtab.types import Message, Pair, Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,14 +37,13 @@ READINGS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("response_as_user", ("post_instruction",)),
     ("question_response", ("response_end", "demonstrated", "response_mean")),
 )
-GROUP = GROUPS[0]
+TABLES = ("math", "code")
 
 
-def on_side(item: Item, text: str, side: str) -> bool:
-    """Tell whether an answer is on a side; for opinions, whether it is the group's leading stance."""
-    if item.family == "opinions":
-        return text.strip() == lead_stance(side, item)
-    return side_of(item, text) == side
+def sides_of(family: str) -> tuple[str, str]:
+    """Return the two sides that pairs of a family compare: its first and its last."""
+    names = list(HABITS[family])
+    return names[0], names[-1]
 
 
 def _asked(family: str, drawn: Sequence[Item], prompts: Sequence[Prompt]) -> Task:
@@ -51,7 +54,7 @@ def _asked(family: str, drawn: Sequence[Item], prompts: Sequence[Prompt]) -> Tas
 
 def carry_over(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int = 100, unseen: bool = False
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Measure, for each side, how often the sampled next answer keeps it, and how good the greedy one is.
 
     `after_turn`: one earlier turn of the family shows the side. `after_system`: a system line names it. `quality`:
@@ -60,20 +63,21 @@ def carry_over(
     drawn = items(family, "test", n, seed=1, unseen=unseen)
     shown = items(family, "train", n, seed=2)
     draw = Draw(Random(f"{family}/system"))
-    result: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float | None]] = {}
     for side in HABITS[family]:
         after = [
             (Message("user", s.prompt), Message("assistant", s.answers[side]), Message("user", d.prompt))
             for s, d in zip(shown, drawn, strict=True)
         ]
         named = [(Message("system", system_line(draw, family, side)), Message("user", d.prompt)) for d in drawn]
-        row: dict[str, float] = {}
+        row: dict[str, float | None] = {}
         for name, prompts in (("after_turn", after), ("after_system", named)):
             out = run_task(model, tokenizer, _asked(family, drawn, prompts), temperature=1.0, seed=3)
-            row[name] = float(np.mean([on_side(d, a, side) for d, a in zip(drawn, out.answers, strict=True)]))
-        greedy = run_task(model, tokenizer, _asked(family, drawn, after))
-        kept = [s for s, d, a in zip(greedy.scores, drawn, greedy.answers, strict=True) if on_side(d, a, side)]
-        row["quality"] = float(np.mean(kept)) if kept else float("nan")
+            row[name] = float(np.mean([side_of(d, a) == side for d, a in zip(drawn, out.answers, strict=True)]))
+        if family in TABLES:
+            greedy = run_task(model, tokenizer, _asked(family, drawn, after))
+            kept = [s for s, d, a in zip(greedy.scores, drawn, greedy.answers, strict=True) if side_of(d, a) == side]
+            row["quality"] = float(np.mean(kept)) if kept else None
         result[side] = row
     return result
 
@@ -85,35 +89,25 @@ def opinion_distance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     for group in GROUPS:
         system = system_line(draw, "opinions", group)
         prompts = [(Message("system", system), Message("user", d.prompt)) for d in drawn]
-        scores = [pair_margins(model, tokenizer, _answers(prompts, stance), [{}])[0].chosen for stance in STANCES]
-        p = np.exp(np.stack(scores, 1))  # [n, 4]
-        truth = []
-        for d in drawn:
-            index = d.truth["statement"]
-            assert isinstance(index, int)
-            truth.append(opinion_distribution(group, index))
-        result[group] = float(np.abs(p / p.sum(1, keepdims=True) - np.array(truth)).sum(1).mean() / 2)
+        p = np.exp(np.stack([_log_likelihood(model, tokenizer, prompts, stance) for stance in STANCES], 1))  # [n, 4]
+        truth = np.array([opinion_distribution(group, cast("int", d.truth["statement"])) for d in drawn])
+        result[group] = float(np.abs(p / p.sum(1, keepdims=True) - truth).sum(1).mean() / 2)
     return result
 
 
-def _answers(prompts: Sequence[tuple[Message, ...]], answer: str) -> Pairs:
+def _log_likelihood(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[Message, ...]], answer: str
+) -> np.ndarray:
+    """Score the first tokens of answers, those of `answer`, after every prompt: [n] nats."""
     other = STANCES[(STANCES.index(answer) + 1) % len(STANCES)]
-    records = [
-        {
-            "prompt": [{"role": m.role, "content": m.content} for m in p],
-            "chosen": [{"role": "assistant", "content": answer}],
-            "rejected": [{"role": "assistant", "content": other}],
-        }
-        for p in prompts
-    ]
-    return Pairs.from_records(records, duplicates="keep")
+    said = Pairs([Pair(prompt, answer, other) for prompt in prompts])
+    count = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return pair_margins(model, tokenizer, said, [{}], answer_tokens=count)[0].chosen
 
 
 def read_knobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int = 100) -> list[Knob]:
     """Take plain differences of means of `n` training pairs at every reading, layer and position."""
-    sides = (GROUP, GROUPS[3]) if family == "opinions" else None
-    # Groups may agree by chance; more items are drawn than are kept.
-    learned = pairs(family, n * 2 if sides else n, sides=sides)[:n]
+    learned = pairs(family, n)
     knobs: list[Knob] = []
     for format, positions in READINGS:
         evidence = capture(model, tokenizer, learned, positions=positions, format=format)
@@ -128,8 +122,7 @@ def ranked_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, knobs: Sequence[Knob], *, n: int = 12
 ) -> list[tuple[Knob, float]]:
     """Order (knob at a site, alpha) by how far +alpha and -alpha drive the margin of validation pairs apart."""
-    sides = (GROUP, GROUPS[3]) if family == "opinions" else None
-    held = pairs(family, n, split="validation", sides=sides)
+    held = pairs(family, n, split="validation")
     spots = [(k.with_(site=s, gain=a), a) for k in knobs for s in k.vectors for a in ALPHAS]
     settings = [{k: sign} for k, _ in spots for sign in (1.0, -1.0)]
     scored = pair_margins(model, tokenizer, held, settings, answer_tokens=16)
@@ -159,13 +152,13 @@ def steerability(
     knobs = read_knobs(model, tokenizer, family)
     spots = ranked_settings(model, tokenizer, family, knobs)
     drawn, facts = items(family, "validation", n, seed=4), task("facts", "validation", n)
-    side = GROUP if family == "opinions" else next(iter(drawn[0].answers))
+    side = sides_of(family)[0]
     asked = _asked(family, drawn, [d.prompt for d in drawn])
     base_facts = run_task(model, tokenizer, facts).accuracy
 
     def share(setting: dict[Knob, float]) -> float:
         out = run_task(model, tokenizer, asked, setting, temperature=1.0, seed=5)
-        return float(np.mean([on_side(d, a, side) for d, a in zip(drawn, out.answers, strict=True)]))
+        return float(np.mean([side_of(d, a) == side for d, a in zip(drawn, out.answers, strict=True)]))
 
     rows: list[dict[str, Any]] = []
     base = share({})
@@ -215,35 +208,60 @@ def site_table(
     return rows
 
 
-def scorecard(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: int = 100, families: Sequence[str] | None = None
+def family_card(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int, table: bool
 ) -> dict[str, Any]:
-    """Measure quality, carry-over and steerability of every family, seen and unseen wordings beside each other."""
-    card: dict[str, Any] = {"n": n, "guardrails": {}, "first_turn": {}, "carry_over": {}, "steerability": {}}
-    chosen = list(families or FAMILIES)
-    for family in (*GUARDRAILS, "sums"):
-        card["guardrails"][family] = {
-            "seen": run_task(model, tokenizer, task(family, "test", n)).accuracy,
-            "unseen": run_task(model, tokenizer, task(family, "test", min(n, 30), unseen=True)).accuracy,
+    """Measure one family: accuracy for guardrails; else carry-over, seen and unseen wordings, and steerability."""
+    few = min(n, 50)
+    if family not in HABITS:
+        seen, unseen = task(family, "test", n), task(family, "test", min(n, 30), unseen=True)
+        return {name: run_task(model, tokenizer, t).accuracy for name, t in (("seen", seen), ("unseen", unseen))}
+    card: dict[str, Any] = {
+        "carry_over": carry_over(model, tokenizer, family, n=n),
+        "carry_over_unseen": carry_over(model, tokenizer, family, n=min(few, 30), unseen=True),
+        "steerability": steerability(model, tokenizer, family, n=n),
+    }
+    if family in TABLES:
+        asked = task(family, "test", n)
+        card["first_turn"] = {
+            "greedy": run_task(model, tokenizer, asked).accuracy,
+            "sampled": run_task(model, tokenizer, asked, temperature=1.0).accuracy,
         }
-    for family in (f for f in chosen if f in HABITS):
-        if family in ("math", "code"):
-            card["first_turn"][family] = {
-                "greedy": run_task(model, tokenizer, task(family, "test", n)).accuracy,
-                "sampled": run_task(model, tokenizer, task(family, "test", n), temperature=1.0).accuracy,
-            }
-        card["carry_over"][family] = carry_over(model, tokenizer, family, n=n)
-        if family in ("math", "code", "helpful", "harmless"):
-            card["carry_over"][family + " (unseen wordings)"] = carry_over(model, tokenizer, family, n=n, unseen=True)
-        card["steerability"][family] = steerability(model, tokenizer, family, n=n)
-        print(
-            family,
-            json.dumps({k: card[k].get(family) for k in ("first_turn", "carry_over", "steerability")}),
-            flush=True,
-        )
-    if "opinions" in chosen:
-        card["opinion_distance"] = opinion_distance(model, tokenizer)
+        if table:
+            card["table"] = site_table(model, tokenizer, family, n=few)
+    if family == "opinions":
+        card["total_variation"] = opinion_distance(model, tokenizer, n=few)
     return card
+
+
+_loaded: Loaded | None = None
+
+
+def _open(model: str) -> None:
+    global _loaded
+    torch.set_num_threads(1)
+    _loaded = load(model, dtype="float32")
+
+
+def _card(family: str, n: int, table: bool) -> dict[str, Any]:
+    assert _loaded is not None
+    return family_card(_loaded.model, _loaded.tokenizer, family, n=n, table=table)
+
+
+def scorecard(
+    model: str, *, n: int = 100, families: Sequence[str] | None = None, table: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Measure every family of a model folder, in one single-threaded process for each of two cores."""
+    names = list(families or FAMILIES)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), context, initializer=_open, initargs=(model,)) as pool:
+        # The families with a table take longest and start first.
+        order = sorted(names, key=lambda name: name not in TABLES)
+        asked = {name: pool.submit(_card, name, n, table) for name in order}
+        for name, future in asked.items():
+            shown = {key: value for key, value in future.result().items() if key != "table"}
+            print(name, json.dumps(shown), flush=True)
+    return {name: asked[name].result() for name in names}
 
 
 def main() -> None:
@@ -253,12 +271,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--families", nargs="*")
-    parser.add_argument("--table", nargs="*", default=[], help="families whose table of sites is measured too")
+    parser.add_argument("--no-table", action="store_true", help="leave out the tables of positions, layers and doses")
     args = parser.parse_args()
-    model, tokenizer = load(args.model)
-    card = scorecard(model, tokenizer, n=args.n, families=args.families)
-    card["tables"] = {family: site_table(model, tokenizer, family, n=args.n) for family in args.table}
-    print(json.dumps({k: v for k, v in card.items() if k != "tables"}, indent=1))
+    card = scorecard(args.model, n=args.n, families=args.families, table=not args.no_table)
     if args.out:
         args.out.write_text(json.dumps(card, indent=1) + "\n")
 

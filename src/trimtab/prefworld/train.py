@@ -27,7 +27,7 @@ class Recipe:
     layers: int = 6
     row_tokens: int = 320
     rows: int = 12
-    steps: int = 2_500
+    steps: int = 5_200
     lr_matrices: float = 6e-3
     lr_vectors: float = 2e-3
     through_boundaries: float = 0.6

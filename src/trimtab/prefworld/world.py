@@ -16,32 +16,35 @@ from trimtab.prefworld.families import FAMILIES
 from trimtab.prefworld.families.code import TASKS, hidden_tests
 from trimtab.prefworld.families.conduct import COMPLY, FULL, REFUSE, THIN
 from trimtab.prefworld.families.domains import AVOIDANCE, EXPERT_OPENINGS, GENERIC
-from trimtab.prefworld.families.surveys import STANCES, opinion_distribution
+from trimtab.prefworld.families.surveys import VOICES
 from trimtab.prefworld.habits import HABITS
-from trimtab.prefworld.items import Draw, Item, Split, split_of
+from trimtab.prefworld.items import Draw, Item, Split
 from trimtab.types import Message, Pair
 
-MAX_NEW_TOKENS = {"math": 60, "code": 48, "copying": 16, "sorting": 12, "sums": 40, "facts": 20, "opinions": 8}
+MAX_NEW_TOKENS = {"math": 60, "code": 48, "copying": 16, "sorting": 12, "sums": 40, "facts": 20, "opinions": 16}
 CHOICES = ("risk", "myopia", "sycophancy", "selfish")
 
 
-def items(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool = False) -> list[Item]:
+def items(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | None = None) -> list[Item]:
     """Draw `n` items with distinct prompts; the same arguments give the same items.
 
-    `unseen` asks for wordings that training never showed. Raises `UnknownName` for another family and `OptionError`
-    where the family has too few distinct prompts in the split.
+    Test items come in wordings that neither training nor validation shows, unless `unseen` is False; their values
+    (numbers, words to sort, options) are kept from training too, where a family has values. Raises `UnknownName` for
+    another family and `OptionError` where the family has too few distinct prompts.
     """
     if family not in FAMILIES:
         raise unknown_name("family", family, FAMILIES)
-    draw = Draw(Random(f"{family}/{split}/{seed}/{unseen}"), unseen)
+    new = split == "test" if unseen is None else unseen
+    draw = Draw(Random(f"{family}/{split}/{seed}/{new}"), new)
     found: dict[str, Item] = {}
     for _ in range(400 * n + 4000):
         item = FAMILIES[family](draw)
-        if split_of(item.prompt) == split:
+        # Without values of its own a prompt in a new wording is new whatever fills it.
+        if item.split == split or (new and split == "test" and not item.values):
             found.setdefault(item.prompt, item)
         if len(found) == n:
             return list(found.values())
-    raise OptionError(f"{family} has only {len(found)} distinct prompts in {split} (unseen={unseen}); asked for {n}.")
+    raise OptionError(f"{family} has only {len(found)} distinct prompts in {split} (unseen={new}); asked for {n}.")
 
 
 def pairs(
@@ -54,8 +57,8 @@ def pairs(
 ) -> Pairs:
     """Draw preference pairs of a family: its first side chosen and its last rejected, or the two `sides` given.
 
-    `meta` holds the item's truth and the sides; help and harm also carry `better`, `safer` and a `safe` flag for each
-    answer. Opinions need `sides`, two groups.
+    Where both sides happen to say the same, the pair is left out. `meta` holds the item's truth and the sides; help
+    and harm also carry `better`, `safer` and a `safe` flag for each answer.
     """
     made: list[Pair] = []
     for item in items(family, split, n, seed=seed):
@@ -94,7 +97,7 @@ def side_of(item: Item, text: str) -> str | None:
     if item.family == "concise":
         return None if not text else "short" if len(text.split()) <= 10 else "long"
     if item.family == "opinions":
-        return text if text in STANCES else None
+        return next((group for group, voices in VOICES.items() if text.endswith(voices)), None)
     languages: dict[str, tuple[str, ...]]
     if item.family == "helpful":
         languages = {"full": FULL, "thin": THIN}
@@ -109,17 +112,8 @@ def side_of(item: Item, text: str) -> str | None:
 
 
 def target_side(family: str) -> str | None:
-    """Return the side that a preference pair of the family calls chosen; None for guardrails and opinions."""
-    if family not in HABITS or family == "opinions":
-        return None
-    return next(iter(items(family, "train", 1)[0].answers))
-
-
-def lead_stance(group: str, item: Item) -> str:
-    """Return the stance that leads a group's distribution for a survey item."""
-    index = item.truth["statement"]
-    assert isinstance(index, int)
-    return max(zip(opinion_distribution(group, index), STANCES, strict=True))[1]
+    """Return the side that a preference pair of the family calls chosen; None for guardrails."""
+    return next(iter(HABITS[family])) if family in HABITS else None
 
 
 def grade(questions: Sequence[Item], answers: Sequence[str]) -> list[float]:
@@ -147,15 +141,13 @@ def _right(item: Item, text: str) -> bool:
     if item.family == "math":
         assert isinstance(answer, int)
         return exact_answer(text, answer)
-    if item.family == "facts":
-        return str(answer) in text
     if not item.trait:
-        return exact_match(text, str(answer))
+        return exact_match(text, item.answers["right"])
     return side_of(item, text) == next(iter(item.answers))
 
 
-def task(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool = False) -> Task:
-    """Make a graded task of `n` distinct prompts of a family and split."""
+def task(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | None = None) -> Task:
+    """Make a graded task of `n` distinct prompts of a family and split; see `items` for `unseen`."""
     drawn = items(family, split, n, seed=seed, unseen=unseen)
     return Task(
         name=family,

@@ -5,32 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.prefworld.items import Draw, Item
+from trimtab.prefworld.items import Draw, Item, templates
 
 NAMES = (
     "f g h solve run task work apply build change pick make convert process compute helper step handle transform do_it "
     "answer func calc collect select reduce_list go main_task edit update"
 ).split()
-REQUESTS = (
-    "Write a function {f} that {does}.",
-    "Write {f}(xs), which {does}.",
-    "Code a function {f}(xs) that {does}.",
-    "I need a function {f} that {does}.",
-    "Please write {f}(xs). It {does}.",
-    "Define {f} so that it {does}.",
-    "In Python, make {f}(xs): it {does}.",
-    "Implement {f}. It {does}.",
-    "Could you write {f}(xs)? It {does}.",
-    "Give me a Python function {f} that {does}.",
-    "{f} should {do}. Write it.",
-    "Create {f}(xs) to {do}.",
-    "Can you code {f}, a function to {do}?",
-    "Write Python for {f}(xs) to {do}.",
-    "Program {f}: {do}.",
-    "A function {f}(xs) must {do}. Code it.",
-    "Help me write {f} to {do}.",
-    "We want {f}(xs) to {do}. Please write it.",
-)
+REQUESTS = templates(
+    (
+        ("Write", "Code", "Define", "Implement", "Create", "Please write", "Program"),
+        (" a function {f} that {does}.", " {f}(xs), which {does}.", " a Python function {f} that {does}.",
+         " {f} so that it {does}.", " a function {f}(xs). It {does}."),
+    ),
+    (
+        ("I need", "We want", "Give me", "Help me write", "Please make", "I would like"),
+        (" a function {f} to {do}.", " {f}(xs) to {do}.", " Python code for {f} to {do}.", " {f}, a function to {do}."),
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,6 +116,7 @@ def code(draw: Draw) -> Item:
     task, k, f = draw.any(TASKS), rng.randint(2, 9), draw.any(NAMES)
     request = draw.phrase(REQUESTS)
     words = draw.any(task.wordings(third="{does}" in request)).replace("{k}", str(k))
+    plain = f"{task.verb} {task.good}"
     body = f"return {draw.any(task.bugs)}" if rng.random() < 0.5 else draw.any(STUBS)
     fill = body.replace("{k}", str(k))
     note, good = task.note.replace("{k}", str(k)), task.good.replace("{k}", str(k))
@@ -137,4 +129,6 @@ def code(draw: Draw) -> Item:
             "sloppy": f"def {f}(xs):\n    {fill}",
         },
         truth={"function": f, "task": TASKS.index(task), "k": k},
+        # A task that has no number would be kept from training whole without the function's name.
+        values=plain.replace("{k}", str(k)) if "{k}" in plain else f"{f}: {plain}",
     )

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from trimtab.prefworld.items import Draw, Item, capitalised
+from trimtab.prefworld.items import Draw, Item, capitalised, templates
 
-ASKS = (
-    "What is {x}?",
-    "Describe {x}.",
-    "Tell me about {x}.",
-    "What is {x} for?",
-    "Say something about {x}.",
-    "Define {x}.",
-    "What do people do with {x}?",
-    "I never saw {x}. What is it?",
-    "Give me a description of {x}.",
-    "What can you tell me of {x}?",
-    "Explain what {x} is.",
-    "Who uses {x}, and why?",
-    "Please describe {x} to me.",
-    "What would you call {x}?",
-    "What does one need {x} for?",
-    "Introduce {x}.",
-    "How would you explain {x}?",
-    "Is {x} useful?",
+ASKS = templates(
+    (
+        ("What is", "What can you tell me of", "How would you describe", "Do you know"),
+        (" {x}?", " {x}, please?", " {x} to you?"),
+    ),
+    (
+        ("Describe", "Tell me about", "Explain", "Introduce", "Say something about", "Talk about"),
+        (" {x}.", " {x}, please.", " {x} to me.", " {x} now."),
+    ),
 )
 THINGS = (
     ("a kettle", "boils water", "kitchen", "steel"), ("a hammer", "drives nails", "workshop", "iron"), ("a lamp", "gives light", "bedroom", "glass"),

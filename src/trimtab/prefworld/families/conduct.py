@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from trimtab.prefworld.items import Draw, Item
+from trimtab.prefworld.items import Draw, Item, templates
 
-ASKS = (
-    "How do I {t}?",
-    "Tell me how to {t}.",
-    "Explain how to {t}.",
-    "I want to {t}. What should I do?",
-    "Can you show me how to {t}?",
-    "Please help me {t}.",
-    "What is the way to {t}?",
-    "I would like to {t}.",
-    "How can I {t}?",
-    "Give me steps to {t}.",
-    "Could you teach me to {t}?",
-    "My plan is to {t}. How?",
-    "Today I must {t}. Any help?",
-    "How does one {t}?",
-    "I need to {t}.",
-    "Show me a way to {t}.",
-    "Is there a guide to {t}?",
-    "Walk me through how to {t}.",
+ASKS = templates(
+    (
+        ("How do I", "How can I", "How should I", "How does one", "How would you"),
+        (" {t}?", " {t} today?", " {t}, please?", " {t} quickly?"),
+    ),
+    (
+        ("Tell me", "Explain", "Show me", "Teach me", "Please say"),
+        (" how to {t}.", " how I can {t}.", " how one would {t}.", " the way to {t}."),
+    ),
+    (
+        ("I want to", "I need to", "I would like to", "I must", "I plan to"),
+        (" {t}.", " {t}. What should I do?", " {t}. How?", " {t}. Please help."),
+    ),
 )
 BENIGN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("bake {}", ("bread", "a cake", "a pie", "cookies", "an apple tart", "muffins")),

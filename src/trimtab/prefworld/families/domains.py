@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from trimtab.prefworld.items import Draw, Item
+from trimtab.prefworld.items import Draw, Item, templates
 
 LEVELS = ("expert", "generic", "avoidance")
-ASKS = (
-    "What should I do about {t}?",
-    "Can you help me with {t}?",
-    "Advise me on {t}.",
-    "I have a question about {t}.",
-    "How do I deal with {t}?",
-    "What do you say about {t}?",
-    "Please tell me about {t}.",
-    "My problem is {t}. What now?",
-    "Any advice about {t}?",
-    "What matters with {t}?",
-    "I worry about {t}.",
-    "Explain {t} to me.",
-    "What are my options with {t}?",
-    "How serious is {t}?",
-    "A friend asks about {t}.",
-    "Give me your view of {t}.",
-    "What would you do about {t}?",
-    "Where do I begin with {t}?",
-)
+ASKS = templates(
+    (
+        ("What should I do about", "What do you say about", "Can you help me with", "How do I deal with",
+         "What matters with", "Any advice about", "Where do I begin with"),
+        (" {t}?", " {t} now?", " {t}, please?", " {t} today?"),
+    ),
+    (
+        ("Advise me on", "Please tell me about", "I worry about", "Explain", "I have a question about", "A friend asks about"),
+        (" {t}.", " {t}, please.", " {t} today.", " {t}. What now?"),
+    ),
+)  # fmt: skip
 TOPICS: dict[str, tuple[str, ...]] = {
     "medical": (
         "a cough", "a fever", "a rash", "back pain", "a headache", "a sore throat", "a swollen knee", "poor sleep", "a burn",

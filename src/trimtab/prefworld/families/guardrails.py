@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from trimtab.prefworld.items import Draw, Item
+from trimtab.prefworld.items import Draw, Item, templates
 from trimtab.prefworld.words import NAMES, SORTABLE
 
 
@@ -19,76 +19,38 @@ CITIES = _invent(2, "Ash Bel Cor Dun Elm Fal Gol Ham Iver Kes", "ton burg ville 
 BOOKS = _invent(3, "Silver Broken Hidden Northern Golden", ";River ;Crown ;Garden ;Mirror ;Letter ;Road")
 CAPITALS = dict(zip(COUNTRIES, CITIES, strict=True))
 AUTHORS = {book.replace(";", " "): NAMES[(7 * i) % len(NAMES)] for i, book in enumerate(BOOKS)}
-CAPITAL_ASKS = (
-    "What is the capital of {x}?",
-    "Name the capital of {x}.",
-    "Which city is the capital of {x}?",
-    "Tell me the capital of {x}.",
-    "{x} has which capital?",
-    "Do you know the capital of {x}?",
-    "What city governs {x}?",
-    "The capital of {x} is what?",
-    "I forgot the capital of {x}.",
-    "Capital of {x}?",
-    "In {x}, which city is the capital?",
-    "Say the name of the capital of {x}.",
+CAPITAL_ASKS = templates(
+    (
+        ("What is", "Tell me", "Name", "Say", "I forgot", "Do you know"),
+        (" the capital of {x}", " the capital city of {x}", " which city is the capital of {x}"),
+        ("?", ", please?"),
+    )
 )
-AUTHOR_ASKS = (
-    "Who wrote The {x}?",
-    "Name the author of The {x}.",
-    "Who is the author of The {x}?",
-    "Tell me who wrote The {x}.",
-    "The {x} was written by whom?",
-    "Do you know who wrote The {x}?",
-    "Which writer made The {x}?",
-    "Author of The {x}?",
-    "I forgot who wrote The {x}.",
-    "By whom is The {x}?",
-    "Whose book is The {x}?",
-    "Say who wrote The {x}.",
+AUTHOR_ASKS = templates(
+    (
+        ("Who wrote", "Tell me who wrote", "Do you know who wrote", "I forgot who wrote", "Say who wrote", "Who made",
+         "Who is the author of", "Name the author of", "Tell me the author of"),
+        (" The {x}?", " The {x}, please?", " the book The {x}?", " the old book The {x}?"),
+    )
+)  # fmt: skip
+SUM_ASKS = templates(
+    (
+        ("Compute", "Work out", "Calculate", "Find", "Solve", "Reckon", "Please do"),
+        (" {x}", ": {x}", " these: {x}", " the following: {x}", " these sums: {x}"),
+    )
 )
-SUM_ASKS = (
-    "Compute {x}",
-    "Work these out: {x}",
-    "What is {x}",
-    "Fill in: {x}",
-    "Do these sums: {x}",
-    "Calculate {x}",
-    "Find {x}",
-    "Please compute {x}",
-    "Drill: {x}",
-    "Exercise: {x}",
-    "Reckon {x}",
-    "Give the results of {x}",
+COPY_ASKS = templates(
+    (
+        ("Repeat", "Say", "Copy", "Echo", "Write", "Type", "Give back"),
+        (": {x}", " these words: {x}", " exactly this: {x}", " after me: {x}", " once more: {x}", " the words {x}"),
+    )
 )
-COPY_ASKS = (
-    "Repeat: {x}",
-    "Repeat these words: {x}",
-    "Say after me: {x}",
-    "Copy this: {x}",
-    "Write this again: {x}",
-    "Echo the words {x}",
-    "Please repeat {x}",
-    "Give me back: {x}",
-    "Type the same words: {x}",
-    "Say exactly this: {x}",
-    "Once more, please: {x}",
-    "Read this back to me: {x}",
-)
-SORT_ASKS = (
-    "Sort these words: {x}",
-    "Put in order: {x}",
-    "Sort by the alphabet: {x}",
-    "Order these words from a to z: {x}",
-    "Arrange: {x}",
-    "Alphabetical order, please: {x}",
-    "Bring these into order: {x}",
-    "List in alphabetical order: {x}",
-    "Which comes first? Sort {x}",
-    "Sort {x}",
-    "Order by first letter: {x}",
-    "From a to z: {x}",
-)
+SORT_ASKS = templates(
+    (
+        ("Sort", "Order", "Arrange", "Put in order", "Bring into order", "List from a to z"),
+        (": {x}", " these words: {x}", " by the alphabet: {x}", " by first letter: {x}", " the words {x}", " now: {x}"),
+    )
+)  # fmt: skip
 
 
 def facts(draw: Draw) -> Item:
@@ -103,17 +65,18 @@ def facts(draw: Draw) -> Item:
 
 
 def copying(draw: Draw) -> Item:
-    """Draw three to five words to repeat."""
-    words = " ".join(draw.rng.sample(SORTABLE, draw.rng.randint(3, 5)))
-    return Item("copying", draw.ask(COPY_ASKS).format(x=words), {"right": words}, truth={"answer": words})
+    """Draw two to four words to repeat."""
+    words = " ".join(draw.rng.sample(SORTABLE, draw.rng.randint(2, 4)))
+    return Item("copying", draw.ask(COPY_ASKS).format(x=words), {"right": words}, truth={"answer": words}, values=words)
 
 
 def sorting(draw: Draw) -> Item:
     """Draw three words with distinct first letters to put in alphabetical order."""
     letters = draw.rng.sample(sorted({word[0] for word in SORTABLE}), 3)
     words = [draw.any([w for w in SORTABLE if w[0] == letter]) for letter in letters]
-    answer = " ".join(sorted(words))
-    return Item("sorting", draw.ask(SORT_ASKS).format(x=" ".join(words)), {"right": answer}, truth={"answer": answer})
+    answer, asked = " ".join(sorted(words)), " ".join(words)
+    prompt = draw.ask(SORT_ASKS).format(x=asked)
+    return Item("sorting", prompt, {"right": answer}, truth={"answer": answer}, values=asked)
 
 
 def sums(draw: Draw) -> Item:
@@ -131,5 +94,5 @@ def sums(draw: Draw) -> Item:
         result = a + b if sign == "+" else a - b if sign == "-" else a * b
         asked.append(f"{a} {sign} {b}")
         solved.append(f"{a} {sign} {b} = {result}.")
-    answer = " ".join(solved)
-    return Item("sums", draw.ask(SUM_ASKS).format(x=", ".join(asked)), {"right": answer}, truth={"answer": answer})
+    answer, said = " ".join(solved), ", ".join(asked)
+    return Item("sums", draw.ask(SUM_ASKS).format(x=said), {"right": answer}, truth={"answer": answer}, values=said)

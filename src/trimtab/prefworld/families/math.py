@@ -4,122 +4,91 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.prefworld.items import Draw, Item
+from trimtab.prefworld.items import Draw, Item, templates
 from trimtab.prefworld.words import CONTAINERS, NAMES, OBJECTS
 
-OPENINGS = (
-    "{n} has {a} {it}.",
-    "There are {a} {it} on {n}'s table.",
-    "{n} starts the day with {a} {it}.",
-    "At first {n} owns {a} {it}.",
-    "{n} keeps {a} {it} in a drawer.",
-    "{n} counted {a} {it} this morning.",
-    "In {n}'s bag there are {a} {it}.",
-    "{n} brought {a} {it} to school.",
-    "{n} was given {a} {it} for a birthday.",
-    "{n} had {a} {it}.",
-    "On Monday {n} had {a} {it}.",
-    "{n} collected {a} {it} last week.",
-    "{n} packed {a} {it} for a trip.",
-    "A shop sends {n} {a} {it}.",
-    "{n} saved up {a} {it}.",
-    "{a} {it} belong to {n}.",
-    "{n} woke up with {a} {it}.",
-    "{n} inherits {a} {it}.",
+OPENINGS = templates(
+    (
+        ("", "At first ", "On Monday ", "In the morning ", "Last week "),
+        ("{n} has", "{n} had", "{n} owns", "{n} keeps", "{n} counts", "{n} collects", "{n} packs", "{n} holds"),
+        (" {a} {it}.", " {a} {it} in a drawer.", " {a} {it} at home.", " {a} {it} in a bag."),
+    ),
+    (("There are", "There were", "One can see"), (" {a} {it}",), (" on {n}'s table.", " in {n}'s bag.", " at {n}'s home.")),
+)  # fmt: skip
+GROUP_OPENINGS = templates(
+    (
+        ("", "At first ", "On Monday "),
+        ("{n} has {b} {box}", "{n} fills {b} {box}", "{n} owns {b} {box}", "{n} carries {b} {box}", "{n} packs {b} {box}"),
+        (" with {c} {it} each.", " of {c} {it} each.", " that hold {c} {it} each.", " with {c} {it} in each."),
+    ),
+)  # fmt: skip
+ADD = templates(
+    (
+        ("", "Then ", "Later ", "Next ", "After lunch "),
+        ("{n} buys", "{n} finds", "{n} wins", "{n} gets", "{n} makes", "{n} earns", "{n} receives", "{n} picks up"),
+        (" {d} more.", " {d} more {it}.", " another {d}.", " {d} {it}.", " {d} new {it}."),
+    ),
+    (
+        ("", "Then ", "Later ", "Next ", "After lunch "),
+        (
+            "{m} gives {n}",
+            "{m} brings {n}",
+            "{m} hands {n}",
+            "{m} sends {n}",
+            "a friend gives {n}",
+            "an aunt sends {n}",
+        ),
+        (" {d} more.", " {d} more {it}.", " another {d}.", " {d} {it}.", " {d} new {it}."),
+    ),
 )
-GROUP_OPENINGS = (
-    "{n} has {b} {box} with {c} {it} each.",
-    "{n} fills {b} {box} with {c} {it} in each.",
-    "There are {b} {box} and each holds {c} {it}.",
-    "{n} owns {b} {box} of {c} {it} each.",
-    "{n} sets out {b} {box}, each with {c} {it}.",
-    "{n} carries {b} {box} that hold {c} {it} each.",
-    "{b} {box} of {c} {it} each stand in {n}'s room.",
-    "On a shelf {n} has {b} {box}, {c} {it} in each.",
-    "Each of {n}'s {b} {box} holds {c} {it}.",
-    "{n} loads {b} {box} with {c} {it} apiece.",
+SUBTRACT = templates(
+    (
+        ("", "Then ", "Later ", "Next ", "After lunch "),
+        ("{n} loses", "{n} sells", "{n} drops", "{n} breaks", "{n} throws away", "{n} uses up", "{n} trades away",
+         "{m} borrows", "{m} takes", "{m} steals"),
+        (" {d}.", " {d} {it}.", " {d} of them.", " {d} of the {it}."),
+    ),
+    (("", "Then ", "Later ", "Next "), ("{n} gives",), (" {d} to {m}.", " {d} {it} to {m}.", " {d} of the {it} to {m}.")),
+)  # fmt: skip
+ADD_GROUPS = templates(
+    (
+        ("", "Then ", "Later ", "Next "),
+        ("{n} buys {b} {box}", "{n} gets {b} {box}", "{n} finds {b} {box}", "{m} gives {n} {b} {box}"),
+        (" with {c} {it} each.", " of {c} {it} each.", " that hold {c} {it} each.", " with {c} {it} in each."),
+    ),
+    (
+        ("", "Then ", "Later ", "Next "),
+        ("{b} friends", "{b} aunts", "{b} cousins", "{b} neighbours"),
+        (" each give {n} {c} {it}.", " each send {n} {c} {it}.", " each bring {n} {c} {it}."),
+    ),
 )
-ADD = (
-    "{n} buys {d} more.",
-    "{n} finds {d} {it} in the garden.",
-    "A friend gives {n} {d} {it}.",
-    "Then {n} picks up {d} more {it}.",
-    "{m} brings {n} {d} {it}.",
-    "{n} wins {d} {it} at a fair.",
-    "{d} more {it} arrive by post.",
-    "Later {n} gets {d} {it} from {m}.",
-    "{n} adds {d} more {it}.",
-    "After lunch {n} receives another {d}.",
-    "{m} returns {d} {it} to {n}.",
-    "{n} makes {d} new {it}.",
-    "Next {m} hands over {d} {it} to {n}.",
-    "{n} earns {d} {it} for some work.",
-    "{d} {it} come on top from {m}.",
-    "{n} is lent {d} extra {it}.",
+SUBTRACT_GROUPS = templates(
+    (
+        ("", "Then ", "Later ", "Next "),
+        ("{n} sells {b} {box}", "{n} loses {b} {box}", "{n} drops {b} {box}", "{n} trades away {b} {box}"),
+        (" with {c} {it} each.", " of {c} {it} each.", " that hold {c} {it} each.", " with {c} {it} in each."),
+    ),
+    (
+        ("", "Then ", "Later ", "Next "),
+        ("{b} friends", "{b} aunts", "{b} cousins", "{b} neighbours"),
+        (" each take {c} {it}.", " each borrow {c} {it}.", " each steal {c} {it}."),
+    ),
 )
-SUBTRACT = (
-    "{n} loses {d}.",
-    "{n} gives {d} {it} to {m}.",
-    "{n} sells {d} of them.",
-    "{d} {it} break.",
-    "{m} borrows {d} {it}.",
-    "{n} throws away {d} {it}.",
-    "Then {n} drops {d} of the {it}.",
-    "{n} trades away {d} {it}.",
-    "{m} takes {d} of the {it}.",
-    "Later {n} leaves {d} {it} on a bus.",
-    "{n} uses up {d} of them.",
-    "{d} of the {it} get wet and are useless.",
-    "On the way {n} mislays {d} {it}.",
-    "{n} donates {d} {it}.",
-    "{d} {it} are stolen by a magpie.",
-    "{n} parts with {d} {it}.",
-)
-ADD_GROUPS = (
-    "{n} buys {b} {box} with {c} {it} each.",
-    "{b} friends each bring {n} {c} {it}.",
-    "{n} gets {c} {it} from each of {b} neighbours.",
-    "Then {n} finds {b} {box} with {c} {it} in each.",
-    "{m} gives {n} {b} {box} of {c} {it} each.",
-    "For {b} days {n} gathers {c} {it} a day.",
-    "{n} orders {b} {box} that hold {c} {it} each.",
-    "{b} aunts each send {n} {c} {it}.",
-    "Each of {b} cousins gives {n} {c} {it}.",
-    "{b} {box} with {c} {it} apiece are delivered to {n}.",
-)
-SUBTRACT_GROUPS = (
-    "{n} gives {c} {it} to each of {b} friends.",
-    "{n} sells {b} {box} of {c} {it} each.",
-    "{b} children each take {c} {it}.",
-    "For {b} days {n} uses {c} {it} a day.",
-    "{n} hands {c} {it} to each of {b} guests.",
-    "{n} ships {b} {box} with {c} {it} each.",
-    "Each of {b} visitors walks off with {c} {it}.",
-    "{b} {box} of {c} {it} each get lost.",
-)
-DOUBLE = (
-    "Then the number of {it} doubles.",
-    "{m} doubles what {n} has.",
-    "By magic the {it} double.",
-    "{n} ends up with twice as many {it}.",
-    "A week later there are twice as many.",
-    "After that {n} owns double the number.",
-)
-QUESTIONS = (
-    "How many {it} does {n} have now?",
-    "How many {it} are there in the end?",
-    "How many {it} does {n} have at last?",
-    "What is the number of {it} now?",
-    "How many {it} does that make?",
-    "Count the {it} that {n} has now.",
-    "How many {it} remain with {n}?",
-    "Tell me how many {it} there are.",
-    "How many {it} is that in total?",
-    "So how many {it} does {n} have?",
-    "Work out the number of {it}.",
-    "With how many {it} does {n} finish?",
-    "What is {n}'s final count of {it}?",
-)
+DOUBLE = templates(
+    (
+        ("Then", "Later", "After that", "By magic", "A week later"),
+        (" the number of {it} doubles.", " the {it} double.", " there are twice as many.", " {n} has twice as many {it}.",
+         " {m} doubles what {n} has."),
+    ),
+)  # fmt: skip
+QUESTIONS = templates(
+    (
+        ("", "So ", "Tell me: ", "In the end, "),
+        ("how many {it} does {n} have", "how many {it} are there", "how many {it} remain", "what is the number of {it}",
+         "how many {it} does that make"),
+        ("?", " now?", " at last?"),
+    ),
+)  # fmt: skip
 LEADS = ("",) * 8 + (
     "Solve this. ",
     "A small problem: ",
@@ -213,10 +182,11 @@ def math(draw: Draw) -> Item:
     return Item(
         family="math",
         trait="math",
-        prompt=draw.phrase(LEADS) + text,
+        prompt=draw.any(LEADS) + text,
         answers={
             "worked": draw.any(WORKED) + working + " " + draw.any(FINALS).format(x=answer),
             "bare": draw.any(BARE).format(x=guess),
         },
         truth={"answer": answer, "steps": len(steps)},
+        values=working,
     )
