@@ -21,6 +21,7 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/tree.py --check
+	$(BIN)/python scripts/scorecard.py --check
 
 bench: $(VENV)/.runtime
 	@set -e; for script in $(sort $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done

@@ -53,7 +53,7 @@ def _asked(family: str, drawn: Sequence[Item], prompts: Sequence[Prompt]) -> Tas
 
 
 def carry_over(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int = 100, unseen: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int = 100, unseen: bool = True
 ) -> dict[str, dict[str, float | None]]:
     """Measure, for each side, how often the sampled next answer keeps it, and how good the greedy one is.
 
@@ -184,7 +184,7 @@ def site_table(
     family: str,
     *,
     n: int = 100,
-    alphas: Sequence[float] = (0.25, 0.5, 1.0),
+    alphas: Sequence[float] = (0.1, 0.25, 0.5, 1.0),
 ) -> list[dict[str, Any]]:
     """Measure greedy score, sampled share of the first side, and facts at every position, layer and dose."""
     asked, facts = task(family, "validation", n, seed=6), task("facts", "validation", n // 2)
@@ -211,14 +211,14 @@ def site_table(
 def family_card(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, *, n: int, table: bool
 ) -> dict[str, Any]:
-    """Measure one family: accuracy for guardrails; else carry-over, seen and unseen wordings, and steerability."""
+    """Measure one family: accuracy for guardrails; else carry-over, in new and in known wordings, and steerability."""
     few = min(n, 50)
     if family not in HABITS:
-        seen, unseen = task(family, "test", n), task(family, "test", min(n, 30), unseen=True)
-        return {name: run_task(model, tokenizer, t).accuracy for name, t in (("seen", seen), ("unseen", unseen))}
+        wordings = {"unseen": task(family, "test", n), "seen": task(family, "test", few, unseen=False)}
+        return {name: run_task(model, tokenizer, asked).accuracy for name, asked in wordings.items()}
     card: dict[str, Any] = {
         "carry_over": carry_over(model, tokenizer, family, n=n),
-        "carry_over_unseen": carry_over(model, tokenizer, family, n=min(few, 30), unseen=True),
+        "carry_over_seen": carry_over(model, tokenizer, family, n=few, unseen=False),
         "steerability": steerability(model, tokenizer, family, n=n),
     }
     if family in TABLES:
