@@ -303,7 +303,7 @@ def test_the_bar_of_tuning_moves_and_leaves_stdout_alone(
     out = run(*words, "--finalists", 1, "--max-new-tokens", 4, "--out", "x.safetensors", "--json")
     assert len(out.records) == 1
     assert "Loading" in screen.getvalue()
-    rounds = 1 + 1 + len(STRENGTHS)  # the base model, one finalist at one gain, the dose-response
+    rounds = 1 + 1 + 1 + len(STRENGTHS)  # ranking, the base model, one finalist at one gain, the dose-response
     done = [int(n) for n in re.findall(rf"(\d+)/{rounds}", screen.getvalue())]
     assert done
     assert max(done) >= 1
@@ -606,6 +606,13 @@ MISTAKES = [
     ("learn MODEL prefworld:math:0 --out x", "is written prefworld:math or prefworld:math:200"),
     ("learn MODEL prefworld:facts --out x", "'facts' have one side only"),
     ("learn MODEL pairs.jsonl --out .", "--out '.' is a folder"),
+    ("learn MODEL pairs.jsonl --out pairs.jsonl", "--out 'pairs.jsonl' exists and is no knob, so it is not replaced."),
+    ("learn MODEL pairs.jsonl --out /proc/x", "--out '/proc/x' cannot be written"),
+    ("learn MODEL pairs.jsonl --out x --name a,b", "--name takes 1 to 100 printable characters"),
+    ("learn MODEL prefworld:math:99999999 --out x", "PrefWorld draws at most 10000 at a time"),
+    ("learn MODEL half.jsonl --out x", "half.jsonl: Line 1"),
+    ("learn MODEL null.jsonl --out x", "Line 1: rejected is null; it must be text or a list of messages."),
+    ("learn MODEL surrogate.jsonl --out x", "Line 1 holds half of a surrogate pair"),
     ("learn MODEL pairs.jsonl --out pairs.jsonl/x", "'pairs.jsonl' is a file"),
     ("learn pairs.jsonl pairs.jsonl --out x", "'pairs.jsonl' is a file; a model is loaded from its folder."),
     ("learn ./none pairs.jsonl --out x", "There is no folder './none'"),
@@ -620,6 +627,9 @@ MISTAKES = [
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task KNOB", "is not UTF-8 text"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact_answer", "must hold a number"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --guardrail none", "There is no file 'none'"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --budget nan", "Budgets are finite and not negative"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --finalists 0", "must be at least 1; got finalists 0."),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task blank.jsonl", "blank.jsonl:1: the answer is empty."),
     ("generate MODEL Hi --knob KNOB --strength nan", "The strength must be finite; got 'nan'."),
     ("generate MODEL Hi --knob KNOB --strength much", "The strength must be a number; got 'much'."),
     ("generate MODEL Hi --knob KNOB --set mth=1", "Unknown knob 'mth'. Known: math. Did you mean 'math'?"),
@@ -629,10 +639,12 @@ MISTAKES = [
     ("generate MODEL Hi --knob =KNOB", "--knob takes FILE or NAME=FILE"),
     ("generate MODEL Hi --strength 1", "--strength needs a knob. Add --knob FILE."),
     ("generate MODEL Hi --knob .", "'.' is a folder; expected a knob file."),
+    ("generate MODEL Hi --knob a=", "The name of a file is empty; expected a knob file."),
+    ("generate MODEL Hi --seed 99999999999999999999", "The seed is a whole number from 0 to 2**63 - 1"),
     ("generate MODEL Hi --knob pairs.jsonl", "it is not a whole safetensors file"),
     ("generate MODEL Hi --knob KNOB --where here", "Unknown where 'here'. "),
     ("generate MODEL Hi --max-new-tokens many", "--max-new-tokens: invalid int value: 'many'"),
-    ("generate MODEL Hi --max-new-tokens 0", "max_new_tokens and batch_size are 1 or more"),
+    ("generate MODEL Hi --max-new-tokens 0", "--max-new-tokens is a whole number, 1 or more; got 0."),
     ("generate MODEL Hi --batch-size 0", "--batch-size is 1 or more; got 0."),
     ("generate MODEL Hi --temperature -1", "The temperature is 0 (greedy) or more"),
     ("generate MODEL", "There is no prompt: stdin holds no line with text."),
@@ -643,6 +655,7 @@ MISTAKES = [
     ("generate MODEL Hi --input task.jsonl", "Pass prompts as arguments or with --input, not both."),
     ("generate MODEL --input bad.jsonl", "bad.jsonl, line 1 has no prompt; it has nothing_useful."),
     ("generate MODEL \udcff", "Prompt 1 is not Unicode text"),
+    ("inspect panel.json", "is not a knob; if it is a panel, inspect the knob files it names."),
     ("inspect none", "There is no file 'none'; expected a knob file."),
     ("demo --out KNOB", "is a file; pass a folder."),
     ("--jason", "Unrecognized arguments: --jason. See trimtab --help."),
@@ -655,6 +668,10 @@ def test_a_mistake_is_one_line_on_stderr(run: Run, model: Path, files: Path, lin
     Path("bad.jsonl").write_text('{"nothing_useful": 1}\n{"prompt": \n')
     Path("half.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
     Path("empty.jsonl").write_text("\n\n")
+    Path("null.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": null}\n')
+    Path("surrogate.jsonl").write_text('{"prompt": "a \\ud83d", "chosen": "b", "rejected": "c"}\n')
+    Path("blank.jsonl").write_text('{"prompt": "a", "answer": " "}\n')
+    Path("panel.json").write_text("{}")
     if "learn" in line and "bad" in line:  # there the first line must be a pair
         Path("bad.jsonl").write_text(Path("pairs.jsonl").read_text().splitlines()[0] + '\n{"prompt": \n')
     words = [word.replace("MODEL", str(model)).replace("KNOB", KNOB) for word in line.split(" ")]
@@ -807,7 +824,7 @@ def test_an_interrupt_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(VERBS["inspect"], "run", interrupt)
     out = run("inspect", "x")
-    assert (out.status, out.out, out.err) == (130, "", "\n")
+    assert (out.status, out.out, out.err) == (130, "", "\ntrimtab: interrupted\n")
 
 
 @pytest.mark.quick

@@ -78,6 +78,8 @@ def test_settings_by_name_by_knob_and_for_all_prompts_agree() -> None:
     named = generate(lm, words, TEXTS, rack=rack, knobs={"math": 1.0, "concise": -0.5}, max_new_tokens=6)
     direct = generate(lm, words, TEXTS, knobs={one: 1.0, two: -0.5}, max_new_tokens=6)
     rows = generate(lm, words, TEXTS, rack=rack, knobs=[{"math": 1, "concise": -0.5}] * 4, max_new_tokens=6)
+    told = generate(lm, words, TEXTS, rack=rack, knobs="math=1,concise=-0.5", max_new_tokens=6)
+    assert told == named
     assert [g.text for g in named] == [g.text for g in direct] == [g.text for g in rows]
     assert named[0].knobs == {"math": 1.0, "concise": -0.5} == rows[0].knobs
     assert direct[0].knobs == {"pico": 1.0, "two": -0.5}
@@ -294,8 +296,14 @@ def test_an_error_in_on_text_ends_the_generation_and_leaves_the_model_clean() ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens and batch_size are 1 or more; got 0 and 64"),
-        ({"batch_size": 0}, "got 128 and 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is a whole number, 1 or more; got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is a whole number, 1 or more; got 2.5"),
+        ({"batch_size": 0}, "batch_size is a whole number, 1 or more; got 0"),
+        ({"seed": 2**70}, "seed is a whole number from 0 to"),
+        ({"seed": -1}, "seed is a whole number from 0 to"),
+        ({"rack": {"math": knob()}}, "rack is a Rack of named knobs; got dict"),
+        ({"knobs": 1.0}, "A setting is written .* got 1.0"),
+        ({"knobs": "math"}, "A knob setting is written name=strength"),
         ({"temperature": -0.1}, "temperature is 0 .greedy. or more; got -0.1"),
         ({"temperature": float("nan")}, "temperature must be finite"),
         ({"top_p": 0.0}, "top_p is above 0 and at most 1; got 0.0"),
@@ -322,7 +330,10 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("Hello", r"Prompts come as a list; got the string 'Hello'. Pass \[prompt\]"),
+        ("Hello", r"Prompts come as a list; got 'Hello'. Pass \[prompt\]"),
+        (5, "Prompts come as a list; got 5"),
+        ([[{"role": "wizard", "content": "x"}]], "Role 'wizard' is not one of system, user, assistant"),
+        (["\ud83d"], "half of a surrogate pair"),
         ([Message("user", "Hi")], "A prompt is a string, or a list of messages; got Message"),
         ([[]], r"A prompt is a string, or a list of messages; got \[\]"),
         ([[{"role": "user"}]], "A message has a role and a content, both text; got {'role': 'user'}"),

@@ -199,3 +199,9 @@ def test_slices_and_sums_of_pairs_are_pairs() -> None:
 def test_pairs_built_by_hand_are_checked_too() -> None:
     with pytest.raises(PairsError, match="Pair 1: chosen and rejected are the same"):
         Pairs([Pair((Message("user", "q"),), "a", "a")])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "windows.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a", "chosen": "b", "rejected": "c"}\r\n')
+    assert Pairs.load(file)[0].chosen == "b"

@@ -95,7 +95,7 @@ def test_whole_strengths_are_written_without_a_point() -> None:
     assert format_setting({"math": 0.8, "concise": -1.0}) == "math=0.8,concise=-1"
 
 
-@pytest.mark.parametrize("value", [0, -1, 0.5, True])
+@pytest.mark.parametrize("value", [0, -1, 0.5])
 def test_a_finite_strength_becomes_a_float(value: float) -> None:
     strength = check_strength(value)
     assert type(strength) is float
@@ -111,3 +111,5 @@ def test_a_strength_that_is_not_finite_is_an_error(value: float) -> None:
 def test_a_strength_that_is_no_number_is_an_error_with_its_name() -> None:
     with pytest.raises(OptionError, match="gain must be a number; got None"):
         check_strength(None, "gain")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="strength must be a number; got True"):
+        check_strength(True)

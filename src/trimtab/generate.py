@@ -17,13 +17,17 @@ from trimtab.artifact import Knob, Rack
 from trimtab.errors import OptionError, unknown_name
 from trimtab.render import Renderer
 from trimtab.runtime import Dose, steer
-from trimtab.types import WHERE, Message, Setting, Where, check_strength
+from trimtab.types import ROLES, WHERE, Message, Setting, Where, check_strength, is_unicode, parse_setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[Message | Mapping[str, str]]
 """A user's message, or a conversation: messages, or mappings with `role` and `content`."""
+
+
+AnySetting = Setting | Dose | str
+"""Strengths by name, strengths of knobs, or the text form of the former."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     rack: Rack | None = None,
-    knobs: Setting | Dose | Sequence[Setting | Dose] | None = None,
+    knobs: AnySetting | Sequence[AnySetting] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -60,18 +64,20 @@ def generate(
     """Answer every prompt, in the order given; prompts of similar length share a batch.
 
     `knobs` is one setting for all prompts, or a sequence with one per prompt; a setting maps names on the `rack`, or
-    knobs themselves, to strengths. `where` replaces the knobs' own. Temperature 0 is greedy decoding; above it, the
-    model's distribution is sampled, cut at `top_p` and nowhere else. The same `seed` gives the same answers for the
-    same prompts in the same batches; the process's own random state is left as it was. `on_text` gets the answer to a
-    single prompt piece by piece; an error it raises ends the generation.
+    knobs themselves, to strengths, or is text such as "math=0.8,concise=-1". `where` replaces the knobs' own.
+    Temperature 0 is greedy decoding; above it, the model's distribution is sampled, cut at `top_p` and nowhere else.
+    The same `seed` gives the same answers for the same prompts in the same batches; the process's own random state is
+    left as it was. `on_text` gets the answer to a single prompt piece by piece; an error it raises ends the generation.
 
     Raises `OptionError` for options out of range and for prompts that leave no room in the model's context,
     `UnknownName` for names that are not on the rack, and `KnobError` for a knob from another architecture or chat
     template, which `strict=False` turns into a warning; None compares nothing (who has called `Knob.check` already).
     """
-    _check_options(max_new_tokens, temperature, top_p, batch_size, where)
-    if isinstance(prompts, str):
-        raise OptionError(f"Prompts come as a list; got the string {prompts!r}. Pass [prompt].")
+    _check_options(max_new_tokens, temperature, top_p, batch_size, where, seed)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"Prompts come as a list; got {prompts!r}. Pass [prompt].")
+    if rack is not None and not isinstance(rack, Rack):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"rack is a Rack of named knobs; got {type(rack).__name__}. Pass Rack(NAME=knob).")
     if on_text is not None and len(prompts) != 1:
         raise OptionError(f"on_text streams one prompt; got {len(prompts)}.")
     renderer, adapter = Renderer(tokenizer), Adapter(model)
@@ -106,9 +112,14 @@ def generate(
     return [results[i] for i in range(len(ids))]
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_p: float, batch_size: int, where: Where | None) -> None:
-    if max_new_tokens < 1 or batch_size < 1:
-        raise OptionError(f"max_new_tokens and batch_size are 1 or more; got {max_new_tokens} and {batch_size}.")
+def _check_options(
+    max_new_tokens: int, temperature: float, top_p: float, batch_size: int, where: Where | None, seed: int
+) -> None:
+    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(number, int) or number < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"{name} is a whole number, 1 or more; got {number!r}.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"The seed is a whole number from 0 to 2**63 - 1; got {seed!r}.")
     if check_strength(temperature, "temperature") < 0:
         raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
     if not 0 < check_strength(top_p, "top_p") <= 1:
@@ -130,7 +141,7 @@ def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]]) -> None:
 def read_prompt(prompt: object) -> tuple[Message, ...]:
     """Read a prompt as messages; a string is what the user says. Raises `OptionError` for anything else."""
     if isinstance(prompt, str):
-        return (Message("user", prompt),)
+        return (_message(Message("user", prompt)),)
     if not isinstance(prompt, Sequence) or not prompt:
         raise OptionError(f"A prompt is a string, or a list of messages; got {prompt!r}.")
     return tuple(_message(entry) for entry in cast(Sequence[object], prompt))
@@ -138,16 +149,20 @@ def read_prompt(prompt: object) -> tuple[Message, ...]:
 
 def _message(entry: object) -> Message:
     if isinstance(entry, Message):
+        if entry.role not in ROLES:
+            raise OptionError(f"Role {entry.role!r} is not one of {', '.join(ROLES)}.")
+        if not is_unicode(entry.content):
+            raise OptionError(f"A message holds half of a surrogate pair, no character: {entry.content[:60]!a}.")
         return entry
     fields = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {}
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise OptionError(f"A message has a role and a content, both text; got {entry!r}.")
-    return Message(role, content)
+    return _message(Message(role, content))
 
 
 def _doses(
-    knobs: Setting | Dose | Sequence[Setting | Dose] | None, count: int, rack: Rack | None, where: Where | None
+    knobs: AnySetting | Sequence[AnySetting] | None, count: int, rack: Rack | None, where: Where | None
 ) -> list[dict[Knob, float]]:
     """Look up every prompt's knobs, and move them to `where`; a knob in several rows stays one knob."""
     moved: dict[Knob, Knob] = {}
@@ -169,12 +184,16 @@ def _doses(
     return doses
 
 
-def _per_prompt(knobs: Setting | Dose | Sequence[Setting | Dose] | None, count: int) -> Sequence[Setting | Dose]:
+def _per_prompt(knobs: AnySetting | Sequence[AnySetting] | None, count: int) -> Sequence[Setting | Dose]:
+    if isinstance(knobs, str):
+        knobs = parse_setting(knobs)
     if knobs is None or isinstance(knobs, Mapping):
         return [knobs or {}] * count
+    if not isinstance(knobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {knobs!r}.')
     if len(knobs) != count:
         raise OptionError(f"Got {len(knobs)} knob settings for {count} prompts; pass one per prompt, or one for all.")
-    return knobs
+    return [parse_setting(one) if isinstance(one, str) else one for one in knobs]
 
 
 def _names(setting: Setting | Dose) -> dict[str, float]:

@@ -77,6 +77,8 @@ def learn(
     Warns (`TrimtabWarning`) of what may make the knob mean something else than it seems to, and keeps the warnings in
     `knob.diagnostics["warnings"]`.
     """
+    if not isinstance(pairs, Pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PairsError(f"pairs must be Pairs; got {type(pairs).__name__}. Pass Pairs.from_records(...).")
     plan = _plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
     _check_options(scale, where, length_match)
     own = {**plan.method.defaults, **({"seed": seed} if "seed" in plan.method.defaults else {})}

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, overload
 
 from trimtab.errors import OptionError, PairsError
-from trimtab.types import Message, Pair
+from trimtab.types import ROLES, Message, Pair, is_unicode
 
 Duplicates = Literal["error", "drop", "keep"]
-ROLES = ("system", "user", "assistant")
 
 
 class Split(NamedTuple):
@@ -44,19 +43,13 @@ class Pairs(Sequence[Pair]):
         """
         file = Path(path)
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise PairsError(f"Cannot read pairs from {str(path)!r}: {error}.") from None
-        if file.suffix == ".json":
-            records = _parse(text, "the file")
-            if not isinstance(records, list):
-                raise PairsError(
-                    f"{str(path)!r} holds {_kind(records)}; a .json file of pairs holds a list of records."
-                )
-            places = [f"Item {number}" for number in range(1, len(cast(list[object], records)) + 1)]
-            return _from_records(cast(list[object], records), places, duplicates)
-        lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return _from_records([_parse(line, place) for place, line in lines], [place for place, _ in lines], duplicates)
+        try:
+            return _from_text(text, file.suffix == ".json", duplicates)
+        except PairsError as error:
+            raise PairsError(f"{path}: {error}") from None
 
     @staticmethod
     def from_records(records: Iterable[Mapping[str, object]], *, duplicates: Duplicates = "error") -> Pairs:
@@ -192,11 +185,25 @@ def _check(pair: Pair, place: str) -> None:
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not answer.strip():
             raise PairsError(f"{place}: the {name} answer is empty.")
+    for text in (*(message.content for message in pair.prompt), pair.chosen, pair.rejected):
+        if not is_unicode(text):
+            raise PairsError(f"{place} holds half of a surrogate pair, which is no character: {_short(ascii(text))}.")
     if pair.chosen.strip() == pair.rejected.strip():
         raise PairsError(f"{place}: chosen and rejected are the same answer, {_short(pair.chosen)}.")
 
 
 # Records
+
+
+def _from_text(text: str, is_list: bool, duplicates: Duplicates) -> Pairs:
+    if is_list:
+        records = _parse(text, "the file")
+        if not isinstance(records, list):
+            raise PairsError(f"The file holds {_kind(records)}; a .json file of pairs holds a list of records.")
+        places = [f"Item {number}" for number in range(1, len(cast(list[object], records)) + 1)]
+        return _from_records(cast(list[object], records), places, duplicates)
+    lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return _from_records([_parse(line, place) for place, line in lines], [place for place, _ in lines], duplicates)
 
 
 def _from_records(records: Sequence[object], places: Sequence[str], duplicates: Duplicates) -> Pairs:
@@ -227,7 +234,10 @@ def _read(record: object, place: str) -> Pair:
     if not isinstance(record, Mapping):
         raise PairsError(f"{place} is {_kind(record)}; a record is an object with prompt, chosen and rejected.")
     fields = cast(Mapping[str, object], record)
-    missing = [name for name in ("chosen", "rejected") if fields.get(name) is None]
+    for name in ("chosen", "rejected"):
+        if name in fields and fields[name] is None:
+            raise PairsError(f"{place}: {name} is null; it must be text or a list of messages.")
+    missing = [name for name in ("chosen", "rejected") if name not in fields]
     if missing:
         raise PairsError(
             f"{place} has no {' and no '.join(missing)}; it has {', '.join(map(str, fields)) or 'nothing'}."

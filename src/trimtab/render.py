@@ -45,6 +45,8 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
     "auto" to spread the model over all devices; None leaves it on the CPU. Weights are read from safetensors only, and
     code that comes with a model is never run. Raises `OptionError` when there is no such model.
     """
+    if not isinstance(name_or_path, str | Path) or not str(name_or_path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"A model is named by text or a path; got {name_or_path!r}.")
     if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
         raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, {', '.join(sorted(DTYPES))}.")
     source, local = _locate(name_or_path)

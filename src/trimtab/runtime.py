@@ -89,6 +89,8 @@ class Steering:
         knob of another width.
         """
         self.clear()
+        if not isinstance(settings, Mapping | Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {settings!r}.")
         uniform = isinstance(settings, Mapping)
         rows = [_check_dose(row) for row in ([settings] if isinstance(settings, Mapping) else settings)]
         if not rows:

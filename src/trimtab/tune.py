@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, PairsError, TuneError
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import Outcome, Task, run_task
 from trimtab.pairs import Pairs
@@ -87,6 +88,13 @@ def tune(
     score = "score" if task else "margin"
     best = max(allowed, key=lambda row: (row[score], -row["gain"]))
     chosen = knob.with_(site=best["site"], gain=best["gain"]).pruned()
+    if task and best["score"] <= judge.base["score"]:
+        warnings.warn(
+            f"No setting of {knob.name!r} scores above the base model on {task.name!r} "
+            f"({judge.base['score']:.3g} without the knob, at best {best['score']:.3g} with it).",
+            TrimtabWarning,
+            stacklevel=2,
+        )
     tuning: dict[str, Any] = {
         "ranking": [{"site": str(c.site), "gain": c.gain, "margin": c.margin, "chosen": c.chosen} for c in ranking],
         "table": table,
@@ -151,13 +159,15 @@ def _check(
         raise PairsError("There are no pairs to tune on.")
     if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
-    if min(budgets) < 0:
-        raise OptionError(f"Budgets must not be negative; got {budgets[0]:g} and {budgets[1]:g}.")
+    if not all(np.isfinite(budget) and budget >= 0 for budget in budgets):
+        raise OptionError(f"Budgets are finite and not negative; got {budgets[0]:g} and {budgets[1]:g}.")
     names = [rail.name for rail in guardrails]
     if len(set(names)) < len(names):
         raise OptionError(f"Guardrails need names of their own; got {', '.join(names)}.")
     if min(counts) < 1:
-        raise OptionError("finalists, rank_pairs and rank_tokens must be at least 1; got {}, {}, {}.".format(*counts))
+        named = zip(("finalists", "rank_pairs", "rank_tokens"), counts, strict=True)
+        wrong = ", ".join(f"{name} {count}" for name, count in named if count < 1)
+        raise OptionError(f"What is counted must be at least 1; got {wrong}.")
 
 
 def _rank(

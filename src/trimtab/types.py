@@ -26,6 +26,10 @@ Setting = Mapping[str, float]
 """Knob names to strengths, e.g. `{"math": 0.8, "concise": -1}`."""
 
 
+ROLES = ("system", "user", "assistant")
+"""Who may speak in a conversation."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
@@ -70,8 +74,19 @@ class Site:
         return Site(int(layer), position)
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a tokenizer can take the text: halves of surrogate pairs are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_strength(value: float, name: str = "strength") -> float:
     """Return `value` as a float, or raise `OptionError` if it is not a finite number."""
+    if isinstance(value, bool):
+        raise OptionError(f"The {name} must be a number; got {value!r}.")
     try:
         number = float(value)
     except (TypeError, ValueError):

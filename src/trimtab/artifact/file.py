@@ -33,7 +33,10 @@ class KnobFile(NamedTuple):
 
 
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and header, atomically: a reader sees the old file or the new one, never half of one."""
+    """Write tensors and header, atomically: a reader sees the old file or the new one, never half of one.
+
+    Missing folders are made.
+    """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     fixed = {"format_version": FORMAT_VERSION, "sha256": _fingerprint(stored)}
     try:
@@ -116,6 +119,9 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
+    if path.is_dir():
+        raise KnobError(f"{str(path)!r} is a folder; pass the name of a file in it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrimtabError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print("\ntrimtab: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left. Python would complain once more when it flushes stdout at exit.

@@ -136,7 +136,7 @@ def _requests(args: Namespace) -> list[Request]:
         found = list(_read(sys.stdin, "stdin"))
     else:
         path = input_file(args.input, "a text or JSONL file of prompts")
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             found = list(_read(file, args.input))
     if not found:
         source = "stdin" if args.input in (None, "-") else args.input

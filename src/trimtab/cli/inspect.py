@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli.options import input_file
 from trimtab.cli.tables import sites_text, tuning_text
 from trimtab.cli.terminal import Terminal
+from trimtab.errors import OptionError
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
@@ -21,6 +22,8 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, terminal: Terminal) -> None:
     """Print the knob's card and its tables."""
     path = input_file(args.knob, "a knob file")
+    if path.suffix == ".json":
+        raise OptionError(f"{args.knob!r} is not a knob; if it is a panel, inspect the knob files it names.")
     with terminal.working("Reading"):
         from trimtab.artifact import Knob
 

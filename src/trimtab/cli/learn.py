@@ -18,7 +18,7 @@ from trimtab.cli.options import given, output_file
 from trimtab.cli.sources import WORLD, load_pairs, open_model
 from trimtab.cli.tables import facts
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import unknown_name
+from trimtab.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
@@ -79,6 +79,10 @@ def run(args: Namespace, terminal: Terminal) -> None:
     """Learn, save, and say what came out."""
     out = output_file(args.out)
     own = options.assignments(args.option)
+    if args.name is not None and args.name != _fitting(args.name):
+        raise OptionError(
+            f"--name takes 1 to 100 printable characters, no space, comma or equals sign; got {args.name!r}."
+        )
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
     chosen: dict[str, Any] = {"name": _name_from(out), **given(args, *LEARN)}
     with terminal.working("Preparing"):
@@ -96,8 +100,12 @@ def run(args: Namespace, terminal: Terminal) -> None:
 
 
 def _name_from(out: Path) -> str:
-    stem = out.name.partition(".")[0]
-    return stem if re.fullmatch(r"[^\s,=]{1,100}", stem) and stem.isprintable() else "knob"
+    return _fitting(out.name.partition(".")[0])
+
+
+def _fitting(name: str) -> str:
+    """Return the name if a knob can have it, else "knob"."""
+    return name if re.fullmatch(r"[^\s,=]{1,100}", name) and name.isprintable() else "knob"
 
 
 def _record(knob: Knob, out: Path, seconds: float) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trimtab.errors import OptionError
+from trimtab.types import is_unicode
 
 
 class Parser(ArgumentParser):
@@ -131,17 +133,35 @@ def assignments(texts: Iterable[str]) -> dict[str, object]:
 
 def output_file(text: str) -> Path:
     """Check before any work is done that a file can be written there; its folder is made if it is missing."""
+    if not text:
+        raise OptionError("--out is empty; pass the name of a file.")
     path = Path(text)
     if path.is_dir():
         raise OptionError(f"--out {text!r} is a folder; pass the name of a file in it.")
     if path.parent.exists() and not path.parent.is_dir():
         raise OptionError(f"--out {text!r} cannot be written: {str(path.parent)!r} is a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not _is_safetensors(path):
+        raise OptionError(f"--out {text!r} exists and is no knob, so it is not replaced. Choose another name.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OptionError(f"--out {text!r} cannot be written: {error.strerror}.") from None
     return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell by its first bytes, the length of a JSON header and its opening brace; an empty file may be replaced too."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return not start or (len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**30)
 
 
 def input_file(text: str, what: str) -> Path:
     """Check that there is such a file; `what` says in the message what the file should be."""
+    if not text:
+        raise OptionError(f"The name of a file is empty; expected {what}.")
     path = Path(text)
     if path.is_dir():
         raise OptionError(f"{text!r} is a folder; expected {what}.")
@@ -160,8 +180,6 @@ def text_lines(lines: Iterable[str], source: str) -> Iterator[str]:
 
 def unicode_text(text: str, place: str) -> str:
     """Refuse halves of surrogate pairs, which bytes that are not UTF-8 become in arguments: no tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise OptionError(f"{place} is not Unicode text: {text[:60]!r}.") from None
+    if not is_unicode(text):
+        raise OptionError(f"{place} is not Unicode text: {text[:60]!r}.")
     return text

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WORLD = "prefworld"
 WORLD_COUNT = 100
 """Pairs or questions drawn from a family of PrefWorld where no count is given."""
+WORLD_LIMIT = 10_000
 
 # Models
 
@@ -159,6 +160,8 @@ def world_part(text: str) -> WorldPart | None:
         raise unknown_name("family of PrefWorld", family, FAMILIES)
     if colon and not (count.isdecimal() and int(count) > 0):
         raise OptionError(f"A part of PrefWorld is written prefworld:math or prefworld:math:200; got {text!r}.")
+    if colon and int(count) > WORLD_LIMIT:
+        raise OptionError(f"PrefWorld draws at most {WORLD_LIMIT} at a time; got {text!r}.")
     return WorldPart(family, int(count) if colon else WORLD_COUNT)
 
 

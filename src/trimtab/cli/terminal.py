@@ -18,6 +18,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Messages speak Python; these of its keywords are options here.
 _KEYWORD = re.compile(r"""\b(duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?""")
 
+_OPTION = re.compile(r"\b(max_new_tokens|batch_size|length_match|token_budget|broken_budget|top_p)\b")
+
 
 def as_options(message: str) -> str:
     """Write the keywords in a message as options of the command line.
@@ -31,7 +33,8 @@ def as_options(message: str) -> str:
         other = f" or {found[4]}" if found[4] else ""
         return f"--{found[1].replace('_', '-')} {found[2] or found[3]}{other}"
 
-    return _KEYWORD.sub(as_option, message)
+    message = _KEYWORD.sub(as_option, message)
+    return _OPTION.sub(lambda found: "--" + found[0].replace("_", "-"), message)
 
 
 def harmless(text: str) -> str:

@@ -67,9 +67,9 @@ def run(args: Namespace, terminal: Terminal) -> None:
             load_task(text, grader=args.grader, max_new_tokens=args.max_new_tokens) if text else None
             for text in [args.task, *args.guardrail]
         ]
-    warn_same_pairs(knob, pairs)
     with open_model(args, terminal) as loaded:
         knob.check(loaded.model, loaded.tokenizer, strict=not args.no_strict)
+        warn_same_pairs(knob, pairs)
         with terminal.working(f"Tuning {knob.name}", counted=True) as progress:
             tuned = tune(
                 knob,

@@ -10,6 +10,7 @@ import torch
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
+from trimtab.errors import PairsError
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.runtime import steer
@@ -102,6 +103,12 @@ def _forwards(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Run rows in batches of similar length; yield row number, log-probabilities [T, V] and ids [T] of its answer."""
     renderer, adapter = Renderer(tokenizer), Adapter(model)
+    longest, limit = max((len(text.ids) for text, _ in rows), default=0), adapter.context_length
+    if limit is not None and longest > limit:
+        raise PairsError(
+            f"A prompt with its answer is {longest} tokens long when rendered; this model's context holds {limit}. "
+            "Leave long pairs out."
+        )
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids))
     while order:
         batch = [order.pop()]

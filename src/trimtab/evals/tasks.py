@@ -109,7 +109,7 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
         raise unknown_name("grader", grader, GRADERS)
     prompts: list[Prompt] = []
     truths: list[str] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -122,6 +122,8 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
                 f"{path}:{number}: a task line is JSON with the fields prompt (text or messages) and answer; "
                 f"got {line[:80]!r}."
             ) from None
+        if not truth.strip() or (isinstance(prompt, str) and not prompt.strip()):
+            raise OptionError(f"{path}:{number}: the {'answer' if not truth.strip() else 'prompt'} is empty.")
         prompts.append(prompt)
         truths.append(truth)
     if not prompts:
