@@ -407,9 +407,18 @@ EXERCISED: dict[str, Any] = {
     "token_budget": 1,
     "licence": "CC0",
 }
+APART = ("model", "tokenizer", "pairs", "progress")  # what is learned from, and what changes no knob
 
 
-@pytest.mark.parametrize("option", [*inspect.signature(learn).parameters][3:])
+def test_progress_reaches_the_number_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[tuple[int, int]] = []
+    learn(model, tokenizer, pairs(), token_budget=200, progress=lambda done, total: seen.append((done, total)))
+    assert len(seen) > 1
+    assert seen == sorted(seen)
+    assert seen[-1] == (seen[0][1], seen[0][1])
+
+
+@pytest.mark.parametrize("option", [name for name in inspect.signature(learn).parameters if name not in APART])
 def test_every_public_parameter_is_exercised(
     option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

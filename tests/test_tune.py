@@ -14,7 +14,7 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, PairsError, TuneError
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import Outcome, Task, load_task, run_task
 from trimtab.pairs import Pairs
@@ -102,7 +102,8 @@ def test_a_guardrail_that_falls_rules_a_setting_out() -> None:
     with pytest.raises(TuneError, match="smaller gains than 40"):
         tune(knob, lm, words, PAIRS, task=task, guardrails=[keep], gains=(40.0,), broken_budget=1.0)
     kept: dict[str, Any] = {"task": task, "guardrails": [keep], "broken_budget": 1.0}
-    tuned = tune(knob, lm, words, PAIRS, gains=(1e-4, 40.0), strengths=(1.0, 4e5, 8e5), **kept)
+    with pytest.warns(TrimtabWarning, match="scores above the base model on 'yes'"):
+        tuned = tune(knob, lm, words, PAIRS, gains=(1e-4, 40.0), strengths=(1.0, 4e5, 8e5), **kept)
     assert tuned.gain == 1e-4
     assert tuned.safe_range == (0.0, 1.0)
 
