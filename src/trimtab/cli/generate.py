@@ -98,8 +98,8 @@ def _answer(
         for start in range(0, len(requests), size):
             part = slice(start, start + size)
             prompts = [request.prompt for request in requests[part]]
-            options = {"seed": args.seed + start, "strict": None, **given(args, *GENERATE)}
-            made = generate(*loaded, prompts, rack=rack, knobs=settings[part], **options)
+            seed, options = args.seed + start, given(args, *GENERATE)
+            made = generate(*loaded, prompts, rack=rack, knobs=settings[part], seed=seed, strict=None, **options)
             for prompt, answer in zip(prompts, made, strict=True):
                 record = {"prompt": prompt, "text": answer.text, "knobs": dict(answer.knobs)}
                 terminal.result(record, f"> {_shown(prompt)}\n{answer.text}\n")

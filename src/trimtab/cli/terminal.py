@@ -93,8 +93,8 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        counted = [BarColumn(), MofNCompleteColumn()] if counted else []
-        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), *counted, TimeElapsedColumn()]
+        numbers = [BarColumn(), MofNCompleteColumn()] if counted else []
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), *numbers, TimeElapsedColumn()]
         # stdout is left alone: it may go to a file, and rich would draw it to the terminal.
         with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(what, total=None)
