@@ -12,6 +12,7 @@ import pytest
 
 from trimtab import demo
 from trimtab.artifact import Knob
+from trimtab.demo.report import CONDITIONS, _side_by_side
 from trimtab.evals.tasks import Outcome
 
 KEYS = {"model", "versions", "seed", "seconds", "chosen", "results", "tuning", "samples", "sizes", "warnings"}
@@ -33,8 +34,8 @@ def test_the_report_keeps_its_contract(folder: Path) -> None:
         assert set(tasks) == {"math", "code", "facts", "copying", "sorting"}
         assert set(report["chosen"][knob]) == {"layer", "position", "gain"}
         for task, conditions in tasks.items():
-            assert set(demo.CONDITIONS) <= set(conditions)
-            for name in demo.CONDITIONS:
+            assert set(CONDITIONS) <= set(conditions)
+            for name in CONDITIONS:
                 cell = conditions[name]
                 assert cell["low"] <= cell["accuracy"] <= cell["high"]
                 assert cell["n"] in (demo.QUICK.test, demo.QUICK.others)
@@ -97,7 +98,7 @@ def test_of_the_draws_of_a_control_the_one_that_gains_most_counts() -> None:
     }
     asked["random"] = [("draw 0", ready(every)), ("draw 1", ready({"math": right(0.75)}))]
     asked["shuffled"] = [("draw 0", ready(every)), ("draw 1", ready({"math": right(0.0)}))]
-    asked["tuned"] = ready(right(1.0))
+    asked["retuned"] = {"shuffled": ready(right(1.0))}
     asked["sampled"] = {"base": ready(right(0.25)), "knob": ready(right(0.5))}
     own = plan.table("math", asked)["math"]
     assert (own["random"]["draw"], own["random"]["accuracy"]) == ("draw 1", 0.75)
@@ -107,7 +108,7 @@ def test_of_the_draws_of_a_control_the_one_that_gains_most_counts() -> None:
 
 
 def test_answers_stand_side_by_side() -> None:
-    text = demo._side_by_side("one\ntwo and more", "three")
+    text = _side_by_side("one\ntwo and more", "three")
     assert text == [
         "  base          strength 1",
         "  ----          ----------",

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib.metadata import version
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 import transformers
 
 from trimtab.artifact import Knob
+from trimtab.demo.report import markdown, summary
 from trimtab.errors import TrimtabWarning, TuneError
 from trimtab.evals.report import plot_tuning
 from trimtab.evals.stats import paired_bootstrap, wilson
@@ -31,9 +31,10 @@ from trimtab.render import load
 from trimtab.tune import tune
 from trimtab.types import Site
 
+__all__ = ["run", "summary"]
+
 KNOBS = ("math", "code")
 POSITIONS = ("post_instruction", "demonstrated")
-CONDITIONS = ("base", "knob", "knob_negative", "knob_half", "random", "shuffled")
 Progress = Callable[[str], None]
 
 
@@ -68,27 +69,33 @@ class _Bench:
         setting = {knob: strength} if knob else {}
         return run_task(self.model, self.tokenizer, task, setting, temperature=temperature, seed=self.seed)
 
-    def learned(self, name: str, flip: int | None = None, site: Site | None = None) -> Knob:
-        """Learn a knob from the training pairs; with `flip`, from pairs of which exactly half are turned round.
+    def learned(self, name: str, kind: str, draw: int = 0, site: Site | None = None) -> Knob:
+        """Learn a knob, or a control: random directions, or pairs of which exactly half are turned round.
 
         `site` reads that site only, which saves most of the time.
         """
         pairs = world.pairs(name, self.size.pairs, seed=self.seed)
-        if flip is not None:
-            pairs = pairs.flip_balanced(seed=flip)
-        positions, layers = ((site.position,), [site.layer]) if site else (POSITIONS, None)
+        if kind == "shuffled":
+            pairs = pairs.flip_balanced(seed=draw)
         return learn(
-            self.model, self.tokenizer, pairs, name=name, positions=positions, layers=layers, last=1.0, seed=self.seed
+            self.model,
+            self.tokenizer,
+            pairs,
+            method="random" if kind == "random" else "palrs",
+            name=name,
+            positions=(site.position,) if site else POSITIONS,
+            layers=[site.layer] if site else None,
+            last=1.0,
+            seed=self.seed + draw,
         )
 
-    def tuned(self, name: str, flip: int | None = None) -> tuple[Knob | None, float, float]:
+    def tuned(self, name: str, kind: str) -> tuple[Knob | None, float, float]:
         """Learn, then choose site and gain on the validation split; return the knob and the seconds of both.
 
-        With `flip` this is the shuffled control taken through the whole choice, where None means that no setting kept
-        the budget.
+        A control is taken through the whole choice too; None means that none of its settings kept the budget.
         """
         begun = time.perf_counter()
-        knob = self.learned(name, flip)
+        knob = self.learned(name, kind)
         learning = time.perf_counter() - begun
         try:
             knob = tune(
@@ -99,10 +106,10 @@ class _Bench:
                 task=world.task(name, "validation", self.size.validation, seed=self.seed),
                 guardrails=[world.task(g, "validation", self.size.guard, seed=self.seed) for g in GUARDRAILS],
                 finalists=self.size.finalists,
-                dose_response=flip is None,
+                dose_response=kind == "knob",
             )
         except TuneError:
-            if flip is None:
+            if kind == "knob":
                 raise
             return None, learning, 0.0
         return knob, learning, time.perf_counter() - begun - learning
@@ -110,7 +117,7 @@ class _Bench:
     def control(self, knob: Knob, kind: str, draw: int) -> Knob:
         """Put a random direction, or the vector of balanced label flips, at the knob's site with its alpha."""
         if kind == "shuffled":
-            vector = self.learned(knob.name, draw, knob.site).vectors[knob.site]
+            vector = self.learned(knob.name, kind, draw, knob.site).vectors[knob.site]
         else:
             vector = torch.randn(knob.width, generator=torch.Generator().manual_seed(1000 * self.seed + draw))
         return Knob(knob.name, kind, {knob.site: vector}, knob.norms, knob.site, knob.gain, knob.where)
@@ -130,9 +137,9 @@ def _open(model: str, seed: int, size: _Sizes) -> None:
     _bench = _Bench(model, seed, size)
 
 
-def _tuned(name: str, flip: int | None, file: str | None) -> tuple[Knob | None, float, float]:
+def _tuned(name: str, kind: str, file: str | None) -> tuple[Knob | None, float, float]:
     assert _bench is not None
-    knob, learning, tuning = _bench.tuned(name, flip)
+    knob, learning, tuning = _bench.tuned(name, kind)
     if knob and file:
         knob.save(file)
     return knob, learning, tuning
@@ -157,8 +164,11 @@ class _Demo:
         self.tasks = (*KNOBS, *GUARDRAILS)
         self.base = {name: pool.submit(_outcome, name, None, 0.0, size.test) for name in self.tasks}
 
-    def ask(self, knob: Knob, flipped: Knob | None) -> dict[str, Any]:
-        """Submit every test of one knob; the results are awaited in `table`."""
+    def ask(self, knob: Knob, retuned: Mapping[str, Knob | None]) -> dict[str, Any]:
+        """Submit every test of one knob and its controls; the results are awaited in `table`.
+
+        `retuned` holds each control at the site and gain that were chosen for itself.
+        """
         own, size, submit = knob.name, self.size, self.pool.submit
         few = {name: size.test if name == own else size.others for name in self.tasks}
         only_own = {own: size.test}
@@ -170,8 +180,9 @@ class _Demo:
                 (f"draw {d}", submit(_control_outcomes, knob, kind, d, only_own if d else few))
                 for d in range(size.draws)
             ]
-        if flipped:
-            asked["tuned"] = submit(_outcome, own, flipped, 1.0, size.test)
+        asked["retuned"] = {
+            kind: submit(_outcome, own, control, 1.0, size.test) for kind, control in retuned.items() if control
+        }
         asked["sampled"] = {
             "base": submit(_outcome, own, None, 0.0, size.sampled, 1.0),
             "knob": submit(_outcome, own, knob, 1.0, size.sampled, 1.0),
@@ -189,8 +200,9 @@ class _Demo:
                 entry[condition] = _cell(base, asked[condition][name].result())
             for kind, made in draws.items():
                 cells = [{"draw": label, **_cell(base, out[name])} for label, out in made if name in out]
-                if kind == "shuffled" and name == own and "tuned" in asked:
-                    cells.append({"draw": "draw 0, site and gain chosen anew", **_cell(base, asked["tuned"].result())})
+                if name == own and kind in asked["retuned"]:
+                    out = asked["retuned"][kind].result()
+                    cells.append({"draw": "draw 0, site and gain chosen anew", **_cell(base, out)})
                 # Of several draws the one that gains most counts: a control must not gain.
                 entry[kind] = {**max(cells, key=lambda c: c["difference"]), "draws": cells}
             table[name] = entry
@@ -247,9 +259,11 @@ def run(
     workers = max(1, min(2, os.cpu_count() or 1))
     with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(model, seed, size)) as pool:
         files = {name: folder / f"{name}.knob.safetensors" for name in KNOBS}
-        chosen = {name: pool.submit(_tuned, name, None, str(files[name])) for name in KNOBS}
+        chosen = {name: pool.submit(_tuned, name, "knob", str(files[name])) for name in KNOBS}
         demo = _Demo(pool, size, progress)
-        flipped = {name: pool.submit(_tuned, name, 0, None) for name in KNOBS}
+        controls = {
+            (name, kind): pool.submit(_tuned, name, kind, None) for kind in ("shuffled", "random") for name in KNOBS
+        }
         seconds = {"learn": 0.0, "tune": 0.0}
         knobs: dict[str, Knob] = {}
         for name, future in chosen.items():
@@ -259,7 +273,11 @@ def run(
             seconds["tune"] += tuning
             knobs[name] = knob
             progress(f"{name}: layer {knob.site.layer}, {knob.site.position}, gain {knob.gain:g}; testing")
-        asked = {name: demo.ask(knobs[name], flipped[name].result()[0]) for name in KNOBS}
+        retuned = {key: future.result()[0] for key, future in controls.items()}
+        asked = {
+            name: demo.ask(knobs[name], {kind: control for (own, kind), control in retuned.items() if own == name})
+            for name in KNOBS
+        }
         results = {name: demo.table(name, asked[name]) for name in KNOBS}
         samples = {name: demo.sample(name, asked[name], seed) for name in KNOBS}
     report: dict[str, Any] = {
@@ -277,87 +295,8 @@ def run(
         "tuning": {name: dict(k.tuning or {}) for name, k in knobs.items()},
         "samples": samples,
     }
-    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     for name in KNOBS:
         plot_tuning(report["tuning"][name], name, folder)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
-
-
-def _rows(report: Mapping[str, Any]) -> list[list[str]]:
-    rows: list[list[str]] = []
-    for knob, tasks in report["results"].items():
-        for task, entry in tasks.items():
-            cells = [f"{100 * entry['base']['accuracy']:.1f}"]
-            for condition in CONDITIONS[1:]:
-                c = entry[condition]
-                cells.append(
-                    f"{100 * c['accuracy']:.1f} ({100 * c['difference']:+.1f}; {100 * c['difference_low']:+.1f} to "
-                    f"{100 * c['difference_high']:+.1f})"
-                )
-            rows.append([knob, task, *cells])
-    return rows
-
-
-HEADS = ("knob", "task", "base", "strength 1", "strength -1", "strength 0.5", "random", "shuffled")
-
-
-def _facts(report: Mapping[str, Any]) -> list[str]:
-    """Say in sentences what the table leaves out."""
-    lines: list[str] = []
-    for name, chosen in report["chosen"].items():
-        own = report["results"][name][name]
-        sampled, share, within = own["sampled"], own["side_share"], own["accuracy_within_side"]
-        lines.append(
-            f"{name}: layer {chosen['layer']}, {chosen['position']}, gain {chosen['gain']:g}. Sampled accuracy "
-            f"{100 * sampled['base']['accuracy']:.1f} to {100 * sampled['knob']['accuracy']:.1f} percent; share of the "
-            f"preferred side {100 * share['base']:.1f} to {100 * share['knob']:.1f}; accuracy within that side "
-            f"{_percent(within['base'])} to {_percent(within['knob'])}. Safe range of strengths "
-            f"{report['tuning'][name]['safe_range'][0]:g} to {report['tuning'][name]['safe_range'][1]:g}."
-        )
-    s = report["seconds"]
-    lines += [f"{name}: {note}" for name, notes in report["warnings"].items() for note in notes]
-    lines.append(f"Learning took {s['learn']:.1f} s, tuning {s['tune']:.1f} s, everything {s['total']:.0f} s.")
-    return lines
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{100 * value:.1f}"
-
-
-NOTE = (
-    "Accuracy in percent on the test split, whose wordings neither training nor validation shows; in brackets the "
-    "paired difference to base and its 95 % bootstrap interval. Of the control draws the one that gains most is shown; "
-    "beside a knob's own task, controls have one draw, and controls and strengths -1 and 0.5 fewer questions."
-)
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """Return the report as plain text for a terminal."""
-    rows = [list(HEADS), *_rows(report)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    lines += ["", NOTE, "", *_facts(report)]
-    for name, sample in report["samples"].items():
-        lines += ["", f"[{name}] {sample['prompt']}", *_side_by_side(sample["base"], sample["knob"])]
-    return "\n".join(lines)
-
-
-def _side_by_side(base: str, steered: str) -> list[str]:
-    """Set two answers in two columns, as wide as their longest lines."""
-    left, right = ["base", "----", *base.splitlines()], ["strength 1", "----------", *steered.splitlines()]
-    width = max(map(len, left))
-    return [f"  {a:<{width}}  {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-
-
-def _markdown(report: Mapping[str, Any]) -> str:
-    lines = ["# Trimtab demo", "", f"Model: {report['model']}, seed {report['seed']}.", ""]
-    lines += ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(report)]
-    lines += ["", NOTE, ""] + [f"- {fact}" for fact in _facts(report)] + [""]
-    for name in KNOBS:
-        lines += [f"## {name}", "", f"![dose-response](dose_response_{name}.png)", f"![sites](sites_{name}.png)", ""]
-        sample = report["samples"][name]
-        lines += ["```text", sample["prompt"], "", *_side_by_side(sample["base"], sample["knob"]), "```", ""]
-    return "\n".join(lines)
