@@ -256,12 +256,12 @@ def test_repeated_pairs_are_refused_with_the_option_that_helps(run: Run, model: 
 
 
 def test_pairs_of_prefworld_are_named_by_family_and_count(run: Run, model: Path, files: Path) -> None:
-    (record,) = run("learn", model, "prefworld:math:8", "--out", "a.safetensors", "--json").records
+    (record,) = run("learn", model, "prefworld:concise:8", "--out", "a.safetensors", "--json").records
     assert record["pairs"] == 8
-    train = load_pairs("prefworld:math", split="train", duplicates="error")
-    held_out = load_pairs("prefworld:math:30", split="validation", duplicates="error")
+    train = load_pairs("prefworld:concise", split="train", duplicates="error")
+    held_out = load_pairs("prefworld:concise:30", split="validation", duplicates="error")
     assert (len(train), len(held_out)) == (100, 30)
-    assert train.hash() == load_pairs("prefworld:math", split="train", duplicates="error").hash()
+    assert train.hash() == load_pairs("prefworld:concise", split="train", duplicates="error").hash()
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
     task = load_task("prefworld:facts:5", grader="exact_match", max_new_tokens=9)
     assert (task.name, len(task)) == ("facts", 5)
@@ -290,7 +290,7 @@ def test_every_guardrail_has_a_grader_of_its_own_and_counts(run: Run, model: Pat
     assert record["base"]["guardrails"] == {"rail": 1.0}
     out = run(*words, "--gains", "9", "--out", "y")
     assert out.status == 2
-    assert re.search(r"keeps every guardrail within 0\.02 of", out.err)
+    assert "guardrail 'rail' falls by 1 (budget 0.02)" in out.err
     assert not Path("y").exists()
 
 
@@ -894,13 +894,13 @@ def test_progress_is_shown_on_terminals_only_and_never_on_stdout(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal(json=False)
-    with terminal.working("Learning") as advance:
-        advance(1)
+    with terminal.working("Learning") as progress:
+        progress(1, 3)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys, "stderr", screen := FakeTerminal())
-    with terminal.working("Learning", 3) as advance:
-        advance(2)
+    with terminal.working("Learning", counted=True) as progress:
+        progress(2, 3)
         print("a result")
         terminal.note("a remark")
     assert capsys.readouterr().out == "a result\n"
@@ -909,7 +909,7 @@ def test_progress_is_shown_on_terminals_only_and_never_on_stdout(
     assert "a remark" in screen.getvalue()
     monkeypatch.setattr(sys, "stdout", FakeTerminal())
     before = screen.getvalue()
-    with terminal.working("Generating", 3, printing=True):
+    with terminal.working("Generating", counted=True, printing=True):
         pass
     assert screen.getvalue() == before
 

@@ -220,7 +220,7 @@ class Knob:
 
     def _dose(self) -> str:
         """Say what strength 1 adds, in our unit and in those of PaLRS and CAA."""
-        norm, length = self.norms[self.site.layer], float(self.vectors[self.site].norm())
+        norm, length = self.norms[self.site.layer], float(self.vectors[self.site].double().norm())
         said = f"alpha {self.gain:.4g}: length {self.gain * norm:.4g} where the mean residual norm is {norm:.4g}"
         if length:
             said += f"; {multiplier_from_alpha(self.gain, length, norm):.4g} times the raw vector (CAA's multiplier)"
