@@ -126,6 +126,27 @@ def test_a_dose_that_breaks_answers_is_ruled_out_and_the_error_says_so(monkeypat
         tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.4,))
 
 
+def test_sites_on_which_the_pairs_do_not_agree_are_no_candidates() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words)
+    best, other = Site(1, "last"), next(site for site in knob.vectors if site != Site(1, "last"))
+    options: dict[str, Any] = {"gains": (0.5,), "broken_budget": 1.0, "dose_response": False}
+
+    def with_halves(**cosines: float | None) -> Knob:
+        return knob.with_(diagnostics={"sites": {site: {"split_half_cosine": c} for site, c in cosines.items()}})
+
+    assert tune(knob, lm, words, PAIRS, **options).site == best  # a knob that stores nothing is taken as it is
+    for noise in (0.1, -0.6):
+        doubtful = with_halves(**{str(best): noise, str(other): 0.9})
+        assert tune(doubtful, lm, words, PAIRS, **options).site == other
+        assert tune(doubtful, lm, words, PAIRS, agreement=-1.0, **options).site == best
+    shuffled = with_halves(**{str(site): -0.3 for site in knob.vectors})
+    with pytest.raises(TuneError, match=r"do not agree on a direction: .*at best -0\.3"):
+        tune(shuffled, lm, words, PAIRS, **options)
+    with pytest.raises(OptionError, match="agreement is a cosine"):
+        tune(knob, lm, words, PAIRS, agreement=1.5)
+
+
 def test_progress_reaches_its_total_and_the_record_says_how_it_was_found() -> None:
     lm, words = model(), tokenizer()
     seen: list[tuple[int, int]] = []

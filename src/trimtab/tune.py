@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def tune(
     finalists: int = 3,
     budget: float = 0.02,
     broken_budget: float = 0.05,
+    agreement: float = 0.2,
     rank_pairs: int = 8,
     rank_tokens: int = 16,
     strengths: Sequence[float] = STRENGTHS,
@@ -50,6 +52,9 @@ def tune(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knob:
     """Return the knob at the site and gain that do best on validation data, pruned to that site.
+
+    Sites whose direction the two halves of the learning pairs do not share (a split-half cosine below `agreement`, in
+    -1..1, where learning stored one) are no candidates: they are noise, as they are for pairs with shuffled labels.
 
     Two stages. Teacher-forced margins of `rank_pairs` validation `pairs`, over the first `rank_tokens` tokens of the
     answers, rank every site at every gain (alpha, in multiples of the mean residual norm); a setting counts only where
@@ -65,6 +70,7 @@ def tune(
     number of settings that were measured and the largest number that there can be. Raises `TuneError` if nothing
     qualifies.
     """
+    knob = _reproducible(knob, agreement)
     _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens))
     begun = time.perf_counter()
     steps = _Steps(progress, 1 + 1 + finalists * len(gains) + len(strengths) * dose_response)
@@ -108,6 +114,7 @@ def tune(
             "gains": list(gains),
             "finalists": finalists,
             "broken_budget": broken_budget,
+            "agreement": agreement,
             "rank_pairs": rank_pairs,
             "rank_tokens": rank_tokens,
             "strengths": list(strengths),
@@ -130,6 +137,25 @@ class _Steps:
     def advance(self) -> None:
         self._done += 1
         self._progress(self._done, self._total)
+
+
+def _reproducible(knob: Knob, agreement: float) -> Knob:
+    """Leave out the sites whose direction half of the pairs does not reproduce; raises `TuneError` if none is left."""
+    if not -1 <= agreement <= 1:
+        raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
+    sites: object = knob.diagnostics.get("sites")
+    stored = cast(Mapping[str, Mapping[str, object]], sites) if isinstance(sites, Mapping) else {}
+    found = {site: stored.get(str(site), {}).get("split_half_cosine") for site in knob.vectors}
+    halves = {site: value for site, value in found.items() if isinstance(value, float)}
+    kept = {site: v for site, v in knob.vectors.items() if halves.get(site, 1.0) >= agreement}
+    if not kept:
+        raise TuneError(
+            f"The pairs of {knob.name!r} do not agree on a direction: at none of {len(knob.vectors)} sites do two "
+            f"halves of them have a cosine of {agreement:g} (at best {max(halves.values()):.2g}). Look at the labels, "
+            "or add pairs."
+        )
+    site = knob.site if knob.site in kept else next(iter(kept))
+    return replace(knob.with_(site=site), vectors=kept)
 
 
 def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: _Judge, gains: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ from trimtab.cli.terminal import Terminal
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
 
-TUNE = ("gains", "finalists", "strengths", "budget", "broken_budget", "batch_size")
+TUNE = ("gains", "finalists", "strengths", "agreement", "budget", "broken_budget", "batch_size")
 """Options that go to `trimtab.tune` under their own names."""
 
 
@@ -50,6 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
     search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas, as in 0.2,0.5")
     search.add_argument("--finalists", type=int, metavar="N", help="sites that answer the task (default 3)")
     search.add_argument("--strengths", type=options.numbers, metavar="LIST", help="of the dose-response, as in -1,1,2")
+    search.add_argument("--agreement", type=float, metavar="COS", help="of the pairs' halves on a site (default 0.2)")
     search.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")
 
 

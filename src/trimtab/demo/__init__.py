@@ -35,6 +35,11 @@ __all__ = ["run", "summary"]
 
 KNOBS = ("math", "code")
 POSITIONS = ("post_instruction", "demonstrated")
+GAINS = (0.1, 0.2, 0.3, 0.4)
+LAST = 0.85
+"""Candidate layers end before the last block: its output goes straight to the logits, where a direction is a bias on
+the next token, and random or shuffled ones steer by that alone. Beyond alpha 0.4 copying suffers. Both were seen on the
+validation split (`docs/log.md`)."""
 Progress = Callable[[str], None]
 
 
@@ -44,15 +49,13 @@ class _Sizes(NamedTuple):
     pairs: int = 100
     test: int = 300
     sampled: int = 200
-    others: int = 40
-    """Items for what is shown beside the main comparison: controls and other strengths on other tasks."""
     validation: int = 40
     guard: int = 50
     draws: int = 2
     finalists: int = 2
 
 
-QUICK = _Sizes(pairs=16, test=10, sampled=10, others=4, validation=6, guard=4, draws=1, finalists=1)
+QUICK = _Sizes(pairs=16, test=10, sampled=10, validation=6, guard=4, draws=1, finalists=1)
 """For tests of the plumbing; its figures mean nothing."""
 
 
@@ -85,7 +88,7 @@ class _Bench:
             name=name,
             positions=(site.position,) if site else POSITIONS,
             layers=[site.layer] if site else None,
-            last=1.0,
+            last=LAST,
             seed=self.seed + draw,
         )
 
@@ -105,6 +108,7 @@ class _Bench:
                 world.pairs(name, 24, split="validation", seed=self.seed),
                 task=world.task(name, "validation", self.size.validation, seed=self.seed),
                 guardrails=[world.task(g, "validation", self.size.guard, seed=self.seed) for g in GUARDRAILS],
+                gains=GAINS,
                 finalists=self.size.finalists,
                 dose_response=kind == "knob",
             )
@@ -170,22 +174,23 @@ class _Demo:
         `retuned` holds each control at the site and gain that were chosen for itself.
         """
         own, size, submit = knob.name, self.size, self.pool.submit
-        few = {name: size.test if name == own else size.others for name in self.tasks}
-        only_own = {own: size.test}
+        everywhere, only_own = dict.fromkeys(self.tasks, size.test), {own: size.test}
         asked: dict[str, Any] = {"knob": {t: submit(_outcome, t, knob, 1.0, size.test) for t in self.tasks}}
         for condition, strength in (("knob_negative", -1.0), ("knob_half", 0.5)):
-            asked[condition] = {t: submit(_outcome, t, knob, strength, n) for t, n in few.items()}
+            asked[condition] = {t: submit(_outcome, t, knob, strength, size.test) for t in self.tasks}
         for kind in ("random", "shuffled"):
             asked[kind] = [
-                (f"draw {d}", submit(_control_outcomes, knob, kind, d, only_own if d else few))
+                (f"draw {d}", submit(_control_outcomes, knob, kind, d, only_own if d else everywhere))
                 for d in range(size.draws)
             ]
         asked["retuned"] = {
-            kind: submit(_outcome, own, control, 1.0, size.test) for kind, control in retuned.items() if control
+            kind: submit(_outcome, own, control, 1.0, size.test) if control else None
+            for kind, control in retuned.items()
         }
         asked["sampled"] = {
             "base": submit(_outcome, own, None, 0.0, size.sampled, 1.0),
             "knob": submit(_outcome, own, knob, 1.0, size.sampled, 1.0),
+            "knob_negative": submit(_outcome, own, knob, -1.0, size.sampled, 1.0),
         }
         return asked
 
@@ -201,8 +206,11 @@ class _Demo:
             for kind, made in draws.items():
                 cells = [{"draw": label, **_cell(base, out[name])} for label, out in made if name in out]
                 if name == own and kind in asked["retuned"]:
-                    out = asked["retuned"][kind].result()
-                    cells.append({"draw": "draw 0, site and gain chosen anew", **_cell(base, out)})
+                    made_anew = asked["retuned"][kind]
+                    # A control that tuning refuses leaves the base model as it is.
+                    label = "site and gain chosen anew" if made_anew else "refused by tuning"
+                    out = made_anew.result() if made_anew else base
+                    cells.append({"draw": f"draw 0, {label}", **_cell(base, out)})
                 # Of several draws the one that gains most counts: a control must not gain.
                 entry[kind] = {**max(cells, key=lambda c: c["difference"]), "draws": cells}
             table[name] = entry

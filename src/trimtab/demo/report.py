@@ -35,7 +35,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         sampled, share, within = own["sampled"], own["side_share"], own["accuracy_within_side"]
         lines.append(
             f"{name}: layer {chosen['layer']}, {chosen['position']}, gain {chosen['gain']:g}. Sampled accuracy "
-            f"{100 * sampled['base']['accuracy']:.1f} to {100 * sampled['knob']['accuracy']:.1f} percent; share of the "
+            f"{100 * sampled['base']['accuracy']:.1f} to {100 * sampled['knob']['accuracy']:.1f} percent "
+            f"({100 * sampled['knob_negative']['accuracy']:.1f} at strength -1); share of the "
             f"preferred side {100 * share['base']:.1f} to {100 * share['knob']:.1f}; accuracy within that side "
             f"{_percent(within['base'])} to {_percent(within['knob'])}. Safe range of strengths "
             f"{report['tuning'][name]['safe_range'][0]:g} to {report['tuning'][name]['safe_range'][1]:g}."
@@ -53,7 +54,7 @@ def _percent(value: float | None) -> str:
 NOTE = (
     "Accuracy in percent on the test split, whose wordings neither training nor validation shows; in brackets the "
     "paired difference to base and its 95 % bootstrap interval. Of the control draws the one that gains most is shown; "
-    "beside a knob's own task, controls have one draw, and controls and strengths -1 and 0.5 fewer questions."
+    "on tasks that are not the knob's own, controls have one draw."
 )
 
 
