@@ -19,8 +19,8 @@ Written by `scripts/scorecard.py` from `src/trimtab/prefworld/model/scorecard.js
 
 PrefWorld is a generator of conversations whose truth is known, and a Llama of 3 M parameters trained on them. A speaker
 has one side of every habit and keeps it through the conversation; system lines name it now and then. Test questions
-come in wordings that neither training nor validation shows, with numbers, words and options kept from training too where a
-family has enough of them; "known wordings" stand beside. All shares are of sampled answers (temperature 1), {n}
+come in wordings that neither training nor validation shows, with numbers, words and options kept from training too
+where a family has enough of them; "known wordings" stand beside. All shares are of sampled answers (temperature 1), {n}
 questions each (50 where wordings are known).
 
 ## Guardrails
