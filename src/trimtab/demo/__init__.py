@@ -175,7 +175,7 @@ class _Demo:
         """
         own, size, submit = knob.name, self.size, self.pool.submit
         only_own = {own: size.test}
-        everywhere = only_own | {task: size.test for task in self.tasks}
+        everywhere = only_own | dict.fromkeys(self.tasks, size.test)
         asked: dict[str, Any] = {"knob": {t: submit(_outcome, t, knob, 1.0, size.test) for t in self.tasks}}
         for condition, strength in (("knob_negative", -1.0), ("knob_half", 0.5)):
             asked[condition] = {t: submit(_outcome, t, knob, strength, size.test) for t in self.tasks}
