@@ -15,13 +15,14 @@ PAGE = ROOT / "docs" / "prefworld.md"
 HEAD = """# PrefWorld, and what its model has learned
 
 Written by `scripts/scorecard.py` from `src/trimtab/prefworld/model/scorecard.json`, which
-`python -m trimtab.prefworld.build` measures. Weights sha256 `{weights}`, corpus files sha256 `{corpus}`.
+`python -m trimtab.prefworld.build` measures. The sha256 of the weights begins with
+`{weights}`, that of the corpus files with `{corpus}`.
 
 PrefWorld is a generator of conversations whose truth is known, and a Llama of 3 M parameters trained on them. A speaker
 has one side of every habit and keeps it through the conversation; system lines name it now and then. Test questions
 come in wordings that neither training nor validation shows, with numbers, words and options kept from training too
-where a family has enough of them; "known wordings" stand beside. All shares are of sampled answers (temperature 1), {n}
-questions each (50 where wordings are known).
+where a family has enough of them; "known wordings" stand beside. {n} questions each, 50 where wordings are known.
+Shares are of sampled answers (temperature 1) unless a section says otherwise.
 
 ## Guardrails
 
@@ -31,7 +32,8 @@ Greedy answers that are exactly right.
 
 ## Quality
 
-Greedy answers after one turn that shows the side, scored by exact result (maths) and hidden tests (code).
+Of the greedy answers that keep to the side that one earlier turn showed, the share that is right, by exact result
+(maths) and hidden tests (code).
 
 {quality}
 
@@ -55,7 +57,8 @@ TABLE = """
 ## Positions, layers and doses: {family}
 
 On 50 validation questions, first turn; facts on 25. `greedy` and `sampled` are scores, `share` is the sampled share of
-{side} answers; without a knob: greedy {greedy}, sampled {sampled} on the test split.
+{side} answers. (The bare model on {n} test questions, which come in new wordings: greedy {greedy}, sampled {sampled}.
+That is not the zero of this table.)
 
 {rows}
 """
@@ -118,7 +121,9 @@ def page(card: Mapping[str, Any]) -> str:
             ]
             first = {key: share(value) for key, value in entry["first_turn"].items()}
             heads = ["position", "layer", "alpha", "greedy", "sampled", "share", "facts"]
-            text += TABLE.format(family=name, side=entry["steerability"]["side"], rows=table(heads, rows), **first)
+            text += TABLE.format(
+                family=name, side=entry["steerability"]["side"], rows=table(heads, rows), n=card["n"], **first
+            )
     return text
 
 

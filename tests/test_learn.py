@@ -176,7 +176,7 @@ def test_provenance_holds_every_option_passed_and_defaulted(
     assert (known["licence"], known["pairs_count"], known["pairs_hash"]) == ("CC0", 8, pairs().hash())
     assert known["tool"].startswith("trimtab ")
     assert json.dumps(dict(known))
-    own = {"model", "tokenizer", "pairs", "method", "name", "site", "options", "licence"}
+    own = {"model", "tokenizer", "pairs", "method", "name", "site", "options", "licence", "progress"}
     assert set(known["options"]) == set(inspect.signature(learn).parameters) - own
     assert known["options"]["seed"] == 3
     assert known["options"]["layers"] == [0, 1]

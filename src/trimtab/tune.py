@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import Outcome, Task, run_task
 from trimtab.pairs import Pairs
-from trimtab.types import Message, Site
+from trimtab.types import Message, Site, check_strength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +72,7 @@ def tune(
     qualifies.
     """
     knob = _reproducible(knob, agreement)
-    _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens))
+    _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens), strengths)
     begun = time.perf_counter()
     steps = _Steps(progress, 1 + 1 + finalists * len(gains) + len(strengths) * dose_response)
     ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], gains, rank_tokens)
@@ -144,9 +145,13 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
     if not -1 <= agreement <= 1:
         raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
     sites: object = knob.diagnostics.get("sites")
-    stored = cast(Mapping[str, Mapping[str, object]], sites) if isinstance(sites, Mapping) else {}
-    found = {site: stored.get(str(site), {}).get("split_half_cosine") for site in knob.vectors}
-    halves = {site: value for site, value in found.items() if isinstance(value, float)}
+    stored = cast(Mapping[str, object], sites) if isinstance(sites, Mapping) else {}
+    halves: dict[Site, float] = {}
+    for site in knob.vectors:
+        entry = stored.get(str(site))
+        cosine = cast(Mapping[str, object], entry).get("split_half_cosine") if isinstance(entry, Mapping) else None
+        if isinstance(cosine, float):
+            halves[site] = cosine
     kept = {site: v for site, v in knob.vectors.items() if halves.get(site, 1.0) >= agreement}
     if not kept:
         raise TuneError(
@@ -179,6 +184,7 @@ def _check(
     guardrails: Sequence[Task],
     budgets: tuple[float, float],
     counts: tuple[int, int, int],
+    strengths: Sequence[float],
 ) -> None:
     """Raise `OptionError` or `PairsError` for what no search can work with."""
     if not len(pairs):
@@ -187,6 +193,8 @@ def _check(
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
     if not all(np.isfinite(budget) and budget >= 0 for budget in budgets):
         raise OptionError(f"Budgets are finite and not negative; got {budgets[0]:g} and {budgets[1]:g}.")
+    for strength in strengths:
+        check_strength(strength)
     names = [rail.name for rail in guardrails]
     if len(set(names)) < len(names):
         raise OptionError(f"Guardrails need names of their own; got {', '.join(names)}.")
@@ -247,7 +255,9 @@ class _Judge:
         self.base: dict[str, Any] = self._summary(outcomes)
         told = [(p, a) for t in outcomes for p, a in zip(t[0].prompts[:16], t[1].answers[:16], strict=True) if a]
         prompts = [(Message("user", p),) if isinstance(p, str) else p for p, _ in told]
-        self._texts = render_texts(tokenizer, prompts, [a for _, a in told])
+        limit = Adapter(model).context_length
+        texts = render_texts(tokenizer, prompts, [a for _, a in told])
+        self._texts = [text for text in texts if limit is None or len(text.ids) <= limit]
 
     def measure(self, knob: Knob, strength: float, *, kl: bool = False) -> dict[str, Any]:
         """Return score, guardrails, broken share and whether the budgets are kept."""

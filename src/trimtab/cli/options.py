@@ -140,7 +140,11 @@ def output_file(text: str) -> Path:
         raise OptionError(f"--out {text!r} is a folder; pass the name of a file in it.")
     if path.parent.exists() and not path.parent.is_dir():
         raise OptionError(f"--out {text!r} cannot be written: {str(path.parent)!r} is a file.")
-    if path.exists() and not _is_safetensors(path):
+    if path.suffix == ".json":
+        raise OptionError(
+            f"--out {text!r} ends in .json, which is how panels are told from knobs. Choose another name."
+        )
+    if path.exists() and not _is_knob(path):
         raise OptionError(f"--out {text!r} exists and is no knob, so it is not replaced. Choose another name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,11 +155,13 @@ def output_file(text: str) -> Path:
     return path
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Tell by its first bytes, the length of a JSON header and its opening brace; an empty file may be replaced too."""
+def _is_knob(path: Path) -> bool:
+    """Tell by the start of a safetensors file, whose header names Trimtab; an empty file may be replaced too."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        start = file.read(9)
-    return not start or (len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**30)
+        start = file.read(4096)
+    return not start or (start[8:9] == b"{" and b'"trimtab"' in start)
 
 
 def input_file(text: str, what: str) -> Path:

@@ -20,7 +20,7 @@ import transformers
 
 from trimtab.artifact import Knob
 from trimtab.demo.report import markdown, summary
-from trimtab.errors import TrimtabWarning, TuneError
+from trimtab.errors import OptionError, TrimtabWarning, TuneError
 from trimtab.evals.report import plot_tuning
 from trimtab.evals.stats import paired_bootstrap, wilson
 from trimtab.evals.tasks import Outcome, run_task
@@ -38,8 +38,8 @@ POSITIONS = ("post_instruction", "demonstrated")
 GAINS = (0.1, 0.2, 0.3, 0.4)
 LAST = 0.85
 """Candidate layers end before the last block: its output goes straight to the logits, where a direction is a bias on
-the next token, and random or shuffled ones steer by that alone. Beyond alpha 0.4 copying suffers. Both were seen on the
-validation split (`docs/log.md`)."""
+the next token, and random or shuffled ones steer by that alone. Beyond alpha 0.4 copying suffers. Both were settled
+on the validation split, after a first run had shown them on the test split (`docs/log.md`)."""
 Progress = Callable[[str], None]
 
 
@@ -95,7 +95,8 @@ class _Bench:
     def tuned(self, name: str, kind: str) -> tuple[Knob | None, float, float]:
         """Learn, then choose site and gain on the validation split; return the knob and the seconds of both.
 
-        A control is taken through the whole choice too; None means that none of its settings kept the budget.
+        A control is taken through the whole choice too; None means that tuning refused it: its pairs agree on no
+        direction, or none of its settings keeps the budget.
         """
         begun = time.perf_counter()
         knob = self.learned(name, kind)
@@ -175,7 +176,7 @@ class _Demo:
         """
         own, size, submit = knob.name, self.size, self.pool.submit
         only_own = {own: size.test}
-        everywhere = only_own | dict.fromkeys(self.tasks, size.test)
+        everywhere: dict[str, int] = {task: size.test for task in self.tasks}  # noqa: C420  # or the keys are literals
         asked: dict[str, Any] = {"knob": {t: submit(_outcome, t, knob, 1.0, size.test) for t in self.tasks}}
         for condition, strength in (("knob_negative", -1.0), ("knob_half", 0.5)):
             asked[condition] = {t: submit(_outcome, t, knob, strength, size.test) for t in self.tasks}
@@ -209,9 +210,9 @@ class _Demo:
                 if name == own and kind in asked["retuned"]:
                     made_anew = asked["retuned"][kind]
                     # A control that tuning refuses leaves the base model as it is.
-                    label = "site and gain chosen anew" if made_anew else "refused by tuning"
+                    label = "site and gain chosen anew" if made_anew else "refused by tuning, so nothing is turned"
                     out = made_anew.result() if made_anew else base
-                    cells.append({"draw": f"draw 0, {label}", **_cell(base, out)})
+                    cells.append({"draw": label, **_cell(base, out)})
                 # Of several draws the one that gains most counts: a control must not gain.
                 entry[kind] = {**max(cells, key=lambda c: c["difference"]), "draws": cells}
             table[name] = entry
@@ -224,7 +225,7 @@ class _Demo:
         return table
 
     def sample(self, own: str, asked: Mapping[str, Any], seed: int) -> dict[str, str]:
-        """Return a test question that the base model got wrong and the knob right, with both answers."""
+        """Return a test question that the base model got wrong and the knob right (else the first), both answered."""
         base, steered = self.base[own].result(), asked["knob"][own].result()
         better = [i for i, (a, b) in enumerate(zip(base.scores, steered.scores, strict=True)) if b > a]
         i = better[0] if better else 0
@@ -258,9 +259,12 @@ def run(
 ) -> dict[str, Any]:
     """Learn, tune and test the two knobs; write `report.json`, `report.md` and plots to `out`; return the report.
 
-    Everything is chosen on the validation split; the test split is used once, at the end. Work is spread over two
-    processes, so a script that calls this needs the usual `if __name__ == "__main__":`.
+    Within a run everything is chosen on the validation split, and the test split is used once, at the end. Work is
+    spread over two processes, so a script that calls this needs the usual `if __name__ == "__main__":`. Raises
+    `OptionError` for a seed out of range.
     """
+    if not 0 <= seed < 2**32:
+        raise OptionError(f"The seed is a whole number from 0 to 2**32 - 1; got {seed}.")
     folder, size, begun = Path(out), QUICK if quick else _Sizes(), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     progress("measuring the bundled model without knobs; learning and tuning on the validation split")

@@ -54,7 +54,8 @@ def _percent(value: float | None) -> str:
 NOTE = (
     "Accuracy in percent on the test split, whose wordings neither training nor validation shows; in brackets the "
     "paired difference to base and its 95 % bootstrap interval. Of the control draws the one that gains most is shown; "
-    "on tasks that are not the knob's own, controls have one draw."
+    "on tasks that are not the knob's own, controls have one draw. A control that tuning refuses counts as no "
+    "difference."
 )
 
 

@@ -122,7 +122,8 @@ def limit(memory_mb: int, seconds: float) -> list[str]:
         import resource
     except ImportError:  # Windows
         return []
-    cpu = math.ceil(seconds) + 1  # the wall clock comes first; this is for a child that escapes its parent
+    # The wall clock, which allows a second for the start of a process, comes first; this is for a child that escapes.
+    cpu = math.ceil(seconds) + 3
     wanted = (
         ("memory", "RLIMIT_AS", memory_mb << 20),
         ("cpu time", "RLIMIT_CPU", cpu),

@@ -114,14 +114,19 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
             continue
         try:
             record = json.loads(line)
-            prompt, truth = record["prompt"], str(record["answer"])
-            if not isinstance(prompt, str):
-                prompt = read_prompt(prompt)
+            prompt, answer = record["prompt"], record["answer"]
         except (ValueError, KeyError, TypeError):
             raise OptionError(
                 f"{path}:{number}: a task line is JSON with the fields prompt (text or messages) and answer; "
                 f"got {line[:80]!r}."
             ) from None
+        if answer is None:
+            raise OptionError(f"{path}:{number}: the answer is null.")
+        truth = str(answer)
+        try:
+            prompt = prompt if isinstance(prompt, str) else read_prompt(prompt)
+        except OptionError as error:
+            raise OptionError(f"{path}:{number}: {error}") from None
         if not truth.strip() or (isinstance(prompt, str) and not prompt.strip()):
             raise OptionError(f"{path}:{number}: the {'answer' if not truth.strip() else 'prompt'} is empty.")
         prompts.append(prompt)

@@ -121,18 +121,21 @@ def read_knobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, famil
 def ranked_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: str, knobs: Sequence[Knob], *, n: int = 12
 ) -> list[tuple[Knob, float]]:
-    """Order (knob at a site, alpha) by how far +alpha and -alpha drive the margin of validation pairs apart."""
+    """Order (knob at a site, alpha) by how much each sign helps its own answers to validation pairs.
+
+    A tenth of what the margins are driven apart is added.
+    """
     held = pairs(family, n, split="validation")
     spots = [(k.with_(site=s, gain=a), a) for k in knobs for s in k.vectors for a in ALPHAS]
     settings = [{k: sign} for k, _ in spots for sign in (1.0, -1.0)]
     scored = pair_margins(model, tokenizer, held, settings, answer_tokens=16)
     # The margin alone would reward doses that destroy the longer answer: each sign must also help its own answer.
     base = pair_margins(model, tokenizer, held, [{}], answer_tokens=16)[0]
-    gains = []
+    merits: list[float] = []
     for plus, minus in zip(scored[::2], scored[1::2], strict=True):
         helped = (plus.chosen - base.chosen).mean(), (minus.rejected - base.rejected).mean()
-        gains.append(float(helped[0] + helped[1]) + 0.1 * float((plus.margin - minus.margin).mean()))
-    order = np.argsort(gains)[::-1]
+        merits.append(float(helped[0] + helped[1]) + 0.1 * float((plus.margin - minus.margin).mean()))
+    order = np.argsort(merits)[::-1]
     return [spots[i] for i in order]
 
 
@@ -144,10 +147,10 @@ def steerability(
     n: int = 100,
     tried: int = 3,
 ) -> dict[str, Any]:
-    """Measure the sampled share of the first side at the first turn at -alpha, 0 and +alpha, and facts at +alpha.
+    """Measure the sampled share of the first side at the first turn at -alpha, 0 and +alpha, and facts.
 
-    The `tried` best settings of `ranked_settings`, each at another site, are measured; the best that keeps facts
-    within two points counts.
+    The `tried` best settings of `ranked_settings`, each at another site, are measured at the largest of alpha, 0.7 and
+    0.5 alpha that keeps facts within two points under both signs; the one that parts the shares furthest counts.
     """
     knobs = read_knobs(model, tokenizer, family)
     spots = ranked_settings(model, tokenizer, family, knobs)

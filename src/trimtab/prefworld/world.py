@@ -37,11 +37,13 @@ def items(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | No
     new = split == "test" if unseen is None else unseen
     draw = Draw(Random(f"{family}/{split}/{seed}/{new}"), new)
     found: dict[str, Item] = {}
-    for _ in range(400 * n + 4000):
-        item = FAMILIES[family](draw)
+    barren = 0
+    while barren < 4000:  # draws in a row that brought nothing new: the family is exhausted
+        item, before = FAMILIES[family](draw), len(found)
         # Without values of its own a prompt in a new wording is new whatever fills it.
         if item.split == split or (new and split == "test" and not item.values):
             found.setdefault(item.prompt, item)
+        barren = 0 if len(found) > before else barren + 1
         if len(found) == n:
             return list(found.values())
     raise OptionError(f"{family} has only {len(found)} distinct prompts in {split} (unseen={new}); asked for {n}.")
