@@ -79,29 +79,9 @@ def tune(
     steps.advance()
     judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
     steps.advance()
-    sites = list(dict.fromkeys(c.site for c in ranking))[:finalists]
-    table: list[dict[str, Any]] = []
-    for site in sites:
-        for gain in sorted(gains):
-            margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
-            row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
-            table.append({"site": str(site), "gain": gain, "margin": margin, **row})
-            steps.advance()
-            if not row["within_budget"]:
-                break  # a larger dose of the same direction only does more damage
-    allowed = [row for row in table if row["within_budget"]]
-    if not allowed:
-        raise TuneError(_nothing_left(knob.name, table, judge, gains))
-    score = "score" if task else "margin"
-    best = max(allowed, key=lambda row: (row[score], -row["gain"]))
+    table = _measure_finalists(knob, judge, ranking, finalists, gains, steps)
+    best = _best(table, judge, knob.name, task)
     chosen = knob.with_(site=best["site"], gain=best["gain"]).pruned()
-    if task and best["score"] <= judge.base["score"]:
-        warnings.warn(
-            f"No setting of {knob.name!r} scores above the base model on {task.name!r} "
-            f"({judge.base['score']:.3g} without the knob, at best {best['score']:.3g} with it).",
-            TrimtabWarning,
-            stacklevel=2,
-        )
     tuning: dict[str, Any] = {
         "ranking": [{"site": str(c.site), "gain": c.gain, "margin": c.margin, "chosen": c.chosen} for c in ranking],
         "table": table,
@@ -163,7 +143,45 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
     return replace(knob.with_(site=site), vectors=kept)
 
 
-def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: _Judge, gains: Sequence[float]) -> str:
+def _measure_finalists(
+    knob: Knob,
+    judge: _Judge,
+    ranking: Sequence[_Candidate],
+    finalists: int,
+    gains: Sequence[float],
+    steps: _Steps,
+) -> list[dict[str, Any]]:
+    """Measure the best sites of the ranking at every gain, from small to large until a budget is broken."""
+    table: list[dict[str, Any]] = []
+    for site in list(dict.fromkeys(c.site for c in ranking))[:finalists]:
+        for gain in sorted(gains):
+            margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
+            row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
+            table.append({"site": str(site), "gain": gain, "margin": margin, **row})
+            steps.advance()
+            if not row["within_budget"]:
+                break  # a larger dose of the same direction only does more damage
+    return table
+
+
+def _best(table: Sequence[Mapping[str, Any]], judge: _Judge, name: str, task: Task | None) -> Mapping[str, Any]:
+    """Choose the best row within the budgets, of equals the smallest dose; warns if it is no better than the base."""
+    allowed = [row for row in table if row["within_budget"]]
+    if not allowed:
+        raise TuneError(_nothing_left(name, table, judge))
+    score = "score" if task else "margin"
+    best = max(allowed, key=lambda row: (row[score], -row["gain"]))
+    if task and best["score"] <= judge.base["score"]:
+        warnings.warn(
+            f"No setting of {name!r} scores above the base model on {task.name!r} "
+            f"({judge.base['score']:.3g} without the knob, at best {best['score']:.3g} with it).",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+    return best
+
+
+def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: _Judge) -> str:
     """Say which budget the mildest setting broke, and by how much."""
     mildest = min(table, key=lambda row: row["gain"])
     drops = {g: judge.base["guardrails"][g] - value for g, value in mildest["guardrails"].items()}
@@ -174,7 +192,7 @@ def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: _Judge, 
         said = f"guardrail {worst!r} falls by {drops[worst]:.3g} (budget {judge.budget:g})"
     return (
         f"None of the {len(table)} settings of {name!r} keeps within the budgets: at gain {mildest['gain']:g}, "
-        f"{mildest['site']}, {said}. Try smaller gains than {min(gains):g}, more items, or a larger budget."
+        f"{mildest['site']}, {said}. Try smaller gains than {mildest['gain']:g}, more items, or a larger budget."
     )
 
 
