@@ -21,7 +21,7 @@ from trimtab.prefworld.tokenizer import ASSISTANT, BOS, END, PAD, SPECIALS, SYST
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, for how long; written beside the weights."""
+    """What is trained, and for how long."""
 
     width: int = 192
     layers: int = 6
@@ -37,7 +37,8 @@ class Recipe:
 
 @dataclass
 class Row:
-    """Packed conversations: ids, loss weights, positions, document and exchange of every token."""
+    """Packed conversations: ids, loss weights, positions, document and exchange of every token, and whether it sees
+    earlier exchanges through their template tokens only."""
 
     ids: list[int]
     weight: list[float]
