@@ -244,6 +244,17 @@ def test_a_knob_is_named_after_its_file_unless_told_otherwise(run: Run, model: P
     assert Knob.load("x.safetensors").provenance["licence"] == "CC0-1.0"
 
 
+def test_a_knob_may_be_replaced_and_the_weights_of_a_model_may_not(run: Run, model: Path, files: Path) -> None:
+    for _ in range(2):
+        assert run("learn", model, "pairs.jsonl", "--out", "again.safetensors").status == 0
+    weights = (model / "model.safetensors").read_bytes()
+    out = run("learn", model, "pairs.jsonl", "--out", model / "model.safetensors")
+    assert out.status == 2
+    assert "exists and is no knob, so it is not replaced" in out.err
+    assert (model / "model.safetensors").read_bytes() == weights
+    assert "ends in .json" in run("learn", model, "pairs.jsonl", "--out", "knob.json").err
+
+
 def test_repeated_pairs_are_refused_with_the_option_that_helps(run: Run, model: Path, files: Path) -> None:
     lines = Path("pairs.jsonl").read_text()
     Path("twice.jsonl").write_text(lines + lines)

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -74,12 +75,16 @@ def tune(
     knob = _reproducible(knob, agreement)
     _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens), strengths)
     begun = time.perf_counter()
-    steps = _Steps(progress, 1 + 1 + finalists * len(gains) + len(strengths) * dose_response)
+    done, total = count(1), 1 + 1 + finalists * len(gains) + len(strengths) * dose_response
+
+    def advance() -> None:
+        progress(next(done), total)
+
     ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], gains, rank_tokens)
-    steps.advance()
+    advance()
     judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
-    steps.advance()
-    table = _measure_finalists(knob, judge, ranking, finalists, gains, steps)
+    advance()
+    table = _measure_finalists(knob, judge, ranking, finalists, gains, advance)
     best = _best(table, judge, knob.name, task)
     chosen = knob.with_(site=best["site"], gain=best["gain"]).pruned()
     tuning: dict[str, Any] = {
@@ -103,21 +108,10 @@ def tune(
         },
     }
     if dose_response:
-        curve = _curve(chosen, judge, strengths, steps)
+        curve = _curve(chosen, judge, strengths, advance)
         tuning |= {"dose_response": curve, "safe_range": list(_safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
-
-
-class _Steps:
-    """Counts what is done for `progress`."""
-
-    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def advance(self) -> None:
-        self._done += 1
-        self._progress(self._done, self._total)
 
 
 def _reproducible(knob: Knob, agreement: float) -> Knob:
@@ -149,7 +143,7 @@ def _measure_finalists(
     ranking: Sequence[_Candidate],
     finalists: int,
     gains: Sequence[float],
-    steps: _Steps,
+    advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """Measure the best sites of the ranking at every gain, from small to large until a budget is broken."""
     table: list[dict[str, Any]] = []
@@ -158,7 +152,7 @@ def _measure_finalists(
             margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
             row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
             table.append({"site": str(site), "gain": gain, "margin": margin, **row})
-            steps.advance()
+            advance()
             if not row["within_budget"]:
                 break  # a larger dose of the same direction only does more damage
     return table
@@ -299,14 +293,14 @@ class _Judge:
         return {"score": score, "guardrails": rails, "broken": broken}
 
 
-def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float], steps: _Steps) -> list[dict[str, Any]]:
+def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float], advance: Callable[[], None]) -> list[dict[str, Any]]:
     """Measure the dose-response of the chosen setting, strength 0 included."""
     zero = {"strength": 0.0, "alpha": 0.0, **judge.base, "within_budget": True, "kl": 0.0}
     rows: list[dict[str, Any]] = []
     for s in strengths:
         if s != 0:
             rows.append({"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)})
-        steps.advance()
+        advance()
     return sorted([zero, *rows], key=lambda row: row["strength"])
 
 

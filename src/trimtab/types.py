@@ -74,6 +74,11 @@ class Site:
         return Site(int(layer), position)
 
 
+def is_knob_name(text: str) -> bool:
+    """Tell whether a knob can have the name: 1 to 100 printable characters, no space, comma or equals sign."""
+    return re.fullmatch(r"[^\s,=]{1,100}", text) is not None and text.isprintable()
+
+
 def is_unicode(text: str) -> bool:
     """Tell whether a tokenizer can take the text: halves of surrogate pairs are no characters."""
     try:

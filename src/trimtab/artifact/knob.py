@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from trimtab.artifact.file import KnobFile, number, object_field, read_file, tex
 from trimtab.artifact.identity import IDENTITY, check_identity
 from trimtab.errors import KnobError, unknown_name
 from trimtab.ops import multiplier_from_alpha, palrs_from_alpha, unit
-from trimtab.types import WHERE, Site, Where, check_strength
+from trimtab.types import WHERE, Site, Where, check_strength, is_knob_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -301,7 +300,7 @@ def _from_file(file: KnobFile) -> Knob:
 
 
 def _check_fields(knob: Knob) -> None:
-    if not re.fullmatch(r"[^\s,=]{1,100}", knob.name) or not knob.name.isprintable():
+    if not is_knob_name(knob.name):
         raise KnobError(
             f"A knob's name is 1 to 100 printable characters, no space, comma or equals sign; got {knob.name!r}."
         )

@@ -6,7 +6,6 @@ What is not given is as the method's paper has it.
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from argparse import ArgumentParser, Namespace
@@ -19,6 +18,7 @@ from trimtab.cli.sources import WORLD, load_pairs, open_model
 from trimtab.cli.tables import facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
+from trimtab.types import is_knob_name
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
@@ -79,7 +79,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     """Learn, save, and say what came out."""
     out = output_file(args.out)
     own = options.assignments(args.option)
-    if args.name is not None and args.name != _fitting(args.name):
+    if args.name is not None and not is_knob_name(args.name):
         raise OptionError(
             f"--name takes 1 to 100 printable characters, no space, comma or equals sign; got {args.name!r}."
         )
@@ -100,12 +100,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
 
 
 def _name_from(out: Path) -> str:
-    return _fitting(out.name.partition(".")[0])
-
-
-def _fitting(name: str) -> str:
-    """Return the name if a knob can have it, else "knob"."""
-    return name if re.fullmatch(r"[^\s,=]{1,100}", name) and name.isprintable() else "knob"
+    stem = out.name.partition(".")[0]
+    return stem if is_knob_name(stem) else "knob"
 
 
 def _record(knob: Knob, out: Path, seconds: float) -> dict[str, Any]:

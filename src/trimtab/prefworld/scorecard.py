@@ -25,7 +25,7 @@ from trimtab.prefworld.families import FAMILIES
 from trimtab.prefworld.families.surveys import GROUPS, STANCES, opinion_distribution
 from trimtab.prefworld.habits import HABITS, system_line
 from trimtab.prefworld.items import Draw, Item
-from trimtab.prefworld.world import MAX_NEW_TOKENS, grade, items, pairs, side_of, task
+from trimtab.prefworld.world import MAX_NEW_TOKENS, grade, items, pairs, side_of, target_side, task
 from trimtab.render import Loaded, load
 from trimtab.types import Message, Pair, Site
 
@@ -38,12 +38,6 @@ READINGS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("question_response", ("response_end", "demonstrated", "response_mean")),
 )
 TABLES = ("math", "code")
-
-
-def sides_of(family: str) -> tuple[str, str]:
-    """Return the two sides that pairs of a family compare: its first and its last."""
-    names = list(HABITS[family])
-    return names[0], names[-1]
 
 
 def _asked(family: str, drawn: Sequence[Item], prompts: Sequence[Prompt]) -> Task:
@@ -155,7 +149,7 @@ def steerability(
     knobs = read_knobs(model, tokenizer, family)
     spots = ranked_settings(model, tokenizer, family, knobs)
     drawn, facts = items(family, "validation", n, seed=4), task("facts", "validation", n)
-    side = sides_of(family)[0]
+    side = target_side(family)
     asked = _asked(family, drawn, [d.prompt for d in drawn])
     base_facts = run_task(model, tokenizer, facts).accuracy
 
