@@ -51,7 +51,7 @@ class _Sizes(NamedTuple):
     sampled: int = 200
     validation: int = 40
     guard: int = 50
-    draws: int = 2
+    draws: int = 5
     finalists: int = 2
 
 
