@@ -158,7 +158,7 @@ def check_main_path(run: Run, model: Path, pairs: Path, held_out: Path, task: st
 
     text = run("inspect", "tuned.safetensors")
     assert f"safe range            {low:g} to {high:g}" in text.out
-    assert re.search(rf"^\* +{re.escape(tuned['site'])} +{tuned['gain']:g} ", text.out, re.MULTILINE)
+    assert re.search(rf"^\* +{re.escape(tuned['site'])} +{tuned['where']} +{tuned['gain']:g} ", text.out, re.MULTILINE)
     assert "dose-response" in text.out
 
     prompts = ["What is 3 + 3?", "Tom and Lily"]
@@ -567,7 +567,7 @@ def test_inspect_shows_a_knob_whose_tables_make_no_sense(run: Run, files: Path) 
     assert out.status == 0
     assert "\x1b" not in out.out
     assert sites_text({}) is None
-    assert tuning_text(None, Site(0, "last"), 1.0) is None
+    assert tuning_text(None, Site(0, "last"), "all", 1.0) is None
 
 
 def test_the_demo_prints_its_report_or_its_summary(run: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_where_of_the_call_replaces_that_of_the_knobs() -> None:
         call = generate(lm, words, ["Hello there"], knobs={turned: 1.0}, where=where, max_new_tokens=8)
         assert own == call
         texts.add(own[0].text)
-    assert len(texts) == 3
+    assert len(texts) == len(WHERE)
     assert turned.where == "all"
 
 

@@ -308,8 +308,13 @@ def trace(
 
 
 def expected_trace(where: Where, prompt: int, width: int, dose: float) -> list[float]:
-    steered = {"all": range(prompt + 4), "prompt": range(prompt), "completion": range(prompt - 1, prompt + 4)}[where]
-    return [dose if position in steered else 0.0 for position in range(width + 4)]
+    steered = {
+        "all": range(prompt + 4),
+        "prompt": range(prompt),
+        "context": range(prompt - 1),
+        "completion": range(prompt - 1, prompt + 4),
+    }
+    return [dose if position in steered[where] else 0.0 for position in range(width + 4)]
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -14,7 +14,7 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, UnknownName
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import Outcome, Task, load_task, run_task
 from trimtab.pairs import Pairs
@@ -124,6 +124,47 @@ def test_a_dose_that_breaks_answers_is_ruled_out_and_the_error_says_so(monkeypat
     assert tuned.safe_range == (0.0, 1.0)
     with pytest.raises(TuneError, match=r"broken answers rise by 1 \(budget 0\.05\)"):
         tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.4,))
+
+
+def test_of_settings_that_the_items_cannot_tell_apart_the_mildest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words = model(), tokenizer()
+    scores = {0.2: (0, 0, 1, 1, 1, 1, 1, 1), 0.4: (0, 1, 1, 1, 1, 1, 1, 1), 0.8: (1, 1, 1, 1, 1, 1, 1, 1)}
+
+    def outcome(_model: object, _words: object, task: Task, knobs: Mapping[Knob, float], **_: object) -> Outcome:
+        n, dose = len(task), max((knob.alpha(strength) for knob, strength in knobs.items()), default=0.0)
+        values = scores.get(round(dose, 3), (0,) * 8) if task.name == "yes" else (1,) * n
+        return Outcome(("x",) * n, np.array(values, dtype=float), (None,) * n, np.zeros(n))
+
+    monkeypatch.setattr(sys.modules["trimtab.tune"], "run_task", outcome)
+    task = Task("yes", tuple(f"Ask {i}" for i in range(8)), says_yes)
+    keep = Task("keep", ("Keep this",), says_yes)
+    knob = planted(lm, words).pruned(Site(1, "last"))
+    options: dict[str, Any] = {"task": task, "guardrails": [keep], "dose_response": False}
+    # 7 of 8 lies within one standard error of 8 of 8 (0.125), and 6 of 8 does not (0.25, error 0.16).
+    tuned = tune(knob, lm, words, PAIRS, gains=(0.2, 0.4, 0.8), **options)
+    assert tuned.gain == 0.4
+    assert tuned.tuning is not None
+    divergences = [row["kl"] for row in tuned.tuning["table"]]
+    assert divergences == sorted(divergences)
+    assert tune(knob, lm, words, PAIRS, gains=(0.2, 0.8), **options).gain == 0.8
+
+
+def test_tuning_chooses_the_tokens_to_steer_among_those_it_is_given() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words).pruned(Site(1, "last"))
+    task = Task("yes", tuple(f"Ask {i}" for i in range(4)), says_yes, max_new_tokens=3)
+    options: dict[str, Any] = {"task": task, "gains": (4.0,), "broken_budget": 1.0, "dose_response": False}
+    # At the last layer nothing reads what is written to earlier tokens.
+    tuned = tune(knob, lm, words, PAIRS, where=("context", "completion"), **options)
+    assert tuned.where == "completion"
+    assert tuned.tuning is not None
+    assert tuned.tuning["options"]["where"] == ["context", "completion"]
+    assert {row["where"] for row in tuned.tuning["ranking"]} == {"context", "completion"}
+    assert tune(knob, lm, words, PAIRS, **options).where == knob.where
+    with pytest.raises(UnknownName, match="Unknown where 'answer'"):
+        tune(knob, lm, words, PAIRS, where="answer")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="got none"):
+        tune(knob, lm, words, PAIRS, where=())
 
 
 def test_sites_on_which_the_pairs_do_not_agree_are_no_candidates() -> None:

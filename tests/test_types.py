@@ -50,8 +50,8 @@ def test_pairs_do_not_share_their_meta() -> None:
     assert first.meta is not second.meta
 
 
-def test_where_lists_the_three_choices() -> None:
-    assert WHERE == ("all", "prompt", "completion")
+def test_where_lists_the_choices() -> None:
+    assert WHERE == ("all", "prompt", "context", "completion")
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,28 @@ def probe_auc(chosen: Tensor, rejected: Tensor, *, draws: int = 4, seed: int = 0
     return sum(values) / len(values)
 
 
+def mean_difference(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = False) -> Tensor:
+    """Return the mean over pairs of `chosen - rejected` per site, `[S, D]` float64, from `[N, S, D]` activations.
+
+    With `equal_weight` every pair counts alike, however far apart its answers lie: the differences are scaled to length
+    1 before the mean, which then gets back the length of the plain one. Where pairs differ in how far rather than in
+    which way, the direction stays what it was, but what is left of *shuffled* pairs no longer points along it: balanced
+    flips cancel directions, while lengths that differ leave a remainder. Pairs that do not differ count for nothing.
+
+    >>> mean_difference(torch.tensor([[[8.0, 0.0]], [[0.0, 2.0]]]), torch.zeros(2, 1, 2)).tolist()
+    [[4.0, 1.0]]
+    >>> mean_difference(torch.tensor([[[8.0, 0.0]], [[0.0, 2.0]]]), torch.zeros(2, 1, 2), equal_weight=True).tolist()
+    [[2.9154759474226504, 2.9154759474226504]]
+    """
+    # Accumulated in float64 without a float64 copy of [N, S, D].
+    plain = chosen.mean(dim=0, dtype=torch.float64) - rejected.mean(dim=0, dtype=torch.float64)
+    if not equal_weight:
+        return plain
+    sides = zip(chosen.unbind(dim=1), rejected.unbind(dim=1), strict=True)
+    mean = torch.stack([unit(plus.double() - minus.double()).mean(dim=0) for plus, minus in sides])
+    return unit(mean) * plain.norm(dim=-1, keepdim=True)
+
+
 def describe_site(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> dict[str, float | None]:
     """Return the diagnostics of the pairs' activations `[N, D]` at one site, computed in float64.
 

@@ -213,10 +213,11 @@ def _place(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> _Mas
         prompt.pads = pads[:, -1]
         prompt.end = int((prompt.lengths + prompt.pads).max())
     positions, lengths = columns - pads, prompt.lengths[:, None]
-    in_prompt, in_completion = positions < lengths, positions >= lengths - 1
+    masks: _Masks = {"prompt": positions < lengths, "context": positions < lengths - 1}
+    masks["completion"] = positions >= lengths - 1
     if real is None:
-        return {"all": None, "prompt": in_prompt, "completion": in_completion}
-    return {"all": real, "prompt": in_prompt & real, "completion": in_completion & real}
+        return {"all": None, **masks}
+    return {"all": real} | {where: mask & real for where, mask in masks.items() if mask is not None}
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:

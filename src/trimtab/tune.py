@@ -6,18 +6,18 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, unknown_name
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import Outcome, Task, run_task
 from trimtab.pairs import Pairs
-from trimtab.types import Message, Site, check_strength
+from trimtab.types import WHERE, Message, Site, Where, check_strength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ STRENGTHS = (-1.0, 0.5, 1.0, 1.5, 2.0)
 
 class _Candidate(NamedTuple):
     site: Site
+    where: Where
     gain: float
     margin: float
     chosen: float
@@ -42,6 +43,7 @@ def tune(
     task: Task | None = None,
     guardrails: Sequence[Task] = (),
     gains: Sequence[float] = GAINS,
+    where: Sequence[Where] | Where | None = None,
     finalists: int = 3,
     budget: float = 0.02,
     broken_budget: float = 0.05,
@@ -53,26 +55,32 @@ def tune(
     batch_size: int = 128,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knob:
-    """Return the knob at the site and gain that do best on validation data, pruned to that site.
+    """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
+
+    `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob.
 
     Sites whose direction the two halves of the learning pairs do not share (a split-half cosine below `agreement`, in
     -1..1, where learning stored one) are no candidates: they are noise, as they are for pairs with shuffled labels.
 
     Two stages. Teacher-forced margins of `rank_pairs` validation `pairs`, over the first `rank_tokens` tokens of the
-    answers, rank every site at every gain (alpha, in multiples of the mean residual norm); a setting counts only where
-    it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model answers
-    `task` and every guardrail at each gain of the `finalists` best sites, from small to large until a budget is
+    answers, rank every site and `where` at every gain (alpha, in multiples of the mean residual norm); a setting counts
+    only where it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model
+    answers `task` and every guardrail at each gain of the `finalists` best, from small to large until a budget is
     broken. The best score wins whose guardrails all stay within `budget` (a share of items) of the base model and whose
-    broken answers (empty, cut, repeating) rise by at most `broken_budget`; of equals the smallest dose. Without a task
-    the margin itself decides, and answers to the pairs' prompts show what breaks.
+    broken answers (empty, cut, repeating) rise by at most `broken_budget`. Of settings that the items cannot tell from
+    it (a paired difference of at most one standard error) the mildest is taken: the one with the smallest KL to the
+    base model on the guardrails' answers, which notices damage before an answer turns wrong (on the task's answers
+    where there are no guardrails). Without a task the margin itself decides, and answers to the pairs' prompts show
+    what breaks.
 
     `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
     `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
-    KL to base, broken answers) and the `safe_range` around [0, 1] within the budgets. `progress` is called with the
-    number of settings that were measured and the largest number that there can be. Raises `TuneError` if nothing
-    qualifies.
+    that KL in nats per token, broken answers) and the `safe_range` around [0, 1] within the budgets. `progress` is
+    called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
+    if nothing qualifies.
     """
     knob = _reproducible(knob, agreement)
+    wheres = _wheres(knob, where)
     _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens), strengths)
     begun = time.perf_counter()
     done, total = count(1), 1 + 1 + finalists * len(gains) + len(strengths) * dose_response
@@ -80,15 +88,15 @@ def tune(
     def advance() -> None:
         progress(next(done), total)
 
-    ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], gains, rank_tokens)
+    ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens)
     advance()
     judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
     advance()
-    table = _measure_finalists(knob, judge, ranking, finalists, gains, advance)
-    best = _best(table, judge, knob.name, task)
-    chosen = knob.with_(site=best["site"], gain=best["gain"]).pruned()
+    table, scores = _measure_finalists(knob, judge, ranking, finalists, gains, advance)
+    best = _best(table, scores, judge, knob.name, task)
+    chosen = knob.with_(site=best["site"], where=best["where"], gain=best["gain"]).pruned()
     tuning: dict[str, Any] = {
-        "ranking": [{"site": str(c.site), "gain": c.gain, "margin": c.margin, "chosen": c.chosen} for c in ranking],
+        "ranking": [{**c._asdict(), "site": str(c.site)} for c in ranking],
         "table": table,
         "base": judge.base,
         "task": task.name if task else None,
@@ -98,6 +106,7 @@ def tune(
         "pairs_hash": pairs.hash(),
         "options": {
             "gains": list(gains),
+            "where": list(wheres),
             "finalists": finalists,
             "broken_budget": broken_budget,
             "agreement": agreement,
@@ -137,6 +146,16 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
     return replace(knob.with_(site=site), vectors=kept)
 
 
+def _wheres(knob: Knob, where: Sequence[Where] | Where | None) -> tuple[Where, ...]:
+    asked = (knob.where,) if where is None else (where,) if isinstance(where, str) else tuple(where)
+    for name in asked:
+        if name not in WHERE:
+            raise unknown_name("where", str(name), WHERE)
+    if not asked:
+        raise OptionError(f"Name the tokens to steer, one or several of {', '.join(WHERE)}; got none.")
+    return tuple(dict.fromkeys(asked))
+
+
 def _measure_finalists(
     knob: Knob,
     judge: _Judge,
@@ -144,28 +163,39 @@ def _measure_finalists(
     finalists: int,
     gains: Sequence[float],
     advance: Callable[[], None],
-) -> list[dict[str, Any]]:
-    """Measure the best sites of the ranking at every gain, from small to large until a budget is broken."""
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Measure the best of the ranking at every gain, from small to large until a budget is broken.
+
+    Returns the table and, row by row, the scores of the task's items.
+    """
     table: list[dict[str, Any]] = []
-    for site in list(dict.fromkeys(c.site for c in ranking))[:finalists]:
+    scores: list[np.ndarray] = []
+    margins = {(c.site, c.where, c.gain): c.margin for c in ranking}
+    for site, where in list(dict.fromkeys((c.site, c.where) for c in ranking))[:finalists]:
         for gain in sorted(gains):
-            margin = next(c.margin for c in ranking if c.site == site and c.gain == gain)
-            row = judge.measure(knob.with_(site=site, gain=gain), 1.0)
-            table.append({"site": str(site), "gain": gain, "margin": margin, **row})
+            row, items = judge.measure(knob.with_(site=site, where=where, gain=gain), 1.0)
+            scores.append(items)
+            margin = margins[site, where, gain]
+            table.append({"site": str(site), "where": where, "gain": gain, "margin": margin, **row})
             advance()
             if not row["within_budget"]:
                 break  # a larger dose of the same direction only does more damage
-    return table
+    return table, scores
 
 
-def _best(table: Sequence[Mapping[str, Any]], judge: _Judge, name: str, task: Task | None) -> Mapping[str, Any]:
-    """Choose the best row within the budgets, of equals the smallest dose; warns if it is no better than the base."""
-    allowed = [row for row in table if row["within_budget"]]
+def _best(
+    table: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], judge: _Judge, name: str, task: Task | None
+) -> Mapping[str, Any]:
+    """Choose among the rows within the budgets as `tune` says; warns if the choice is no better than the base."""
+    allowed = [i for i, row in enumerate(table) if row["within_budget"]]
     if not allowed:
         raise TuneError(_nothing_left(name, table, judge))
-    score = "score" if task else "margin"
-    best = max(allowed, key=lambda row: (row[score], -row["gain"]))
-    if task and best["score"] <= judge.base["score"]:
+    if task is None:
+        return table[max(allowed, key=lambda i: (table[i]["margin"], -table[i]["gain"]))]
+    top = max(allowed, key=lambda i: table[i]["score"])
+    alike = [i for i in allowed if _alike(scores[top], scores[i])]
+    best = min((table[i] for i in alike), key=lambda row: (row.get("kl", 0.0), row["gain"]))
+    if best["score"] <= judge.base["score"]:
         warnings.warn(
             f"No setting of {name!r} scores above the base model on {task.name!r} "
             f"({judge.base['score']:.3g} without the knob, at best {best['score']:.3g} with it).",
@@ -221,21 +251,30 @@ def _rank(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
+    wheres: Sequence[Where],
     gains: Sequence[float],
     answer_tokens: int,
 ) -> list[_Candidate]:
-    """Order every site and gain by how much they raise the margin; settings that lower the chosen answers come last."""
-    spots = [(site, gain) for site in knob.vectors if float(knob.vectors[site].norm()) > 0 for gain in gains]
+    """Order the candidates by how much they raise the margin; settings that lower the chosen answers come last."""
+    sites = [site for site in knob.vectors if float(knob.vectors[site].norm()) > 0]
+    spots = list(product(sites, wheres, gains))
     if not spots:
         raise TuneError(f"Every vector of {knob.name!r} is zero: its pairs do not differ at any site that was read.")
     lone = {site: knob.pruned(site) for site in knob.vectors}  # a knob copies its vectors: one each is enough
-    settings: list[Mapping[Knob, float]] = [{lone[site].with_(gain=gain): 1.0} for site, gain in spots]
+    settings: list[Mapping[Knob, float]] = [{lone[s].with_(where=w, gain=gain): 1.0} for s, w, gain in spots]
     base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens)
     found = [
-        _Candidate(site, gain, float((m.margin - base.margin).mean()), float((m.chosen - base.chosen).mean()))
-        for (site, gain), m in zip(spots, steered, strict=True)
+        _Candidate(*spot, float((m.margin - base.margin).mean()), float((m.chosen - base.chosen).mean()))
+        for spot, m in zip(spots, steered, strict=True)
     ]
     return sorted(found, key=lambda c: (c.chosen > 0, c.margin if c.chosen > 0 else c.chosen), reverse=True)
+
+
+def _alike(best: np.ndarray, other: np.ndarray) -> bool:
+    """Tell whether scores on the same items lie within one standard error of the best, by paired difference."""
+    difference = best - other
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return bool(difference.mean() <= error + 1e-9)
 
 
 class _Judge:
@@ -265,23 +304,30 @@ class _Judge:
         self.budget, self.broken_budget = budget, broken_budget
         outcomes = self._run({})
         self.base: dict[str, Any] = self._summary(outcomes)
-        told = [(p, a) for t in outcomes for p, a in zip(t[0].prompts[:16], t[1].answers[:16], strict=True) if a]
+        # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
+        told = [
+            (p, a)
+            for t in outcomes[1:] or outcomes
+            for p, a in zip(t[0].prompts[:16], t[1].answers[:16], strict=True)
+            if a
+        ]
         prompts = [(Message("user", p),) if isinstance(p, str) else p for p, _ in told]
         limit = Adapter(model).context_length
         texts = render_texts(tokenizer, prompts, [a for _, a in told])
         self._texts = [text for text in texts if limit is None or len(text.ids) <= limit]
 
-    def measure(self, knob: Knob, strength: float, *, kl: bool = False) -> dict[str, Any]:
-        """Return score, guardrails, broken share and whether the budgets are kept."""
-        row = self._summary(self._run({knob: strength}))
+    def measure(self, knob: Knob, strength: float) -> tuple[dict[str, Any], np.ndarray]:
+        """Return score, guardrails, broken share, KL and whether the budgets are kept; and the items' scores."""
+        outcomes = self._run({knob: strength})
+        row = self._summary(outcomes)
         drops = [self.base["guardrails"][g] - value for g, value in row["guardrails"].items()]
         row["within_budget"] = (
             max(drops, default=0.0) <= self.budget + 1e-9
             and row["broken"] <= self.base["broken"] + self.broken_budget + 1e-9
         )
-        if kl and self._texts:
+        if self._texts:
             row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
-        return row
+        return row, outcomes[0][1].scores
 
     def _run(self, setting: Mapping[Knob, float]) -> list[tuple[Task, Outcome]]:
         return [(t, run_task(self._model, self._tokenizer, t, setting, batch_size=self._batch)) for t in self._tasks]
@@ -299,7 +345,7 @@ def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float], advance: Calla
     rows: list[dict[str, Any]] = []
     for s in strengths:
         if s != 0:
-            rows.append({"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s, kl=True)})
+            rows.append({"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s)[0]})
         advance()
     return sorted([zero, *rows], key=lambda row: row["strength"])
 

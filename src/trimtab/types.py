@@ -14,13 +14,14 @@ from typing import Literal
 
 from trimtab.errors import OptionError
 
-Where = Literal["all", "prompt", "completion"]
+Where = Literal["all", "prompt", "context", "completion"]
 """Which tokens are steered, for a prompt of P tokens in absolute positions.
 
-`prompt` is 0..P-1, `completion` is P-1 and later (P-1 predicts the first new token), `all` is both.
+`prompt` is 0..P-1, `completion` is P-1 and later (P-1 predicts the first new token), `all` is both. `context` is
+0..P-2, what `completion` leaves: the model reads under the knob and decides without it.
 """
 
-WHERE: tuple[Where, ...] = ("all", "prompt", "completion")
+WHERE: tuple[Where, ...] = ("all", "prompt", "context", "completion")
 
 Setting = Mapping[str, float]
 """Knob names to strengths, e.g. `{"math": 0.8, "concise": -1}`."""

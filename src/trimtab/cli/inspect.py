@@ -28,7 +28,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         from trimtab.artifact import Knob
 
         knob = Knob.load(path)
-    tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.gain))
+    tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.where, knob.gain))
     terminal.result(_record(knob), "\n\n".join(filter(None, [knob.card(), *tables])))
 
 

@@ -53,7 +53,7 @@ def sites_text(diagnostics: Row) -> str | None:
     )
 
 
-def tuning_text(tuning: Row | None, site: Site, gain: float) -> str | None:
+def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str | None:
     """Return the finalists and the dose-response of tuning, the chosen setting marked, or None before tuning."""
     if tuning is None:
         return None
@@ -61,13 +61,13 @@ def tuning_text(tuning: Row | None, site: Site, gain: float) -> str | None:
     parts: list[str] = []
     finalists = _rows(tuning.get("table"))
     if finalists:
-        chosen = [row.get("site") == str(site) and row.get("gain") == gain for row in finalists]
+        chosen = [(row.get("site"), row.get("where"), row.get("gain")) == (str(site), where, gain) for row in finalists]
         base = _object(tuning.get("base"))
-        rows = [["", "base", None, None, *_measures(base, rails), None]]
+        rows = [["", "base", None, None, None, *_measures(base, rails), None, None]]
         for row, mark in zip(finalists, chosen, strict=True):
-            place = ["*" if mark else "", row.get("site"), row.get("gain"), row.get("margin")]
-            rows.append([*place, *_measures(row, rails), row.get("within_budget")])
-        heads = ["", "site", "gain", "margin", "score", *rails, "broken", "within budget"]
+            place = ["*" if mark else "", row.get("site"), row.get("where"), row.get("gain"), row.get("margin")]
+            rows.append([*place, *_measures(row, rails), row.get("kl"), row.get("within_budget")])
+        heads = ["", "site", "steers", "gain", "margin", "score", *rails, "broken", "KL", "within budget"]
         judged = _cell(tuning.get("task")) if tuning.get("task") else "margin of the pairs"
         parts.append(f"finalists, judged by {judged} (* chosen)\n{columns(heads, rows)}")
     curve = _rows(tuning.get("dose_response"))

@@ -20,7 +20,7 @@ from trimtab.cli.terminal import Terminal
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
 
-TUNE = ("gains", "finalists", "strengths", "agreement", "budget", "broken_budget", "batch_size")
+TUNE = ("gains", "where", "finalists", "strengths", "agreement", "budget", "broken_budget", "batch_size")
 """Options that go to `trimtab.tune` under their own names."""
 
 
@@ -48,7 +48,13 @@ def add_options(parser: ArgumentParser) -> None:
     goal.add_argument("--broken-budget", type=float, metavar="X", help="share of answers that may break (default 0.05)")
     search = parser.add_argument_group("what is tried")
     search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas, as in 0.2,0.5")
-    search.add_argument("--finalists", type=int, metavar="N", help="sites that answer the task (default 3)")
+    search.add_argument(
+        "--where",
+        type=options.names,
+        metavar="LIST",
+        help="tokens to steer, as in prompt,context (default: the knob's)",
+    )
+    search.add_argument("--finalists", type=int, metavar="N", help="candidates that answer the task (default 3)")
     search.add_argument("--strengths", type=options.numbers, metavar="LIST", help="of the dose-response, as in -1,1,2")
     search.add_argument("--agreement", type=float, metavar="COS", help="of the pairs' halves on a site (default 0.2)")
     search.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")
@@ -104,6 +110,7 @@ def _record(knob: Knob, out: Path) -> dict[str, Any]:
     return {
         "knob": knob.name,
         "site": str(knob.site),
+        "where": knob.where,
         "gain": knob.gain,
         **{key: tuning.get(key) for key in shown},
         "out": str(out),
@@ -118,10 +125,11 @@ def _text(knob: Knob, args: Namespace, out: Path) -> str:
         {
             "tuned": f"{knob.name} on {tuning['pairs']} pairs in {tuning['seconds']:.1f} s",
             "site": knob.site,
+            "steers": f"{knob.where} tokens",
             "gain": f"{knob.gain:g}: strength 1 is alpha {knob.gain:g}",
             "safe range": f"strengths {bounds[0]:g} to {bounds[1]:g}" if bounds else None,
             "written to": out,
             "next": f'trimtab generate {shlex.quote(args.model)} "..." --knob {file}',
         }
     )
-    return "\n\n".join(filter(None, [head, tuning_text(tuning, knob.site, knob.gain)]))
+    return "\n\n".join(filter(None, [head, tuning_text(tuning, knob.site, knob.where, knob.gain)]))

@@ -34,7 +34,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         own = report["results"][name][name]
         sampled, share, within = own["sampled"], own["side_share"], own["accuracy_within_side"]
         lines.append(
-            f"{name}: layer {chosen['layer']}, {chosen['position']}, gain {chosen['gain']:g}. Sampled accuracy "
+            f"{name}: layer {chosen['layer']}, {chosen['position']}, steering {chosen['where']} tokens, gain "
+            f"{chosen['gain']:g}. Sampled accuracy "
             f"{100 * sampled['base']['accuracy']:.1f} to {100 * sampled['knob']['accuracy']:.1f} percent "
             f"({100 * sampled['knob_negative']['accuracy']:.1f} at strength -1); share of the "
             f"preferred side {100 * share['base']:.1f} to {100 * share['knob']:.1f}; accuracy within that side "

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.types import Site
+
 
 def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
-    """Write `dose_response_NAME.png` and `sites_NAME.png` (margin by site and gain) from a knob's tuning record."""
+    """Write a tuning record's `dose_response_NAME.png` and `sites_NAME.png` (margin by site, tokens and gain)."""
     from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 
     curve: Sequence[Mapping[str, Any]] = tuning["dose_response"]
@@ -28,23 +30,29 @@ def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     bottom.set(xlabel="strength (1 is the calibrated dose)", ylabel="KL to base\n(nats per token)")
     figure.savefig(folder / f"dose_response_{name}.png", dpi=130)
     ranking: Sequence[Mapping[str, Any]] = tuning["ranking"]
-    sites = sorted({r["site"] for r in ranking}, key=lambda s: (s.split("/")[1], int(s.split("/")[0])))
+    spots = sorted({(r["site"], r["where"]) for r in ranking}, key=_by_position)
     gains = sorted({r["gain"] for r in ranking})
-    grid = np.full((len(sites), len(gains)), np.nan)
+    grid = np.full((len(spots), len(gains)), np.nan)
     for r in ranking:
-        grid[sites.index(r["site"]), gains.index(r["gain"])] = r["margin"]
+        grid[spots.index((r["site"], r["where"])), gains.index(r["gain"])] = r["margin"]
     bound = float(np.nanpercentile(np.abs(grid), 90))
-    figure = Figure(figsize=(6.5, 0.32 * len(sites) + 1.8), layout="constrained")
+    figure = Figure(figsize=(6.5, 0.28 * len(spots) + 1.8), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="RdBu", vmin=-bound, vmax=bound)
     axes.set_xticks(range(len(gains)), [f"{g:g}" for g in gains])
-    axes.set_yticks(range(len(sites)), [f"layer {s.replace('/', ', ')}" for s in sites], fontsize=8)
-    tested = {(row["site"], row["gain"]): row["score"] for row in tuning["table"]}
-    for (site, gain), score in tested.items():
-        spot = sites.index(site), gains.index(gain)
-        dark = abs(grid[spot]) > 0.5 * bound
-        colour = "white" if dark else "black"
-        axes.text(spot[1], spot[0], f"{100 * score:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="alpha (multiples of the mean residual norm)", title=f"{name}: margin gained by site and gain")
+    labels = [f"layer {site.replace('/', ', ')}; {where}" for site, where in spots]
+    axes.set_yticks(range(len(spots)), labels, fontsize=8)
+    for row in tuning["table"]:
+        y, x = spots.index((row["site"], row["where"])), gains.index(row["gain"])
+        colour = "white" if abs(grid[y, x]) > 0.5 * bound else "black"
+        axes.text(x, y, f"{100 * row['score']:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set(
+        xlabel="alpha (multiples of the mean residual norm)", title=f"{name}: margin gained by site, tokens and gain"
+    )
     figure.colorbar(image, label="nats (teacher-forced)\nnumbers: score of finalists, percent")
     figure.savefig(folder / f"sites_{name}.png", dpi=130)
+
+
+def _by_position(spot: tuple[str, str]) -> tuple[str, str, int]:
+    site = Site.parse(spot[0])
+    return site.position, spot[1], site.layer

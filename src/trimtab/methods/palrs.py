@@ -6,22 +6,23 @@ arXiv:2509.23982, Eqs. 1 and 2.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trimtab.errors import OptionError
+from trimtab.ops import mean_difference
 
 
-def palrs(chosen: Tensor, rejected: Tensor) -> Tensor:
+def palrs(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = False) -> Tensor:
     """Return `mu+ - mu-` per site, `[S, D]` float64, from `[N, S, D]` activations.
 
     No sparsity, whitening or threshold. PaLRS rescales it to the norm of `mu+` (Eq. 4), which is a change of unit and
     left to the gain. Response-only texts say nothing about whether an answer is right for its question.
+    `equal_weight` is ours, see `trimtab.ops.mean_difference`.
 
     >>> palrs(torch.tensor([[[1.0, 4.0]], [[3.0, 0.0]]]), torch.zeros(2, 1, 2)).tolist()
     [[2.0, 2.0]]
     """
-    return chosen.mean(dim=0, dtype=torch.float64) - rejected.mean(dim=0, dtype=torch.float64)
+    return mean_difference(chosen, rejected, equal_weight=equal_weight)
 
 
 def palrs_layer(layer: int) -> int:

@@ -118,11 +118,16 @@ def target_side(family: str) -> str | None:
     return next(iter(HABITS[family])) if family in HABITS else None
 
 
-def grade(questions: Sequence[Item], answers: Sequence[str]) -> list[float]:
-    """Score answers: exact results for maths and guardrails, hidden tests for code, the chosen side for the rest."""
+def grade(
+    questions: Sequence[Item], answers: Sequence[str], verdicts: dict[tuple[str, object, object], bool] | None = None
+) -> list[float]:
+    """Score answers: exact results for maths and guardrails, hidden tests for code, the chosen side for the rest.
+
+    `verdicts` remembers programs that were tested, so that calls which share it run none of them twice.
+    """
     if any(item.family == "code" for item in questions):
+        verdicts = {} if verdicts is None else verdicts
         with Sandbox() as sandbox:
-            verdicts: dict[tuple[str, object, object], bool] = {}
             return [_passes(sandbox, item, text, verdicts) for item, text in zip(questions, answers, strict=True)]
     return [float(_right(item, text)) for item, text in zip(questions, answers, strict=True)]
 
@@ -151,10 +156,11 @@ def _right(item: Item, text: str) -> bool:
 def task(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | None = None) -> Task:
     """Make a graded task of `n` distinct prompts of a family and split; see `items` for `unseen`."""
     drawn = items(family, split, n, seed=seed, unseen=unseen)
+    verdicts: dict[tuple[str, object, object], bool] = {}
     return Task(
         name=family,
         prompts=tuple(item.prompt for item in drawn),
-        grade=lambda answers: grade(drawn, answers),
+        grade=lambda answers: grade(drawn, answers, verdicts),
         side=lambda i, text: side_of(drawn[i], text),
         target=target_side(family),
         max_new_tokens=MAX_NEW_TOKENS.get(family, 64),
