@@ -32,7 +32,7 @@ def test_the_report_keeps_its_contract(folder: Path) -> None:
     assert set(report["results"]) == {"math", "code"} == set(report["chosen"])
     for knob, tasks in report["results"].items():
         assert set(tasks) == {"math", "code", "facts", "copying", "sorting"}
-        assert set(report["chosen"][knob]) == {"layer", "position", "gain"}
+        assert set(report["chosen"][knob]) == {"layer", "position", "where", "gain"}
         for task, conditions in tasks.items():
             assert set(CONDITIONS) <= set(conditions)
             for name in CONDITIONS:

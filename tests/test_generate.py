@@ -323,7 +323,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownName, match=r"Unknown knob 'maths'\. Known: math\. Did you mean 'math'"):
         generate(model(), tokenizer(), ["a"], rack=Rack(math=knob()), knobs={"maths": 1.0})
-    with pytest.raises(UnknownName, match=r"Unknown where 'everywhere'\. Known: all, completion, prompt"):
+    with pytest.raises(UnknownName, match=r"Unknown where 'everywhere'\. Known: all, completion, context, prompt"):
         generate(model(), tokenizer(), ["a"], where=cast(Any, "everywhere"))
 
 

@@ -292,7 +292,7 @@ def test_fixed_site_is_taken_whatever_the_scores(model: PreTrainedModel, tokeniz
         ({"where": "nowhere"}, UnknownName, "Unknown where"),
         ({"length_match": "on"}, UnknownName, "Unknown length_match"),
         ({"format": "chat"}, UnknownName, "Unknown format 'chat'"),
-        ({"options": {"center": True}}, UnknownName, "Unknown option of method palrs 'center'. Known: none"),
+        ({"options": {"center": True}}, UnknownName, "Unknown option of method palrs 'center'. Known: equal_weight"),
         ({"name": "a b"}, KnobError, "no space"),
         ({"positions": "post_instruction", "format": "question_response"}, OptionError, "come before the answer"),
     ],

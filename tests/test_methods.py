@@ -122,6 +122,39 @@ def test_palrs_and_caa_are_the_same_mean_difference() -> None:
     assert torch.equal(run("palrs", chosen, rejected), run("diffmean", chosen, rejected))
 
 
+@pytest.mark.parametrize("name", ["palrs", "diffmean"])
+def test_equal_weight_keeps_the_direction_and_takes_it_from_what_shuffled_pairs_leave(name: str) -> None:
+    # Pairs that differ alike, but by lengths between 0.2 and 1.8.
+    delta, far = noise(0, S, 200), 0.2 + 1.6 * torch.rand(100, 1, 1, generator=torch.Generator().manual_seed(1))
+    rejected = noise(2, 100, S, 200)
+    chosen = rejected + far * (delta + 0.1 * noise(3, 100, S, 200))
+    plain, even = run(name, chosen, rejected), run(name, chosen, rejected, equal_weight=True)
+    torch.testing.assert_close(even.norm(dim=-1), plain.norm(dim=-1))
+    assert min(cosine(a, b) for a, b in zip(even, delta, strict=True)) > 0.99
+
+    def left(equal_weight: bool) -> float:
+        found: list[float] = []
+        for seed in range(20):
+            swap = torch.zeros(100, 1, 1, dtype=torch.bool)
+            swap[torch.randperm(100, generator=torch.Generator().manual_seed(seed))[:50]] = True
+            sides = torch.where(swap, rejected, chosen), torch.where(swap, chosen, rejected)
+            found += [
+                abs(cosine(v, d)) for v, d in zip(run(name, *sides, equal_weight=equal_weight), delta, strict=True)
+            ]
+        return sum(found) / len(found)
+
+    assert left(equal_weight=False) > 0.5
+    assert left(equal_weight=True) < 0.1
+
+
+def test_equal_weight_counts_pairs_that_do_not_differ_for_nothing() -> None:
+    chosen, rejected = planted(noise(0, S, D))
+    same = noise(5, 4, S, D)
+    more = run("palrs", torch.cat([chosen, same]), torch.cat([rejected, same]), equal_weight=True)
+    for a, b in zip(more, run("palrs", chosen, rejected, equal_weight=True), strict=True):
+        assert cosine(a, b) == pytest.approx(1.0)
+
+
 def test_pca_equals_the_leading_right_singular_vector() -> None:
     for n in (10, 100):
         chosen, rejected = planted(noise(0, 1, D), n=n)

@@ -217,10 +217,11 @@ def mean_difference(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = Fa
     which way, the direction stays what it was, but what is left of *shuffled* pairs no longer points along it: balanced
     flips cancel directions, while lengths that differ leave a remainder. Pairs that do not differ count for nothing.
 
-    >>> mean_difference(torch.tensor([[[8.0, 0.0]], [[0.0, 2.0]]]), torch.zeros(2, 1, 2)).tolist()
-    [[4.0, 1.0]]
-    >>> mean_difference(torch.tensor([[[8.0, 0.0]], [[0.0, 2.0]]]), torch.zeros(2, 1, 2), equal_weight=True).tolist()
-    [[2.9154759474226504, 2.9154759474226504]]
+    >>> chosen, rejected = torch.tensor([[[8.0, 0.0]], [[0.0, 6.0]]]), torch.zeros(2, 1, 2)
+    >>> mean_difference(chosen, rejected).tolist()
+    [[4.0, 3.0]]
+    >>> mean_difference(chosen, rejected, equal_weight=True).round(decimals=3).tolist()
+    [[3.536, 3.536]]
     """
     # Accumulated in float64 without a float64 copy of [N, S, D].
     plain = chosen.mean(dim=0, dtype=torch.float64) - rejected.mean(dim=0, dtype=torch.float64)

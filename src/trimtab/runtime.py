@@ -213,11 +213,10 @@ def _place(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> _Mas
         prompt.pads = pads[:, -1]
         prompt.end = int((prompt.lengths + prompt.pads).max())
     positions, lengths = columns - pads, prompt.lengths[:, None]
-    masks: _Masks = {"prompt": positions < lengths, "context": positions < lengths - 1}
-    masks["completion"] = positions >= lengths - 1
+    in_prompt, in_context, in_completion = positions < lengths, positions < lengths - 1, positions >= lengths - 1
     if real is None:
-        return {"all": None, **masks}
-    return {"all": real} | {where: mask & real for where, mask in masks.items() if mask is not None}
+        return {"all": None, "prompt": in_prompt, "context": in_context, "completion": in_completion}
+    return {"all": real, "prompt": in_prompt & real, "context": in_context & real, "completion": in_completion & real}
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:

@@ -171,7 +171,8 @@ def _measure_finalists(
     table: list[dict[str, Any]] = []
     scores: list[np.ndarray] = []
     margins = {(c.site, c.where, c.gain): c.margin for c in ranking}
-    for site, where in list(dict.fromkeys((c.site, c.where) for c in ranking))[:finalists]:
+    spots: dict[tuple[Site, Where], None] = dict.fromkeys((c.site, c.where) for c in ranking)  # best first
+    for site, where in list(spots)[:finalists]:
         for gain in sorted(gains):
             row, items = judge.measure(knob.with_(site=site, where=where, gain=gain), 1.0)
             scores.append(items)

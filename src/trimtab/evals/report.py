@@ -27,7 +27,8 @@ def plot_tuning(tuning: Mapping[str, Any], name: str, folder: Path) -> None:
     top.set(ylabel="percent of validation items", title=f"Dose-response of the {name} knob", ylim=(-3, 103))
     top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     bottom.plot(x, [row["kl"] for row in curve], "k.-")
-    bottom.set(xlabel="strength (1 is the calibrated dose)", ylabel="KL to base\n(nats per token)")
+    measured = "guardrails" if tuning["guardrails"] else "answers"
+    bottom.set(xlabel="strength (1 is the calibrated dose)", ylabel=f"KL to base on\n{measured} (nats/token)")
     figure.savefig(folder / f"dose_response_{name}.png", dpi=130)
     ranking: Sequence[Mapping[str, Any]] = tuning["ranking"]
     spots = sorted({(r["site"], r["where"]) for r in ranking}, key=_by_position)

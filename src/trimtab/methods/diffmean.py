@@ -17,6 +17,7 @@ def diffmean(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = False) ->
     PaLRS's for the same activations: the methods differ in what is read and where. `equal_weight` is ours, see
     `trimtab.ops.mean_difference`.
 
+    >>> import torch
     >>> diffmean(torch.tensor([[[1.0, 4.0]], [[3.0, 0.0]]]), torch.ones(2, 1, 2)).tolist()
     [[1.0, 1.0]]
     """

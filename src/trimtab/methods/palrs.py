@@ -19,6 +19,7 @@ def palrs(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = False) -> Te
     left to the gain. Response-only texts say nothing about whether an answer is right for its question.
     `equal_weight` is ours, see `trimtab.ops.mean_difference`.
 
+    >>> import torch
     >>> palrs(torch.tensor([[[1.0, 4.0]], [[3.0, 0.0]]]), torch.zeros(2, 1, 2)).tolist()
     [[2.0, 2.0]]
     """
