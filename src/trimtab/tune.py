@@ -1,4 +1,4 @@
-"""Choose site and gain on validation data, under a budget for guardrails; measure the dose-response."""
+"""Choose site, tokens and gain on validation data, under a budget for guardrails; measure the dose-response."""
 
 from __future__ import annotations
 

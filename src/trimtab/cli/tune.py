@@ -1,4 +1,4 @@
-"""Choose a knob's site and gain on held-out pairs, under a budget for guardrails.
+"""Choose a knob's site, tokens and gain on held-out pairs, under a budget for guardrails.
 
 Pairs, task and guardrails must be data that learning has not seen, and not what the knob will be tested on: parts of
 PrefWorld are taken from its validation split. Without a task the margin between the pairs' answers decides.
