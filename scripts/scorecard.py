@@ -56,9 +56,9 @@ Opinions: total variation between a named group's true answer distribution and t
 TABLE = """
 ## Positions, layers and doses: {family}
 
-On 50 validation questions, first turn; facts on 25. `greedy` and `sampled` are scores, `share` is the sampled share of
-{side} answers. (The bare model on {n} test questions, which come in new wordings: greedy {greedy}, sampled {sampled}.
-That is not the zero of this table.)
+On 50 validation questions, first turn, steering every token, plain means; facts on 25. `greedy` and `sampled` are
+scores, `share` is the sampled share of {side} answers. (The bare model on {n} test questions, which come in new
+wordings: greedy {greedy}, sampled {sampled}. That is not the zero of this table.)
 
 {rows}
 """

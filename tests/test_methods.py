@@ -149,8 +149,9 @@ def test_equal_weight_keeps_the_direction_and_takes_it_from_what_shuffled_pairs_
 
 def test_equal_weight_counts_pairs_that_do_not_differ_for_nothing() -> None:
     chosen, rejected = planted(noise(0, S, D))
-    same = noise(5, 4, S, D)
-    more = run("palrs", torch.cat([chosen, same]), torch.cat([rejected, same]), equal_weight=True)
+    same = noise(5, 90, S, D)
+    nearly = same + 1e-7 * noise(6, 90, S, D)
+    more = run("palrs", torch.cat([chosen, same]), torch.cat([rejected, nearly]), equal_weight=True)
     for a, b in zip(more, run("palrs", chosen, rejected, equal_weight=True), strict=True):
         assert cosine(a, b) == pytest.approx(1.0)
 

@@ -212,6 +212,24 @@ def test_unknown_names_and_exhausted_families_say_what_would_work() -> None:
         world.items("concise", "test", 5000)
 
 
+def test_a_task_runs_a_program_once_unless_it_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    answers = ["def f(xs):\n    return xs", "def f(xs):\n    return 1"]
+
+    def passes(_self: Sandbox, code: str, _function: str, _cases: object) -> bool:
+        runs.append(code)
+        return code == answers[0]
+
+    monkeypatch.setattr(Sandbox, "passes", passes)
+    questions = world.task("code", "validation", 2)
+    assert [list(questions.grade(answers)) for _ in range(3)] == [[1.0, 0.0]] * 3
+    assert len(runs) == 2
+    monkeypatch.setattr(world, "SLOW", -1.0)
+    slow = world.task("code", "validation", 2)
+    assert [list(slow.grade(answers)) for _ in range(3)] == [[1.0, 0.0]] * 3
+    assert len(runs) == 2 + 6
+
+
 def test_function_names_of_code_are_identifiers() -> None:
     assert all(name.isidentifier() for name in FUNCTIONS)
 

@@ -244,6 +244,19 @@ def test_ablations_at_one_layer_follow_the_order_of_their_names_in_every_row() -
 
 
 @torch.no_grad()
+def test_ablation_of_the_context_spares_the_last_prompt_token_and_the_answer() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    adapter, turned = Adapter(lm), knob(1, operation="ablate", where="context")
+    with adapter.read([1]) as seen, steer(lm, {turned: 1.0}):
+        cache = lm(**inputs, use_cache=True).past_key_values
+        along = (seen.acts[1] @ turned.direction)[0].abs()
+        lm(input_ids=torch.tensor([[9]]), past_key_values=cache)
+        new = (seen.acts[1] @ turned.direction)[0].abs()
+    assert float(along[:-1].max()) < 1e-5 < float(along[-1])
+    assert float(new) > 1e-5
+
+
+@torch.no_grad()
 def test_ablation_of_the_completion_leaves_the_prompt_alone() -> None:
     lm, inputs = model(), pad(prompts([6]))
     adapter, turned = Adapter(lm), knob(1, operation="ablate", where="completion")
@@ -343,7 +356,7 @@ def test_prompts_fed_in_pieces_are_steered_at_the_same_positions(side: Side, pie
 
 
 @pytest.mark.parametrize("pieces", [[1] * 10, [2, 3, 1, 2, 2], [6, 4]], ids=str)
-@pytest.mark.parametrize("where", ["prompt", "completion"])
+@pytest.mark.parametrize("where", ["prompt", "context", "completion"])
 def test_padding_in_front_of_every_row_does_not_move_the_end_of_the_prompt(where: Where, pieces: list[int]) -> None:
     turned = knob(0, where=where, norm=4.0)
     traces = trace(prompts([3, 2]), {turned: 0.5}, side="left", pieces=pieces, width=6, prompt_lengths=[3, 2])
@@ -352,16 +365,17 @@ def test_padding_in_front_of_every_row_does_not_move_the_end_of_the_prompt(where
 
 @pytest.mark.parametrize("side", SIDES)
 def test_rows_and_knobs_of_one_layer_keep_their_own_positions(side: Side) -> None:
-    kinds: list[Where] = ["prompt", "completion", "all"]
-    prompt, completion, everywhere = (knob(0, name=kind, where=kind, norm=4.0) for kind in kinds)
+    kinds: list[Where] = ["prompt", "completion", "all", "context"]
+    prompt, completion, everywhere, context = (knob(0, name=kind, where=kind, norm=4.0) for kind in kinds)
     rows: list[dict[Knob, float]] = [
         {prompt: 0.5},
         {completion: 1.0},
         {everywhere: -1.5},
         {},
         {prompt: 1, completion: 1},
+        {context: 1, completion: 1},
     ]
-    traces = trace(prompts([5, 2, 3, 4, 2]), rows, side=side)
+    traces = trace(prompts([5, 2, 3, 4, 2, 3]), rows, side=side)
     assert traces[:4] == [
         expected_trace("prompt", 5, 5, 2.0),
         expected_trace("completion", 2, 5, 4.0),
@@ -369,6 +383,7 @@ def test_rows_and_knobs_of_one_layer_keep_their_own_positions(side: Side) -> Non
         [0.0] * 9,
     ]
     assert traces[4] == [4.0, 8.0, 4.0, 4.0, 4.0, 4.0, 0.0, 0.0, 0.0]  # the last prompt token is in both
+    assert traces[5] == expected_trace("all", 3, 5, 4.0)  # between them context and completion have every token once
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -394,7 +409,7 @@ def test_completion_only_mask_same_with_and_without_cache(name: str) -> None:
 @torch.no_grad()
 def test_generation_without_a_cache_needs_prompt_lengths_and_then_agrees() -> None:
     lm, inputs = model(), pad(prompts([6, 3]))
-    for where in ("prompt", "completion"):
+    for where in ("prompt", "context", "completion"):
         turned = knob(1, where=where)
         with steer(lm, {turned: 1.0}):
             cached = greedy(lm, inputs)
@@ -628,6 +643,22 @@ def test_a_decode_step_costs_one_addition_per_steered_layer(where: Where, rows: 
     for name in plain:
         steered.remove(name)
     assert [name for name in steered if name != "detach"] == ["add", "add"]
+
+
+@pytest.mark.parametrize("where", ["prompt", "context"])
+@torch.no_grad()
+def test_a_decode_step_after_a_steered_prompt_costs_nothing(where: Where) -> None:
+    lm, inputs = model(), pad(prompts([6, 6]))
+
+    def step() -> list[str]:
+        cache = lm(**inputs, use_cache=True).past_key_values
+        with CountOps() as counter:
+            lm(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        return [name for name in counter.names if name != "detach"]
+
+    plain = step()
+    with steer(lm, {knob(0, where=where): 1.0}):
+        assert step() == plain
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Choosing site and gain: planted truth, budgets, and likelihoods against computation by hand."""
+"""Choosing site, tokens and gain: planted truth, budgets, and likelihoods against computation by hand."""
 
 from __future__ import annotations
 
@@ -116,8 +116,7 @@ def test_a_dose_that_breaks_answers_is_ruled_out_and_the_error_says_so(monkeypat
         dose = max((knob.alpha(strength) for knob, strength in knobs.items()), default=0.0)
         return Outcome(("x",) * n, np.full(n, dose), (None,) * n, np.full(n, float(dose > 0.3)))
 
-    # The public name `trimtab.tune` is the function.
-    monkeypatch.setattr(sys.modules["trimtab.tune"], "run_task", outcome)
+    monkeypatch.setattr("trimtab.evals.judge.run_task", outcome)
     task = Task("yes", ("Ask", "Ask again"), says_yes)
     tuned = tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.2, 0.4), strengths=(1.0, 2.0))
     assert tuned.gain == 0.2
@@ -126,27 +125,85 @@ def test_a_dose_that_breaks_answers_is_ruled_out_and_the_error_says_so(monkeypat
         tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.4,))
 
 
-def test_of_settings_that_the_items_cannot_tell_apart_the_mildest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, words = model(), tokenizer()
-    scores = {0.2: (0, 0, 1, 1, 1, 1, 1, 1), 0.4: (0, 1, 1, 1, 1, 1, 1, 1), 0.8: (1, 1, 1, 1, 1, 1, 1, 1)}
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, scores: Mapping[float, Sequence[int]], kls: Mapping[float, float]
+) -> None:
+    """Let the task "yes" have these item scores at each alpha, guardrails be right, and KL be as given."""
+
+    def dose_of(knobs: Mapping[Knob, float]) -> float:
+        return round(max((knob.alpha(strength) for knob, strength in knobs.items()), default=0.0), 3)
 
     def outcome(_model: object, _words: object, task: Task, knobs: Mapping[Knob, float], **_: object) -> Outcome:
-        n, dose = len(task), max((knob.alpha(strength) for knob, strength in knobs.items()), default=0.0)
-        values = scores.get(round(dose, 3), (0,) * 8) if task.name == "yes" else (1,) * n
+        n = len(task)
+        values = scores.get(dose_of(knobs), (0,) * n) if task.name == "yes" else (1,) * n
         return Outcome(("x",) * n, np.array(values, dtype=float), (None,) * n, np.zeros(n))
 
-    monkeypatch.setattr(sys.modules["trimtab.tune"], "run_task", outcome)
+    monkeypatch.setattr("trimtab.evals.judge.run_task", outcome)
+    monkeypatch.setattr("trimtab.evals.judge.divergence", lambda _model, _words, _texts, knobs: kls[dose_of(knobs)])
+
+
+GRADED = {0.2: (0, 0, 1, 1, 1, 1, 1, 1), 0.4: (0, 1, 1, 1, 1, 1, 1, 1), 0.8: (1, 1, 1, 1, 1, 1, 1, 1)}
+"""7 of 8 lies within one standard error of 8 of 8 (0.125), and 6 of 8 does not (0.25, error 0.16)."""
+
+
+@pytest.mark.parametrize(
+    ("kls", "rails", "chosen"),
+    [
+        ({0.2: 0.1, 0.4: 0.2, 0.8: 0.3}, True, 0.4),
+        ({0.2: 0.1, 0.4: 0.3, 0.8: 0.2}, True, 0.8),
+        ({0.2: 0.1, 0.4: 0.3, 0.8: 0.2}, False, 0.4),  # without guardrails KL would speak against the effect itself
+    ],
+)
+def test_of_settings_that_the_items_cannot_tell_apart_the_mildest_wins(
+    kls: Mapping[float, float], rails: bool, chosen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, words = model(), tokenizer()
+    scripted(monkeypatch, GRADED, kls)
     task = Task("yes", tuple(f"Ask {i}" for i in range(8)), says_yes)
-    keep = Task("keep", ("Keep this",), says_yes)
+    guardrails = [Task("keep", ("Keep this",), says_yes)] if rails else []
     knob = planted(lm, words).pruned(Site(1, "last"))
-    options: dict[str, Any] = {"task": task, "guardrails": [keep], "dose_response": False}
-    # 7 of 8 lies within one standard error of 8 of 8 (0.125), and 6 of 8 does not (0.25, error 0.16).
-    tuned = tune(knob, lm, words, PAIRS, gains=(0.2, 0.4, 0.8), **options)
-    assert tuned.gain == 0.4
-    assert tuned.tuning is not None
-    divergences = [row["kl"] for row in tuned.tuning["table"]]
-    assert divergences == sorted(divergences)
+    options: dict[str, Any] = {"task": task, "guardrails": guardrails, "dose_response": False}
+    assert tune(knob, lm, words, PAIRS, gains=(0.2, 0.4, 0.8), **options).gain == chosen
     assert tune(knob, lm, words, PAIRS, gains=(0.2, 0.8), **options).gain == 0.8
+
+
+def test_a_setting_that_gains_nothing_is_never_the_mildest(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words = model(), tokenizer()
+    scripted(monkeypatch, {0.2: (0,) * 8, 0.4: (1, 0, 0, 0, 0, 0, 0, 0)}, {0.2: 0.1, 0.4: 0.2})
+    task = Task("yes", tuple(f"Ask {i}" for i in range(8)), says_yes)
+    knob = planted(lm, words).pruned(Site(1, "last"))
+    options: dict[str, Any] = {"guardrails": [Task("keep", ("Keep this",), says_yes)], "dose_response": False}
+    assert tune(knob, lm, words, PAIRS, task=task, gains=(0.2, 0.4), **options).gain == 0.4
+
+
+def test_alike_is_a_paired_comparison() -> None:
+    best = np.array([1, 1, 1, 0, 0, 0, 0, 0], dtype=float)
+    nested, crossed = np.array([1, 0, 0, 0, 0, 0, 0, 0.0]), np.array([0, 0, 0, 1, 0, 0, 0, 0.0])
+    alike = sys.modules["trimtab.tune"]._alike  # the public name `trimtab.tune` is the function
+    assert nested.mean() == crossed.mean()
+    assert not alike(best, nested)
+    assert alike(best, crossed)
+    assert not alike(np.ones(1), np.zeros(1))
+
+
+def test_kl_is_taken_on_the_guardrails_answers_and_without_them_on_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words = model(), tokenizer()
+    read: list[int] = []
+
+    def count(_model: object, _words: object, texts: Sequence[object], _knobs: object) -> float:
+        read.append(len(texts))
+        return 0.0
+
+    monkeypatch.setattr("trimtab.evals.judge.divergence", count)
+    task = Task("yes", ("Ask", "Ask again", "Ask more"), says_yes, max_new_tokens=3)
+    keep = Task("keep", tuple(f"Keep {i}" for i in range(20)), lambda answers: [1.0] * len(answers), max_new_tokens=3)
+    options: dict[str, Any] = {"task": task, "gains": (0.5,), "broken_budget": 1.0, "dose_response": False}
+    knob = planted(lm, words).pruned(Site(1, "last"))
+    with pytest.warns(TrimtabWarning, match="scores above the base model"):
+        tune(knob, lm, words, PAIRS, **options)
+    with pytest.warns(TrimtabWarning, match="scores above the base model"):
+        tune(knob, lm, words, PAIRS, guardrails=[keep], **options)
+    assert read == [3, 16]
 
 
 def test_tuning_chooses_the_tokens_to_steer_among_those_it_is_given() -> None:

@@ -7,7 +7,7 @@ TrimtabError
 ├── KnobError          (ValueError)    knob file damaged, or made for another model
 ├── OptionError        (ValueError)    an option's value is out of its range
 ├── UnknownName        (KeyError)      a name that is not in a list of known names
-├── TuneError          (RuntimeError)  no site and gain satisfies the budget
+├── TuneError          (RuntimeError)  no setting of the knob keeps the budget
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
 └── MissingDependency  (ImportError)   an optional package is not installed
 
@@ -53,7 +53,7 @@ class UnknownName(TrimtabError, KeyError):
 
 
 class TuneError(TrimtabError, RuntimeError):
-    """No site and gain satisfies the guardrail budget."""
+    """No setting of the knob (site, tokens, gain) keeps the guardrail budget."""
 
 
 class SandboxError(TrimtabError, RuntimeError):

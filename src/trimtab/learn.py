@@ -58,9 +58,9 @@ def learn(
 ) -> Knob:
     """Learn a knob from pairs; about a hundred do, and it takes seconds.
 
-    Every candidate site (layers x positions) is read, described in `knob.diagnostics["sites"]` and stored; tuning
-    chooses among them on validation data, which is better than any rule that sees these pairs only. None stands for
-    what the method's paper does.
+    Every candidate site (layers x positions) is read, described in `knob.diagnostics["sites"]` (by the pairs' plain
+    differences, whatever the method makes of them) and stored; tuning chooses among them on validation data, which is
+    better than any rule that sees these pairs only. None stands for what the method's paper does.
 
     `format`, `positions`, `token_budget`: see `trimtab.capture.capture`. Without a chat template the answers are read
     after their prompts, with a warning. `layers`: the candidates; None keeps those that lie between `first` and `last`

@@ -215,7 +215,8 @@ def mean_difference(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = Fa
     With `equal_weight` every pair counts alike, however far apart its answers lie: the differences are scaled to length
     1 before the mean, which then gets back the length of the plain one. Where pairs differ in how far rather than in
     which way, the direction stays what it was, but what is left of *shuffled* pairs no longer points along it: balanced
-    flips cancel directions, while lengths that differ leave a remainder. Pairs that do not differ count for nothing.
+    flips cancel directions, while lengths that differ leave a remainder. Differences shorter than `TINY` times their
+    activations are rounding and have no vote.
 
     >>> chosen, rejected = torch.tensor([[[8.0, 0.0]], [[0.0, 6.0]]]), torch.zeros(2, 1, 2)
     >>> mean_difference(chosen, rejected).tolist()
@@ -228,8 +229,14 @@ def mean_difference(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = Fa
     if not equal_weight:
         return plain
     sides = zip(chosen.unbind(dim=1), rejected.unbind(dim=1), strict=True)
-    mean = torch.stack([unit(plus.double() - minus.double()).mean(dim=0) for plus, minus in sides])
+    mean = torch.stack([_vote(plus.double(), minus.double()).mean(dim=0) for plus, minus in sides])
     return unit(mean) * plain.norm(dim=-1, keepdim=True)
+
+
+def _vote(plus: Tensor, minus: Tensor) -> Tensor:
+    """Scale the differences `[N, D]` to length 1, and those that are rounding to 0."""
+    difference, longer = plus - minus, torch.maximum(plus.norm(dim=-1), minus.norm(dim=-1))
+    return unit(difference) * (difference.norm(dim=-1) > TINY * longer)[:, None]
 
 
 def describe_site(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> dict[str, float | None]:

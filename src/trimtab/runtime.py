@@ -147,7 +147,8 @@ class Steering:
         if self._lengths is None and (past or not call.caching):
             why = "this call continues a KV cache made elsewhere" if past else "this call uses no KV cache"
             raise OptionError(
-                f"A knob with where='prompt' or where='completion' needs to know where the prompt ends, and {why}. "
+                "A knob that steers a part of the tokens (where='prompt', 'context' or 'completion') needs to know "
+                f"where the prompt ends, and {why}. "
                 "Pass prompt_lengths to steer(), or use_cache=True to the model if the whole input is the prompt."
             )
         pads = torch.zeros(1, dtype=torch.long, device=call.device)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, unknown_name
-from trimtab.evals.likelihood import divergence, pair_margins, render_texts
-from trimtab.evals.tasks import Outcome, Task, run_task
+from trimtab.evals.judge import KL_ITEMS, Judge, safe_range
+from trimtab.evals.likelihood import pair_margins
+from trimtab.evals.tasks import Task
 from trimtab.pairs import Pairs
-from trimtab.types import WHERE, Message, Site, Where, check_strength
+from trimtab.types import WHERE, Site, Where, check_strength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,25 +57,25 @@ def tune(
 ) -> Knob:
     """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
 
-    `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob.
-
-    Sites whose direction the two halves of the learning pairs do not share (a split-half cosine below `agreement`, in
-    -1..1, where learning stored one) are no candidates: they are noise, as they are for pairs with shuffled labels.
+    `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob. A candidate
+    is a site with one of them. Sites whose plain differences the two halves of the learning pairs do not share (a
+    split-half cosine below `agreement`, in -1..1, where learning stored one) are noise, as they are for pairs with
+    shuffled labels, and no candidates.
 
     Two stages. Teacher-forced margins of `rank_pairs` validation `pairs`, over the first `rank_tokens` tokens of the
-    answers, rank every site and `where` at every gain (alpha, in multiples of the mean residual norm); a setting counts
-    only where it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model
-    answers `task` and every guardrail at each gain of the `finalists` best, from small to large until a budget is
-    broken. The best score wins whose guardrails all stay within `budget` (a share of items) of the base model and whose
-    broken answers (empty, cut, repeating) rise by at most `broken_budget`. Of settings that the items cannot tell from
-    it (a paired difference of at most one standard error) the mildest is taken: the one with the smallest KL to the
-    base model on the guardrails' answers, which notices damage before an answer turns wrong (on the task's answers
-    where there are no guardrails). Without a task the margin itself decides, and answers to the pairs' prompts show
-    what breaks.
+    answers, rank every candidate at every gain (alpha, in multiples of the mean residual norm); a setting counts only
+    where it makes the chosen answers themselves more likely, which a destructive dose never does. Then the model
+    answers `task` and every guardrail at each gain of the `finalists` best candidates, from small to large until a
+    budget is broken. A setting qualifies whose guardrails all stay within `budget` (a share of items) of the base model
+    and whose broken answers (empty, cut, repeating) rise by at most `broken_budget`. The best score wins, or rather the
+    mildest setting that gains and that the items cannot tell from it: by paired difference at most one standard error,
+    so that one item never decides. Mildest is the smallest KL to the base model on the guardrails' answers, which
+    notices damage before an answer turns wrong; without guardrails the smallest gain. Without a task the margin itself
+    decides, and answers to the pairs' prompts show what breaks.
 
     `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
     `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
-    that KL in nats per token, broken answers) and the `safe_range` around [0, 1] within the budgets. `progress` is
+    KL, broken answers; see `trimtab.evals.judge`) and the `safe_range` around [0, 1] within the budgets. `progress` is
     called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
     if nothing qualifies.
     """
@@ -90,7 +90,7 @@ def tune(
 
     ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens)
     advance()
-    judge = _Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
+    judge = Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
     advance()
     table, scores = _measure_finalists(knob, judge, ranking, finalists, gains, advance)
     best = _best(table, scores, judge, knob.name, task)
@@ -112,13 +112,14 @@ def tune(
             "agreement": agreement,
             "rank_pairs": rank_pairs,
             "rank_tokens": rank_tokens,
+            "kl_items": KL_ITEMS,
             "strengths": list(strengths),
             "items": {t.name: len(t) for t in (*([task] if task else []), *guardrails)},
         },
     }
     if dose_response:
-        curve = _curve(chosen, judge, strengths, advance)
-        tuning |= {"dose_response": curve, "safe_range": list(_safe_range(curve))}
+        curve = judge.curve(chosen, strengths, advance)
+        tuning |= {"dose_response": curve, "safe_range": list(safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
 
@@ -158,7 +159,7 @@ def _wheres(knob: Knob, where: Sequence[Where] | Where | None) -> tuple[Where, .
 
 def _measure_finalists(
     knob: Knob,
-    judge: _Judge,
+    judge: Judge,
     ranking: Sequence[_Candidate],
     finalists: int,
     gains: Sequence[float],
@@ -185,7 +186,7 @@ def _measure_finalists(
 
 
 def _best(
-    table: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], judge: _Judge, name: str, task: Task | None
+    table: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], judge: Judge, name: str, task: Task | None
 ) -> Mapping[str, Any]:
     """Choose among the rows within the budgets as `tune` says; warns if the choice is no better than the base."""
     allowed = [i for i, row in enumerate(table) if row["within_budget"]]
@@ -193,10 +194,15 @@ def _best(
         raise TuneError(_nothing_left(name, table, judge))
     if task is None:
         return table[max(allowed, key=lambda i: (table[i]["margin"], -table[i]["gain"]))]
-    top = max(allowed, key=lambda i: table[i]["score"])
+    top, base = max(allowed, key=lambda i: table[i]["score"]), judge.base["score"]
     alike = [i for i in allowed if _alike(scores[top], scores[i])]
-    best = min((table[i] for i in alike), key=lambda row: (row.get("kl", 0.0), row["gain"]))
-    if best["score"] <= judge.base["score"]:
+    gaining = [table[i] for i in alike if table[i]["score"] > base] or [table[i] for i in alike]
+
+    def harm(row: Mapping[str, Any]) -> tuple[float, float, float]:
+        return (row.get("kl", 0.0) if row["guardrails"] else 0.0), row["gain"], -row["score"]
+
+    best = min(gaining, key=harm)
+    if best["score"] <= base:
         warnings.warn(
             f"No setting of {name!r} scores above the base model on {task.name!r} "
             f"({judge.base['score']:.3g} without the knob, at best {best['score']:.3g} with it).",
@@ -206,18 +212,19 @@ def _best(
     return best
 
 
-def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: _Judge) -> str:
-    """Say which budget the mildest setting broke, and by how much."""
-    mildest = min(table, key=lambda row: row["gain"])
-    drops = {g: judge.base["guardrails"][g] - value for g, value in mildest["guardrails"].items()}
+def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: Judge) -> str:
+    """Say which budget the setting with the smallest gain broke, and by how much."""
+    smallest = min(table, key=lambda row: row["gain"])
+    drops = {g: judge.base["guardrails"][g] - value for g, value in smallest["guardrails"].items()}
     worst = max(drops, key=lambda g: drops[g], default=None)
-    broken = mildest["broken"] - judge.base["broken"]
+    broken = smallest["broken"] - judge.base["broken"]
     said = f"broken answers rise by {broken:.3g} (budget {judge.broken_budget:g})"
     if worst is not None and drops[worst] > judge.budget:
         said = f"guardrail {worst!r} falls by {drops[worst]:.3g} (budget {judge.budget:g})"
     return (
-        f"None of the {len(table)} settings of {name!r} keeps within the budgets: at gain {mildest['gain']:g}, "
-        f"{mildest['site']}, {said}. Try smaller gains than {mildest['gain']:g}, more items, or a larger budget."
+        f"None of the {len(table)} settings of {name!r} keeps within the budgets: at gain {smallest['gain']:g}, "
+        f"{smallest['site']}, {smallest['where']} tokens, {said}. Try smaller gains than "
+        f"{smallest['gain']:g}, more items, or a larger budget."
     )
 
 
@@ -272,96 +279,7 @@ def _rank(
 
 
 def _alike(best: np.ndarray, other: np.ndarray) -> bool:
-    """Tell whether scores on the same items lie within one standard error of the best, by paired difference."""
+    """Tell whether scores `[n]` on the same items lie within one standard error of the best, by paired difference."""
     difference = best - other
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
     return bool(difference.mean() <= error + 1e-9)
-
-
-class _Judge:
-    """Measures a knob at a strength against the base model, on the same validation items."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pairs: Pairs,
-        task: Task | None,
-        guardrails: list[Task],
-        budget: float,
-        broken_budget: float,
-        batch_size: int,
-    ) -> None:
-        self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
-        self._task, self._guardrails = task, guardrails
-        # Without a task the answers to the pairs' own prompts still show where a dose begins to break the model.
-        self._tasks = [
-            task
-            or Task(
-                "prompts", tuple(p.prompt for p in pairs[:16]), lambda answers: [0.0] * len(answers), max_new_tokens=48
-            )
-        ]
-        self._tasks += guardrails
-        self.budget, self.broken_budget = budget, broken_budget
-        outcomes = self._run({})
-        self.base: dict[str, Any] = self._summary(outcomes)
-        # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
-        told = [
-            (p, a)
-            for t in outcomes[1:] or outcomes
-            for p, a in zip(t[0].prompts[:16], t[1].answers[:16], strict=True)
-            if a
-        ]
-        prompts = [(Message("user", p),) if isinstance(p, str) else p for p, _ in told]
-        limit = Adapter(model).context_length
-        texts = render_texts(tokenizer, prompts, [a for _, a in told])
-        self._texts = [text for text in texts if limit is None or len(text.ids) <= limit]
-
-    def measure(self, knob: Knob, strength: float) -> tuple[dict[str, Any], np.ndarray]:
-        """Return score, guardrails, broken share, KL and whether the budgets are kept; and the items' scores."""
-        outcomes = self._run({knob: strength})
-        row = self._summary(outcomes)
-        drops = [self.base["guardrails"][g] - value for g, value in row["guardrails"].items()]
-        row["within_budget"] = (
-            max(drops, default=0.0) <= self.budget + 1e-9
-            and row["broken"] <= self.base["broken"] + self.broken_budget + 1e-9
-        )
-        if self._texts:
-            row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
-        return row, outcomes[0][1].scores
-
-    def _run(self, setting: Mapping[Knob, float]) -> list[tuple[Task, Outcome]]:
-        return [(t, run_task(self._model, self._tokenizer, t, setting, batch_size=self._batch)) for t in self._tasks]
-
-    def _summary(self, outcomes: list[tuple[Task, Outcome]]) -> dict[str, Any]:
-        score = next((o.accuracy for t, o in outcomes if t is self._task), None)
-        broken = float(np.mean(np.concatenate([o.degenerate for _, o in outcomes])))
-        rails = {t.name: o.accuracy for t, o in outcomes if t in self._guardrails}
-        return {"score": score, "guardrails": rails, "broken": broken}
-
-
-def _curve(knob: Knob, judge: _Judge, strengths: Sequence[float], advance: Callable[[], None]) -> list[dict[str, Any]]:
-    """Measure the dose-response of the chosen setting, strength 0 included."""
-    zero = {"strength": 0.0, "alpha": 0.0, **judge.base, "within_budget": True, "kl": 0.0}
-    rows: list[dict[str, Any]] = []
-    for s in strengths:
-        if s != 0:
-            rows.append({"strength": s, "alpha": knob.alpha(s), **judge.measure(knob, s)[0]})
-        advance()
-    return sorted([zero, *rows], key=lambda row: row["strength"])
-
-
-def _safe_range(curve: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the largest unbroken range of measured strengths around 0 that keeps the budgets."""
-    low = high = 0.0
-    for row in curve:
-        if row["strength"] > 0:
-            if not row["within_budget"]:
-                break
-            high = row["strength"]
-    for row in reversed(curve):
-        if row["strength"] < 0:
-            if not row["within_budget"]:
-                break
-            low = row["strength"]
-    return low, high

@@ -58,6 +58,7 @@ def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str 
     if tuning is None:
         return None
     rails = [str(name) for name in _list(tuning.get("guardrails"))]
+    kl = f"KL on {'guardrails' if rails else 'answers'}"
     parts: list[str] = []
     finalists = _rows(tuning.get("table"))
     if finalists:
@@ -67,7 +68,7 @@ def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str 
         for row, mark in zip(finalists, chosen, strict=True):
             place = ["*" if mark else "", row.get("site"), row.get("where"), row.get("gain"), row.get("margin")]
             rows.append([*place, *_measures(row, rails), row.get("kl"), row.get("within_budget")])
-        heads = ["", "site", "steers", "gain", "margin", "score", *rails, "broken", "KL", "within budget"]
+        heads = ["", "site", "steers", "gain", "margin", "score", *rails, "broken", kl, "within budget"]
         judged = _cell(tuning.get("task")) if tuning.get("task") else "margin of the pairs"
         parts.append(f"finalists, judged by {judged} (* chosen)\n{columns(heads, rows)}")
     curve = _rows(tuning.get("dose_response"))
@@ -76,7 +77,7 @@ def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str 
             [row.get("strength"), row.get("alpha"), *_measures(row, rails), row.get("kl"), row.get("within_budget")]
             for row in curve
         ]
-        heads = ["strength", "alpha", "score", *rails, "broken", "KL", "within budget"]
+        heads = ["strength", "alpha", "score", *rails, "broken", kl, "within budget"]
         parts.append(f"dose-response\n{columns(heads, rows)}")
     return "\n\n".join(parts) or None
 

@@ -54,7 +54,7 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="LIST",
         help="tokens to steer, as in prompt,context (default: the knob's)",
     )
-    search.add_argument("--finalists", type=int, metavar="N", help="candidates that answer the task (default 3)")
+    search.add_argument("--finalists", type=int, metavar="N", help="sites with tokens that answer the task (default 3)")
     search.add_argument("--strengths", type=options.numbers, metavar="LIST", help="of the dose-response, as in -1,1,2")
     search.add_argument("--agreement", type=float, metavar="COS", help="of the pairs' halves on a site (default 0.2)")
     search.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")

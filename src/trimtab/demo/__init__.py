@@ -42,11 +42,12 @@ LAST = 0.85
 the next token, and random or shuffled ones steer by that alone. Beyond alpha 0.4 copying suffers. Both were settled
 on the validation split, after a first run had shown them on the test split (`docs/log.md`)."""
 WHERE: tuple[Where, ...] = ("prompt", "context")
-"""Steering the prompt alone does all that a knob does here; on the answer's own tokens random and shuffled directions
-of the same norm gain a few points by upsetting the answer. Settled on the validation split (`docs/log.md`)."""
+"""Maths is decided at the prompt's last token and code at all the others, so both are tried. The answer's own tokens
+are left alone: a knob does next to nothing there, and random directions of the same norm gain a few points by upsetting
+the answer. Settled on the validation split (`docs/log.md`)."""
 OPTIONS = {"equal_weight": True}
-"""The pairs differ more in how far their answers lie apart than in which way: with plain means what is left of shuffled
-pairs has a cosine of 0.2 to 0.4 with the knob by chance, with equal weights 0.07."""
+"""The pairs differ more in how far their answers lie apart than in which way: with plain means the cosine of shuffled
+pairs with the knob has a standard deviation of 0.2 to 0.4, with equal weights 0.07 (`docs/log.md`)."""
 Progress = Callable[[str], None]
 
 
@@ -72,12 +73,12 @@ class _Bench:
     def __init__(self, model: str, seed: int, size: _Sizes) -> None:
         loaded = load(model, dtype="float32")
         self.model, self.tokenizer, self.seed, self.size = loaded.model, loaded.tokenizer, seed, size
-        self.tasks: dict[tuple[str, int], Task] = {}  # a task remembers the programs that it has tested
+        self.drawn: dict[tuple[str, int], Task] = {}  # a task remembers the programs that it has tested
 
     def outcome(self, name: str, knob: Knob | None, strength: float, n: int, temperature: float = 0.0) -> Outcome:
         """Answer the first `n` test items of a task under a knob."""
-        task = self.tasks.get((name, n)) or world.task(name, "test", n, seed=self.seed)
-        self.tasks[name, n] = task
+        task = self.drawn.get((name, n)) or world.task(name, "test", n, seed=self.seed)
+        self.drawn[name, n] = task
         setting = {knob: strength} if knob else {}
         return run_task(self.model, self.tokenizer, task, setting, temperature=temperature, seed=self.seed)
 
@@ -103,7 +104,7 @@ class _Bench:
         )
 
     def tuned(self, name: str, kind: str) -> tuple[Knob | None, float, float]:
-        """Learn, then choose site and gain on the validation split; return the knob and the seconds of both.
+        """Learn, then choose site, tokens and gain on the validation split; return the knob and the seconds of both.
 
         A control is taken through the whole choice too; None means that tuning refused it: its pairs agree on no
         direction, or none of its settings keeps the budget.
@@ -184,7 +185,7 @@ class _Demo:
     def ask(self, knob: Knob, retuned: Mapping[str, Knob | None]) -> dict[str, Any]:
         """Submit every test of one knob and its controls; the results are awaited in `table`.
 
-        `retuned` holds each control at the site and gain that were chosen for itself.
+        `retuned` holds each control at the site, tokens and gain that were chosen for itself.
         """
         own, size, submit = knob.name, self.size, self.pool.submit
         only_own = {own: size.test}
@@ -222,7 +223,7 @@ class _Demo:
                 if name == own and kind in asked["retuned"]:
                     made_anew = asked["retuned"][kind]
                     # A control that tuning refuses leaves the base model as it is.
-                    label = "site and gain chosen anew" if made_anew else "refused by tuning, so nothing is turned"
+                    label = "chosen anew" if made_anew else "refused by tuning, so nothing is turned"
                     out = made_anew.result() if made_anew else base
                     cells.append({"draw": label, **_cell(base, out)})
                 # Of several draws the one that gains most counts: a control must not gain.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from random import Random
@@ -23,6 +24,11 @@ from trimtab.types import Message, Pair
 
 MAX_NEW_TOKENS = {"math": 60, "code": 48, "copying": 16, "sorting": 12, "sums": 40, "facts": 20, "opinions": 16}
 CHOICES = ("risk", "myopia", "sycophancy", "selfish")
+SLOW = 1.0
+"""Seconds: a program that took longer may have been stopped because the machine was busy, and is run anew next time."""
+
+_Verdicts = dict[tuple[str, int, int], bool]
+"""Program, task and constant, and whether it passed."""
 
 
 def items(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | None = None) -> list[Item]:
@@ -118,29 +124,32 @@ def target_side(family: str) -> str | None:
     return next(iter(HABITS[family])) if family in HABITS else None
 
 
-def grade(
-    questions: Sequence[Item], answers: Sequence[str], verdicts: dict[tuple[str, object, object], bool] | None = None
-) -> list[float]:
-    """Score answers: exact results for maths and guardrails, hidden tests for code, the chosen side for the rest.
+def grade(questions: Sequence[Item], answers: Sequence[str]) -> list[float]:
+    """Score answers: exact results for maths and guardrails, hidden tests for code, the chosen side for the rest."""
+    return _grade(questions, answers, {})
 
-    `verdicts` remembers programs that were tested, so that calls which share it run none of them twice.
-    """
+
+def _grade(questions: Sequence[Item], answers: Sequence[str], verdicts: _Verdicts) -> list[float]:
     if any(item.family == "code" for item in questions):
-        verdicts = {} if verdicts is None else verdicts
         with Sandbox() as sandbox:
             return [_passes(sandbox, item, text, verdicts) for item, text in zip(questions, answers, strict=True)]
     return [float(_right(item, text)) for item, text in zip(questions, answers, strict=True)]
 
 
-def _passes(sandbox: Sandbox, item: Item, text: str, verdicts: dict[tuple[str, object, object], bool]) -> float:
+def _passes(sandbox: Sandbox, item: Item, text: str, verdicts: _Verdicts) -> float:
+    """Run a program against its task's hidden tests, unless `verdicts` has it; quick verdicts are added there."""
     task, k, function = item.truth["task"], item.truth["k"], item.truth["function"]
     assert isinstance(task, int)
     assert isinstance(k, int)
     assert isinstance(function, str)
     key = (text, task, k)
-    if key not in verdicts:
-        verdicts[key] = sandbox.passes(text, function, hidden_tests(TASKS[task], k))
-    return float(verdicts[key])
+    if key in verdicts:
+        return float(verdicts[key])
+    begun = time.monotonic()
+    verdict = sandbox.passes(text, function, hidden_tests(TASKS[task], k))
+    if time.monotonic() - begun < SLOW:
+        verdicts[key] = verdict
+    return float(verdict)
 
 
 def _right(item: Item, text: str) -> bool:
@@ -156,11 +165,11 @@ def _right(item: Item, text: str) -> bool:
 def task(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | None = None) -> Task:
     """Make a graded task of `n` distinct prompts of a family and split; see `items` for `unseen`."""
     drawn = items(family, split, n, seed=seed, unseen=unseen)
-    verdicts: dict[tuple[str, object, object], bool] = {}
+    verdicts: _Verdicts = {}
     return Task(
         name=family,
         prompts=tuple(item.prompt for item in drawn),
-        grade=lambda answers: grade(drawn, answers, verdicts),
+        grade=lambda answers: _grade(drawn, answers, verdicts),
         side=lambda i, text: side_of(drawn[i], text),
         target=target_side(family),
         max_new_tokens=MAX_NEW_TOKENS.get(family, 64),

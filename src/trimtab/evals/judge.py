@@ -1,0 +1,107 @@
+"""A knob beside the base model on validation items: score, guardrails, broken answers, and whether budgets are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trimtab.adapter import Adapter
+from trimtab.artifact import Knob
+from trimtab.evals.likelihood import divergence, render_texts
+from trimtab.evals.tasks import Outcome, Task, run_task
+from trimtab.pairs import Pairs
+from trimtab.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KL_ITEMS = 16
+
+
+class Judge:
+    """Measures a knob at a strength against the base model, on the same validation items.
+
+    Without a task the answers to the pairs' own prompts still show where a dose begins to break the model. `budget` is
+    the share of items that a guardrail may lose, `broken_budget` the share of answers that may break (empty, cut,
+    repeating). `base` holds the base model's score, guardrails and broken share.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Pairs,
+        task: Task | None,
+        guardrails: list[Task],
+        budget: float,
+        broken_budget: float,
+        batch_size: int,
+    ) -> None:
+        self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
+        self._task, self._guardrails = task, guardrails
+        prompts = tuple(p.prompt for p in pairs[:KL_ITEMS])
+        stand_in = Task("prompts", prompts, lambda answers: [0.0] * len(answers), max_new_tokens=48)
+        self._tasks = [task or stand_in, *guardrails]
+        self.budget, self.broken_budget = budget, broken_budget
+        outcomes = self._run({})
+        self.base: dict[str, Any] = self._summary(outcomes)
+        # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
+        kept = [list(zip(t.prompts, o.answers, strict=True))[:KL_ITEMS] for t, o in outcomes[1:] or outcomes]
+        told = [(prompt, answer) for items in kept for prompt, answer in items if answer]
+        turns = [(Message("user", prompt),) if isinstance(prompt, str) else prompt for prompt, _ in told]
+        limit = Adapter(model).context_length
+        texts = render_texts(tokenizer, turns, [answer for _, answer in told])
+        self._texts = [text for text in texts if limit is None or len(text.ids) <= limit]
+
+    def measure(self, knob: Knob, strength: float) -> tuple[dict[str, Any], np.ndarray]:
+        """Return score, guardrails, broken share, KL and whether the budgets are kept; and the items' scores `[n]`.
+
+        `kl` is KL(base || steered) in nats per token over the base model's own answers to the first `KL_ITEMS` prompts
+        of every guardrail (of the task where there are none); it is left out where all of them are empty.
+        """
+        outcomes = self._run({knob: strength})
+        row = self._summary(outcomes)
+        drops = [self.base["guardrails"][g] - value for g, value in row["guardrails"].items()]
+        row["within_budget"] = (
+            max(drops, default=0.0) <= self.budget + 1e-9
+            and row["broken"] <= self.base["broken"] + self.broken_budget + 1e-9
+        )
+        if self._texts:
+            row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
+        return row, outcomes[0][1].scores
+
+    def curve(self, knob: Knob, strengths: Sequence[float], advance: Callable[[], None]) -> list[dict[str, Any]]:
+        """Measure a knob's dose-response, strength 0 included, in the order of the strengths."""
+        rows = [{"strength": 0.0, "alpha": 0.0, **self.base, "within_budget": True, "kl": 0.0}]
+        for s in strengths:
+            if s != 0:
+                rows.append({"strength": s, "alpha": knob.alpha(s), **self.measure(knob, s)[0]})
+            advance()
+        return sorted(rows, key=lambda row: row["strength"])
+
+    def _run(self, setting: Mapping[Knob, float]) -> list[tuple[Task, Outcome]]:
+        return [(t, run_task(self._model, self._tokenizer, t, setting, batch_size=self._batch)) for t in self._tasks]
+
+    def _summary(self, outcomes: list[tuple[Task, Outcome]]) -> dict[str, Any]:
+        score = next((o.accuracy for t, o in outcomes if t is self._task), None)
+        broken = float(np.mean(np.concatenate([o.degenerate for _, o in outcomes])))
+        rails = {t.name: o.accuracy for t, o in outcomes if t in self._guardrails}
+        return {"score": score, "guardrails": rails, "broken": broken}
+
+
+def safe_range(curve: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the largest unbroken range of measured strengths around 0 that keeps the budgets, from `Judge.curve`."""
+    low = high = 0.0
+    for row in curve:
+        if row["strength"] > 0:
+            if not row["within_budget"]:
+                break
+            high = row["strength"]
+    for row in reversed(curve):
+        if row["strength"] < 0:
+            if not row["within_budget"]:
+                break
+            low = row["strength"]
+    return low, high
