@@ -568,6 +568,8 @@ def test_inspect_shows_a_knob_whose_tables_make_no_sense(run: Run, files: Path) 
     assert "\x1b" not in out.out
     assert sites_text({}) is None
     assert tuning_text(None, Site(0, "last"), "all", 1.0) is None
+    for row in ({"site": "0/last", "gain": 1.0}, {"site": "0/last", "gain": 1.0, "where": "all"}):  # old rows lack it
+        assert "*  0/last" in (tuning_text({"table": [row]}, Site(0, "last"), "all", 1.0) or "")
 
 
 def test_the_demo_prints_its_report_or_its_summary(run: Run, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,6 +656,10 @@ MISTAKES = [
     ("generate MODEL Hi --seed 99999999999999999999", "The seed is a whole number from 0 to 2**63 - 1"),
     ("generate MODEL Hi --knob pairs.jsonl", "it is not a whole safetensors file"),
     ("generate MODEL Hi --knob KNOB --where here", "Unknown where 'here'. "),
+    ("generate MODEL Hi --where here", "Unknown where 'here'. "),
+    ("chat MODEL --knob KNOB --where here", "Unknown where 'here'. "),
+    ("learn MODEL pairs.jsonl --out x --option equal_weight=False", "is true or false; got 'False'."),
+    ("learn MODEL pairs.jsonl --out x --method random --option seed=1.5", "is a whole number; got 1.5."),
     ("generate MODEL Hi --max-new-tokens many", "--max-new-tokens: invalid int value: 'many'"),
     ("generate MODEL Hi --max-new-tokens 0", "--max-new-tokens is a whole number, 1 or more; got 0."),
     ("generate MODEL Hi --batch-size 0", "--batch-size is 1 or more; got 0."),

@@ -766,8 +766,9 @@ def test_rows_that_do_not_fit_the_batch_are_refused() -> None:
         steer(lm, rows, prompt_lengths=[4] * 3),
     ):
         pass
-    for bad in ([], [4, 0]):
-        with pytest.raises(OptionError, match="Prompt lengths must be 1 or more"), steer(lm, {}, prompt_lengths=bad):
+    for bad in ([], [4, 0], [True], ["1"], [1.5], 3):
+        refused = pytest.raises(OptionError, match="Prompt lengths are a list of whole numbers, 1 or more")
+        with refused, steer(lm, {}, prompt_lengths=bad):  # pyright: ignore[reportArgumentType]
             pass
 
 

@@ -211,7 +211,7 @@ def test_tuning_chooses_the_tokens_to_steer_among_those_it_is_given() -> None:
     knob = planted(lm, words).pruned(Site(1, "last"))
     task = Task("yes", tuple(f"Ask {i}" for i in range(4)), says_yes, max_new_tokens=3)
     options: dict[str, Any] = {"task": task, "gains": (4.0,), "broken_budget": 1.0, "dose_response": False}
-    # At the last layer nothing reads what is written to earlier tokens.
+    # What is written into the token that predicts the answer reaches it; into earlier ones, hardly.
     tuned = tune(knob, lm, words, PAIRS, where=("context", "completion"), **options)
     assert tuned.where == "completion"
     assert tuned.tuning is not None
@@ -220,6 +220,8 @@ def test_tuning_chooses_the_tokens_to_steer_among_those_it_is_given() -> None:
     assert tune(knob, lm, words, PAIRS, **options).where == knob.where
     with pytest.raises(UnknownName, match="Unknown where 'answer'"):
         tune(knob, lm, words, PAIRS, where="answer")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnknownName, match="Unknown where '3'"):
+        tune(knob, lm, words, PAIRS, where=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="got none"):
         tune(knob, lm, words, PAIRS, where=())
 
@@ -294,6 +296,18 @@ def test_tuning_without_a_task_goes_by_the_margin() -> None:
     assert tuned.site == Site(1, "last")
     assert tuned.tuning is not None
     assert tuned.tuning["task"] is None
+
+
+def test_tuning_warns_of_a_choice_that_gains_nothing_and_of_the_pairs_it_was_learned_from() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words).pruned(Site(1, "last"))
+    backwards = Knob("no", "planted", {knob.site: -knob.vectors[knob.site]}, knob.norms, knob.site, 1.0)
+    options: dict[str, Any] = {"gains": (0.5,), "broken_budget": 1.0, "dose_response": False}
+    with pytest.warns(TrimtabWarning, match="raises the margin of the chosen answers"):
+        tune(backwards, lm, words, PAIRS, **options)
+    learned = knob.with_(provenance={"pairs_hash": PAIRS.hash()})
+    with pytest.warns(TrimtabWarning, match="learned from these very pairs"):
+        tune(learned, lm, words, PAIRS, **options)
 
 
 def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:

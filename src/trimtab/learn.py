@@ -82,7 +82,7 @@ def learn(
     plan = _plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
     _check_options(scale, where, length_match)
     own = {**plan.method.defaults, **({"seed": seed} if "seed" in plan.method.defaults else {})}
-    own.update(plan.method.check(options or {}))
+    own.update(plan.method.check({} if options is None else options))
 
     used = _equally_long(tokenizer, pairs) if length_match == "bucket" else pairs
     evidence = capture(
@@ -253,7 +253,7 @@ def _check_options(scale: str, where: str, length_match: str) -> None:
         ("length_match", length_match, get_args(LengthMatch)),
     ):
         if got not in known:
-            raise unknown_name(what, got, known)
+            raise unknown_name(what, str(got), known)
 
 
 def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float = 1.25) -> Pairs:

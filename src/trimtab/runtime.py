@@ -221,8 +221,9 @@ def _place(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> _Mas
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:
-    if not lengths or min(lengths) < 1:
-        raise OptionError(f"Prompt lengths must be 1 or more, one per row; got {list(lengths)}.")
+    whole = isinstance(lengths, Sequence) and all(type(length) is int for length in lengths)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not whole or not lengths or min(lengths) < 1:
+        raise OptionError(f"Prompt lengths are a list of whole numbers, 1 or more, one per row; got {lengths!r}.")
     return list(lengths)
 
 

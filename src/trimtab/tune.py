@@ -81,6 +81,13 @@ def tune(
     """
     knob = _reproducible(knob, agreement)
     wheres = _wheres(knob, where)
+    if knob.provenance.get("pairs_hash") == pairs.hash():
+        warnings.warn(
+            f"Knob {knob.name!r} was learned from these very pairs: what is chosen on them fits them too well. "
+            "Tune on pairs that learning has not seen.",
+            TrimtabWarning,
+            stacklevel=2,
+        )
     _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens), strengths)
     begun = time.perf_counter()
     done, total = count(1), 1 + 1 + finalists * len(gains) + len(strengths) * dose_response
@@ -148,13 +155,13 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
 
 
 def _wheres(knob: Knob, where: Sequence[Where] | Where | None) -> tuple[Where, ...]:
-    asked = (knob.where,) if where is None else (where,) if isinstance(where, str) else tuple(where)
+    asked = [knob.where] if where is None else list(where) if isinstance(where, list | tuple) else [where]
+    if not asked:
+        raise OptionError(f"Name the tokens to steer, one or several of {', '.join(WHERE)}; got none.")
     for name in asked:
         if name not in WHERE:
             raise unknown_name("where", str(name), WHERE)
-    if not asked:
-        raise OptionError(f"Name the tokens to steer, one or several of {', '.join(WHERE)}; got none.")
-    return tuple(dict.fromkeys(asked))
+    return tuple(dict.fromkeys(cast(list[Where], asked)))
 
 
 def _measure_finalists(
@@ -193,7 +200,15 @@ def _best(
     if not allowed:
         raise TuneError(_nothing_left(name, table, judge))
     if task is None:
-        return table[max(allowed, key=lambda i: (table[i]["margin"], -table[i]["gain"]))]
+        best = table[max(allowed, key=lambda i: (table[i]["margin"], -table[i]["gain"]))]
+        if best["margin"] <= 0:
+            warnings.warn(
+                f"No setting of {name!r} raises the margin of the chosen answers over the rejected ones; the best "
+                f"changes it by {best['margin']:.3g} nats. Try other gains, or other tokens to steer.",
+                TrimtabWarning,
+                stacklevel=3,
+            )
+        return best
     top, base = max(allowed, key=lambda i: table[i]["score"]), judge.base["score"]
     alike = [i for i in allowed if _alike(scores[top], scores[i])]
     gaining = [table[i] for i in alike if table[i]["score"] > base] or [table[i] for i in alike]

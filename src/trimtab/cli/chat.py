@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trimtab.artifact import Rack
     from trimtab.render import Loaded
 
-CHAT = ("temperature", "top_p", "where")
+CHAT = ("temperature", "top_p")
 """Options that go to `trimtab.generate` under their own names."""
 
 PROMPT = "> "
@@ -41,7 +41,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, terminal: Terminal) -> None:
     """Answer line by line until the input ends or /quit."""
     with terminal.working("Preparing"):
-        panel = load_knobs(args.knob)
+        panel = load_knobs(args.knob, args.where)
     setting = setting_from(args, panel)
     with open_model(args, terminal) as loaded:
         check_knobs(panel.rack, loaded, strict=not args.no_strict)

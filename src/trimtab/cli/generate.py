@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trimtab.artifact import Rack
     from trimtab.render import Loaded
 
-GENERATE = ("max_new_tokens", "temperature", "top_p", "where", "batch_size")
+GENERATE = ("max_new_tokens", "temperature", "top_p", "batch_size")
 """Options that go to `trimtab.generate` under their own names."""
 
 ROUNDS = 4
@@ -58,7 +58,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if args.batch_size < 1:
         raise OptionError(f"--batch-size is 1 or more; got {args.batch_size}.")
     with terminal.working("Preparing"):
-        panel = load_knobs(args.knob)
+        panel = load_knobs(args.knob, args.where)
     common = setting_from(args, panel)
     settings = [_checked(request, common, panel.rack) for request in requests]
     with open_model(args, terminal) as loaded:

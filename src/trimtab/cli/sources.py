@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from trimtab.cli.options import input_file
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
-from trimtab.types import Setting, check_strength, parse_setting
+from trimtab.types import WHERE, Setting, check_strength, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob, Panel, Rack
@@ -78,10 +78,15 @@ def _check_device(device: str | None) -> None:
 # Knobs
 
 
-def load_knobs(entries: Sequence[str]) -> Panel:
-    """Load knobs and panels from `FILE` or `NAME=FILE`; a knob stands at 1 and a panel's knobs where it says."""
+def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
+    """Load knobs and panels from `FILE` or `NAME=FILE`; a knob stands at 1 and a panel's knobs where it says.
+
+    `where` replaces the tokens that the knobs steer, and with them what tuning found of others.
+    """
     from trimtab.artifact import Knob, Panel, Rack, load_panel
 
+    if where is not None and where not in WHERE:
+        raise unknown_name("where", where, WHERE)
     knobs: dict[str, Knob] = {}
     setting: dict[str, float] = {}
     for entry in entries:
@@ -102,7 +107,8 @@ def load_knobs(entries: Sequence[str]) -> Panel:
         for key, (knob, strength) in added.items():
             if key in knobs:
                 raise OptionError(f"Two knobs are named {key!r}. Name them yourself: --knob NAME=FILE.")
-            knobs[key], setting[key] = knob, strength
+            knobs[key] = knob if where is None else knob.with_(where=where)
+            setting[key] = strength
     return Panel(Rack(**knobs), setting)
 
 
@@ -204,14 +210,3 @@ def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
     except ValueError as error:
         raise OptionError(f"{text!r} does not suit the grader {grader!r}: {error}") from None
     return task
-
-
-def warn_same_pairs(knob: Knob, pairs: Pairs) -> None:
-    """Warn when a knob is to be tuned on the pairs it was learned from."""
-    if knob.provenance.get("pairs_hash") == pairs.hash():
-        warnings.warn(
-            f"Knob {knob.name!r} was learned from these very pairs: what is chosen on them fits them too well. "
-            "Tune on pairs that learning has not seen.",
-            TrimtabWarning,
-            stacklevel=2,
-        )

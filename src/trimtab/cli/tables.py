@@ -62,7 +62,8 @@ def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str 
     parts: list[str] = []
     finalists = _rows(tuning.get("table"))
     if finalists:
-        chosen = [(row.get("site"), row.get("where"), row.get("gain")) == (str(site), where, gain) for row in finalists]
+        own = (str(site), where, gain)
+        chosen = [(row.get("site"), row.get("where", where), row.get("gain")) == own for row in finalists]
         base = _object(tuning.get("base"))
         rows = [["", "base", None, None, None, *_measures(base, rails), None, None]]
         for row, mark in zip(finalists, chosen, strict=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given, input_file, output_file
-from trimtab.cli.sources import load_pairs, load_task, open_model, warn_same_pairs
+from trimtab.cli.sources import load_pairs, load_task, open_model
 from trimtab.cli.tables import facts, tuning_text
 from trimtab.cli.terminal import Terminal
 
@@ -76,7 +76,6 @@ def run(args: Namespace, terminal: Terminal) -> None:
         ]
     with open_model(args, terminal) as loaded:
         knob.check(loaded.model, loaded.tokenizer, strict=not args.no_strict)
-        warn_same_pairs(knob, pairs)
         with terminal.working(f"Tuning {knob.name}", counted=True) as progress:
             tuned = tune(
                 knob,

@@ -92,7 +92,7 @@ def divergence(
             base, steered = logps[number], logps[number + 1]
             total += float((base.exp() * (base - steered)).sum())
             count += len(base)
-    return total / max(count, 1)
+    return max(total / max(count, 1), 0.0)  # rounding can leave a little less than 0
 
 
 def _forwards(

@@ -37,10 +37,15 @@ class Method:
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def check(self, options: Mapping[str, object]) -> Mapping[str, object]:
-        """Return `options`; one that the method does not have is an error that lists those it has."""
-        for name in options:
+        """Return `options`; one that the method does not have, or of another type than its default, is an error."""
+        if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"Options are a mapping of names to values; got {options!r}.")
+        for name, value in options.items():
             if name not in self.defaults:
                 raise unknown_name(f"option of method {self.name}", name, self.defaults)
+            if type(value) is not type(self.defaults[name]):
+                wanted = "true or false" if isinstance(self.defaults[name], bool) else "a whole number"
+                raise OptionError(f"Option {name!r} of method {self.name} is {wanted}; got {value!r}.")
         return options
 
     def run(self, chosen: Tensor, rejected: Tensor, options: Mapping[str, object]) -> Tensor:
