@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
-	$(BIN)/trimtab demo $(ARGS)
+	@$(BIN)/trimtab demo $(ARGS)
 
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
