@@ -14,10 +14,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, Rack
-from trimtab.errors import OptionError, unknown_name
+from trimtab.errors import OptionError
 from trimtab.render import Renderer
 from trimtab.runtime import Dose, steer
-from trimtab.types import ROLES, WHERE, Message, Setting, Where, check_strength, is_unicode, parse_setting
+from trimtab.types import ROLES, Message, Setting, Where, check_strength, check_where, is_unicode, parse_setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,8 +124,8 @@ def _check_options(
         raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
     if not 0 < check_strength(top_p, "top_p") <= 1:
         raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
-    if where is not None and where not in WHERE:
-        raise unknown_name("where", str(where), WHERE)
+    if where is not None:
+        check_where(where)
 
 
 def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]]) -> None:

@@ -17,7 +17,7 @@ from trimtab.methods import METHODS, Method
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, regress_out_lengths
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.types import WHERE, Site, Where
+from trimtab.types import Site, Where, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -249,11 +249,11 @@ def layers_between(n_layers: int, first: float, last: float) -> list[int]:
 def _check_options(scale: str, where: str, length_match: str) -> None:
     for what, got, known in (
         ("scale", scale, get_args(Scale)),
-        ("where", where, WHERE),
         ("length_match", length_match, get_args(LengthMatch)),
     ):
         if got not in known:
             raise unknown_name(what, str(got), known)
+    check_where(where)
 
 
 def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float = 1.25) -> Pairs:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, unknown_name
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.judge import KL_ITEMS, Judge, safe_range
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
 from trimtab.pairs import Pairs
-from trimtab.types import WHERE, Site, Where, check_strength
+from trimtab.types import WHERE, Site, Where, check_strength, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,7 +125,9 @@ def tune(
         },
     }
     if dose_response:
-        curve = judge.curve(chosen, strengths, advance)
+        # Strength 1 was measured among the finalists.
+        known = {name: value for name, value in best.items() if name not in ("site", "where", "gain", "margin")}
+        curve = judge.curve(chosen, strengths, known, advance)
         tuning |= {"dose_response": curve, "safe_range": list(safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
@@ -158,10 +160,7 @@ def _wheres(knob: Knob, where: Sequence[Where] | Where | None) -> tuple[Where, .
     asked = [knob.where] if where is None else list(where) if isinstance(where, list | tuple) else [where]
     if not asked:
         raise OptionError(f"Name the tokens to steer, one or several of {', '.join(WHERE)}; got none.")
-    for name in asked:
-        if name not in WHERE:
-            raise unknown_name("where", str(name), WHERE)
-    return tuple(dict.fromkeys(cast(list[Where], asked)))
+    return tuple(dict.fromkeys(check_where(name) for name in asked))
 
 
 def _measure_finalists(
@@ -220,7 +219,7 @@ def _best(
     if best["score"] <= base:
         warnings.warn(
             f"No setting of {name!r} scores above the base model on {task.name!r} "
-            f"({judge.base['score']:.3g} without the knob, at best {best['score']:.3g} with it).",
+            f"({base:.3g} without the knob, at best {best['score']:.3g} with it).",
             TrimtabWarning,
             stacklevel=3,
         )

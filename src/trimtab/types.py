@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, unknown_name
 
 Where = Literal["all", "prompt", "context", "completion"]
 """Which tokens are steered, for a prompt of P tokens in absolute positions.
@@ -100,6 +100,13 @@ def check_strength(value: float, name: str = "strength") -> float:
     if not math.isfinite(number):
         raise OptionError(f"The {name} must be finite; got {value!r}.")
     return number
+
+
+def check_where(value: object) -> Where:
+    """Return `value` if it names tokens to steer, or raise `UnknownName` with the names there are."""
+    if value not in WHERE:
+        raise unknown_name("where", str(value), WHERE)
+    return value
 
 
 def parse_setting(text: str) -> dict[str, float]:

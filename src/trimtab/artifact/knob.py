@@ -15,7 +15,7 @@ from trimtab.artifact.file import KnobFile, number, object_field, read_file, tex
 from trimtab.artifact.identity import IDENTITY, check_identity
 from trimtab.errors import KnobError, unknown_name
 from trimtab.ops import multiplier_from_alpha, palrs_from_alpha, unit
-from trimtab.types import WHERE, Site, Where, check_strength, is_knob_name
+from trimtab.types import WHERE, Site, Where, check_strength, check_where, is_knob_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -304,8 +304,7 @@ def _check_fields(knob: Knob) -> None:
         raise KnobError(
             f"A knob's name is 1 to 100 printable characters, no space, comma or equals sign; got {knob.name!r}."
         )
-    if knob.where not in WHERE:
-        raise unknown_name("where", str(knob.where), WHERE)
+    check_where(knob.where)
     if knob.operation not in OPERATIONS:
         raise unknown_name("operation", str(knob.operation), OPERATIONS)
     if not math.isfinite(knob.gain) or knob.gain < 0:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from trimtab.cli.options import input_file
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
-from trimtab.types import WHERE, Setting, check_strength, parse_setting
+from trimtab.types import Setting, check_strength, check_where, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob, Panel, Rack
@@ -85,8 +85,7 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
     """
     from trimtab.artifact import Knob, Panel, Rack, load_panel
 
-    if where is not None and where not in WHERE:
-        raise unknown_name("where", where, WHERE)
+    tokens = None if where is None else check_where(where)
     knobs: dict[str, Knob] = {}
     setting: dict[str, float] = {}
     for entry in entries:
@@ -107,7 +106,7 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
         for key, (knob, strength) in added.items():
             if key in knobs:
                 raise OptionError(f"Two knobs are named {key!r}. Name them yourself: --knob NAME=FILE.")
-            knobs[key] = knob if where is None else knob.with_(where=where)
+            knobs[key] = knob if tokens is None else knob.with_(where=tokens)
             setting[key] = strength
     return Panel(Rack(**knobs), setting)
 

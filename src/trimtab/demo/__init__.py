@@ -43,8 +43,8 @@ the next token, and random or shuffled ones steer by that alone. Beyond alpha 0.
 on the validation split, after a first run had shown them on the test split (`docs/log.md`)."""
 WHERE: tuple[Where, ...] = ("prompt", "context")
 """Maths is decided at the prompt's last token and code at all the others, so both are tried. The answer's own tokens
-are left alone: a knob does next to nothing there, and random directions of the same norm gain a few points by upsetting
-the answer. Settled on the validation split (`docs/log.md`)."""
+are left alone: a knob does not need them, and there random directions of the same norm gain a few points by upsetting
+the answer. Settled on the validation split (`scripts/controls.py`, `docs/log.md`)."""
 OPTIONS = {"equal_weight": True}
 """The pairs differ more in how far their answers lie apart than in which way: with plain means the cosine of shuffled
 pairs with the knob has a standard deviation of 0.2 to 0.4, with equal weights 0.07 (`docs/log.md`)."""

@@ -72,12 +72,18 @@ class Judge:
             row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
         return row, outcomes[0][1].scores
 
-    def curve(self, knob: Knob, strengths: Sequence[float], advance: Callable[[], None]) -> list[dict[str, Any]]:
-        """Measure a knob's dose-response, strength 0 included, in the order of the strengths."""
+    def curve(
+        self, knob: Knob, strengths: Sequence[float], at_one: Mapping[str, Any], advance: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        """Measure a knob's dose-response, strength 0 included, in the order of the strengths.
+
+        `at_one` is what `measure` said of strength 1.
+        """
         rows = [{"strength": 0.0, "alpha": 0.0, **self.base, "within_budget": True, "kl": 0.0}]
         for s in strengths:
             if s != 0:
-                rows.append({"strength": s, "alpha": knob.alpha(s), **self.measure(knob, s)[0]})
+                measured = at_one if s == 1 else self.measure(knob, s)[0]
+                rows.append({"strength": s, "alpha": knob.alpha(s), **measured})
             advance()
         return sorted(rows, key=lambda row: row["strength"])
 
