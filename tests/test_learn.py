@@ -21,10 +21,11 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import Evidence
 from trimtab.errors import KnobError, OptionError, PairsError, TrimtabWarning, UnknownName
-from trimtab.learn import layers_between, learn, rank_sites
+from trimtab.learn import layers_between, learn
 from trimtab.ops import alpha_from_palrs, cosine, describe_site
 from trimtab.pairs import Pairs
 from trimtab.runtime import steer
+from trimtab.selection import rank_sites
 from trimtab.types import Message, Pair, Site
 
 SLOT = Site(1, "post_instruction[-1]")
