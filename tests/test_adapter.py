@@ -213,9 +213,9 @@ def test_before_is_called_once_per_forward_with_what_the_model_was_given() -> No
     first, second, third, *_ = calls
     assert first.attention_mask is not None
     assert first.attention_mask.shape == (2, 6)
-    assert second.past == 7  # the cache has grown since
+    assert second.past() == 7  # the cache has grown since
     assert third.attention_mask is None
-    assert third.past == 0
+    assert third.past() == 0
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "long", "long with room to spare", "long of the new tokens only"])
@@ -236,18 +236,18 @@ def test_padding_is_found_in_every_kind_of_mask(kind: str) -> None:
         def get_seq_length(self) -> int:
             return past
 
-    call = CallInfo(3, tokens, CPU, mask, Cache())
-    real = call.real_tokens()
+    call = CallInfo(3, tokens, CPU, mask, cache=Cache())
+    real = call.real_tokens(past)
     assert real is not None
     assert torch.equal(real, flat[:, past:].bool())
-    assert CallInfo(1, tokens, CPU, mask[1:2], Cache()).real_tokens() is None
+    assert CallInfo(1, tokens, CPU, mask[1:2]).real_tokens(past) is None
     with pytest.raises(AdapterError, match=r"the 6 new tokens, after 1 cached ones"):
-        CallInfo(3, 6, CPU, mask[..., :5], Cache()).real_tokens()
+        CallInfo(3, 6, CPU, mask[..., :5]).real_tokens(past)
 
 
 def test_a_cache_of_unknown_kind_is_refused_when_its_length_matters() -> None:
     with pytest.raises(AdapterError, match="KV cache of type dict"):
-        _ = CallInfo(1, 1, CPU, cache={}).past
+        CallInfo(1, 1, CPU, cache={}).past()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.generate import generate
 from trimtab.render import Renderer
 from trimtab.runtime import steer
-from trimtab.types import WHERE, Message
+from trimtab.types import THOUGHTS, WHERE, Message
 
 TEXTS = ["Hi", "What is a trim tab?", "One two three", "A"]
 
@@ -89,15 +89,61 @@ def test_settings_by_name_by_knob_and_for_all_prompts_agree() -> None:
     assert [g.text for g in plain] == [g.text for g in generate(lm, words, TEXTS, knobs={}, max_new_tokens=6)]
 
 
+def thinker(*tokens: str) -> PreTrainedTokenizerFast:
+    words = tokenizer()
+    words.add_special_tokens({"additional_special_tokens": list(tokens)})
+    return words
+
+
+def test_thoughts_and_answer_can_be_steered_apart() -> None:
+    words = thinker("<think>", "</think>")
+    lm, turned = model(vocab_size=len(words)), knob(0, norm=8.0)
+
+    def said(where: Where, prompt: list[Message]) -> str:
+        return generate(lm, words, [prompt], knobs={turned: 1.0}, where=where, max_new_tokens=8)[0].text
+
+    plain = generate(lm, words, ["Hi"], max_new_tokens=8)[0].text
+    asked = [Message("user", "Hi")]
+    # nothing opens a thought, so that the whole completion is the answer
+    assert said("thinking", asked) == plain
+    assert said("answer", asked) == said("completion", asked) != plain
+    opened = [Message("user", "Hi <think>")]
+    assert said("thinking", opened) == said("completion", opened) != said("answer", opened)
+    closed = [Message("user", "Hi <think>hm</think>")]
+    assert said("answer", closed) == said("completion", closed) != said("thinking", closed)
+
+
+def test_thinking_markers_of_a_tokenizer_are_found_or_asked_for() -> None:
+    turned = knob(0)
+    with pytest.raises(OptionError, match="none of the known tokens that open and close thoughts"):
+        generate(model(), tokenizer(), ["Hi"], knobs={turned: 1.0}, where="thinking")
+    with pytest.raises(RenderError, match=r"begin and end with added tokens of the tokenizer; got \('<a>', '</a>'\)"):
+        generate(model(), tokenizer(), ["Hi"], knobs={turned: 1.0}, where="answer", thinking=("<a>", "</a>"))
+    words = thinker("<a>", "</a>", "<|channel|>", "<|message|>")
+    lm = model(vocab_size=len(words))
+    for markers in (("<a>", "</a>"), None):  # None: those of GPT-OSS, several tokens each
+        closing = markers[1] if markers else "<|channel|>final<|message|>"
+        opening = markers[0] if markers else "<|channel|>analysis<|message|>"
+        texts = {
+            prompt: generate(
+                lm, words, [prompt], knobs={turned: 1.0}, where="thinking", thinking=markers, max_new_tokens=8
+            )[0].text
+            == generate(lm, words, [prompt], max_new_tokens=8)[0].text
+            for prompt in (f"Hi {opening}", f"Hi {opening}hm{closing}", "Hi")
+        }
+        assert list(texts.values()) == [False, True, True]
+
+
 def test_where_of_the_call_replaces_that_of_the_knobs() -> None:
     lm, words, turned = model(), tokenizer(), knob(0)
     texts = set[str]()
-    for where in WHERE:
+    scopes = [where for where in WHERE if where not in THOUGHTS]
+    for where in scopes:
         own = generate(lm, words, ["Hello there"], knobs={turned.with_(where=where): 1.0}, max_new_tokens=8)
         call = generate(lm, words, ["Hello there"], knobs={turned: 1.0}, where=where, max_new_tokens=8)
         assert own == call
         texts.add(own[0].text)
-    assert len(texts) == len(WHERE)
+    assert len(texts) == len(scopes)
     assert turned.where == "all"
 
 
@@ -323,7 +369,9 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UnknownName, match=r"Unknown knob 'maths'\. Known: math\. Did you mean 'math'"):
         generate(model(), tokenizer(), ["a"], rack=Rack(math=knob()), knobs={"maths": 1.0})
-    with pytest.raises(UnknownName, match=r"Unknown where 'everywhere'\. Known: all, completion, context, prompt"):
+    with pytest.raises(
+        UnknownName, match=r"Unknown where 'everywhere'\. Known: all, answer, completion, context, prompt"
+    ):
         generate(model(), tokenizer(), ["a"], where=cast(Any, "everywhere"))
 
 

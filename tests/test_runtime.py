@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -15,11 +16,12 @@ from transformers import PreTrainedModel
 from pico import ARCHITECTURES, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.errors import AdapterError, KnobError, OptionError
+from trimtab.errors import AdapterError, CacheError, KnobError, OptionError
 from trimtab.runtime import steer
-from trimtab.types import WHERE, Where
+from trimtab.types import Where
 
 Side = Literal["left", "right"]
+WHERE: tuple[Where, ...] = ("all", "prompt", "context", "completion")  # those that positions alone decide
 SIDES: tuple[Side, ...] = ("left", "right")
 
 
@@ -135,10 +137,11 @@ def test_knobs_at_one_layer_add_up_and_opposite_ones_cancel() -> None:
 @torch.no_grad()
 def test_zero_strength_is_bitwise_baseline(name: str) -> None:
     lm, inputs = model(name), pad(prompts([6, 3]))
-    base, tokens, before = lm(**inputs).logits, greedy(lm, inputs), hooks(lm)
+    base, tokens = lm(**inputs).logits, greedy(lm, inputs)
+    before = sum(map(hooks, Adapter(lm).blocks))
     for settings in ({}, {knob(0): 0.0, knob(1, where="prompt"): -0.0}, [{knob(1): 0}, {}]):
         with steer(lm, settings):
-            assert hooks(lm) == before
+            assert sum(map(hooks, Adapter(lm).blocks)) == before
             assert torch.equal(lm(**inputs).logits, base)
             assert torch.equal(greedy(lm, inputs), tokens)
     with steer(lm, [{knob(0): 0.0}, {knob(0): 1.0}]):  # a row at zero beside a row that is steered
@@ -424,7 +427,7 @@ def test_a_new_empty_cache_starts_a_new_prompt() -> None:
 
 
 @torch.no_grad()
-def test_a_cache_made_outside_needs_prompt_lengths_unless_all_tokens_are_steered() -> None:
+def test_a_cache_made_outside_needs_prompt_lengths_and_tokens_that_the_knob_leaves_alone() -> None:
     # both rows begin with padding, which lies in the part of the cache that was not seen being made
     lm, whole = model(), {key: value[:2] for key, value in pad(prompts([6, 4, 8])).items()}
 
@@ -432,9 +435,9 @@ def test_a_cache_made_outside_needs_prompt_lengths_unless_all_tokens_are_steered
         part = {key: whole[key][:, start:stop] for key in ("input_ids", "position_ids")}
         return {**part, "attention_mask": whole["attention_mask"][:, :stop]}
 
-    def continued(which: Knob, lengths: list[int] | None) -> Tensor:
+    def continued(which: Knob, lengths: list[int] | None, **options: bool) -> Tensor:
         cache = lm(**columns(0, 4), use_cache=True).past_key_values
-        with steer(lm, {which: 1.0}, prompt_lengths=lengths):
+        with steer(lm, {which: 1.0}, prompt_lengths=lengths, **options):
             pieces = [lm(**columns(*span), past_key_values=cache).logits for span in ((4, 6), (6, 7), (7, 8))]
         return torch.cat(pieces, 1)
 
@@ -444,7 +447,10 @@ def test_a_cache_made_outside_needs_prompt_lengths_unless_all_tokens_are_steered
     steered = continued(turned, [6, 4])
     with steer(lm, {turned: 1.0}, prompt_lengths=[6, 4]):
         torch.testing.assert_close(steered, lm(**whole, use_cache=False).logits[:, 4:], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(continued(knob(1), None), steered)
+    for which, lengths in ((knob(1), None), (knob(1, where="prompt"), [6, 4]), (turned, [2, 2])):
+        with pytest.raises(CacheError, match=r"[24] tokens were computed without knobs \(row 0\)"):
+            continued(which, lengths)
+        assert not torch.allclose(continued(which, lengths, check_cache=False), steered)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -462,6 +468,159 @@ def test_prompt_lookup_with_prompt_lengths_steers_the_same_tokens(where: Where) 
     lm, repeating = model(), pad([[20, 21, 22, 23] * 4])
     with steer(lm, {knob(1, where=where): 1.0}, prompt_lengths=[16]):
         assert torch.equal(greedy(lm, repeating, prompt_lookup_num_tokens=3), greedy(lm, repeating))
+
+
+# --- thoughts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [[6, 1, 1, 1, 1], [1] * 10, [4, 3, 3]], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_thoughts_are_steered_from_their_opening_to_their_closing_marker(side: Side, pieces: list[int]) -> None:
+    # The completion of `trace` is 10 11 12 13 in every row, and begins with the prompt's last token.
+    rows = [[30, 31, 32, 33, 34, 10], [30, 31, 11, 10], [10, 11, 30]]
+    thinking, answer = (knob(0, name=where, where=where, norm=4.0) for where in ("thinking", "answer"))
+    options = {"side": side, "pieces": pieces, "prompt_lengths": [6, 4, 3], "thinking": ([10, 11], [12])}
+    alone = [[i for i, dose in enumerate(row) if dose] for row in trace(rows, {thinking: 0.5}, **options)]
+    assert alone == [[7], [5], [4]]  # the position of 11: the marker is whole there, and 12 closes it
+    rest = [[i for i, dose in enumerate(row) if dose] for row in trace(rows, {answer: 0.5}, **options)]
+    assert rest == [[5, 6, 8, 9], [3, 4, 6, 7], [2, 3, 5, 6]]
+    short = {**options, "thinking": ([30], [13])}  # opened in the prompt, where nothing is steered before its end
+    alone = [[i for i, dose in enumerate(row) if dose] for row in trace(rows, {thinking: 0.5}, **short)]
+    assert alone == [[5, 6, 7, 8], [3, 4, 5, 6], [2, 3, 4, 5]]
+
+
+@torch.no_grad()
+def test_thoughts_need_markers_token_ids_and_rows_that_stay_in_place() -> None:
+    lm, inputs, turned = model(), pad(prompts([4])), knob(0, where="thinking")
+    with pytest.raises(OptionError, match="need the tokens that open and close"), steer(lm, {turned: 1.0}):
+        pass
+    for bad in ([[1]], [[], [2]], [[1], ["x"]], 3):
+        refused = pytest.raises(OptionError, match="thinking holds the ids that open and those that close")
+        with refused, steer(lm, {turned: 1.0}, thinking=bad):  # pyright: ignore[reportArgumentType]
+            pass
+    with steer(lm, {turned: 1.0}, thinking=([10], [11])):
+        with pytest.raises(OptionError, match="cannot follow beam search"):
+            greedy(lm, inputs, num_beams=2)
+        with pytest.raises(OptionError, match="was given embeddings"):
+            lm(inputs_embeds=torch.zeros(1, 4, WIDTH), use_cache=True)
+
+
+# --- compiled models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", ["before", "inside"])
+@torch.no_grad()
+def test_compiled_models_are_steered_and_let_go(compiled: str) -> None:
+    lm, twin, ids = model(), model(), torch.tensor(prompts([6]))
+    base = twin(ids).logits
+    if compiled == "before":  # by default torch's compiled code would not see hooks that came later
+        lm.compile(backend="eager")
+        torch.testing.assert_close(lm(ids).logits, base)
+    for strength, where in ((1.0, "all"), (-2.0, "completion")):
+        turned = knob(1, where=cast(Where, where))
+        with steer(twin, {turned: strength}, prompt_lengths=[6]):
+            wanted = twin(ids).logits
+        with steer(lm, {turned: strength}, prompt_lengths=[6]), Adapter(lm).read([1]) as reading:
+            if compiled == "inside":
+                lm.compile(backend="eager")
+            torch.testing.assert_close(lm(ids).logits, wanted)
+            assert reading.acts
+        torch.testing.assert_close(lm(ids).logits, base)
+
+
+# --- caches of other knobs -------------------------------------------------------------------------------------------
+
+
+def prefix(lm: Any, setting: Mapping[Knob, float] | None, **options: Any) -> Any:
+    """A KV cache of five tokens, made under a setting, or outside of any."""
+    ids = torch.tensor(prompts([5]))
+    if setting is None:
+        return lm(ids, use_cache=True).past_key_values
+    with steer(lm, setting, **options):
+        return lm(ids, use_cache=True).past_key_values
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@torch.no_grad()
+def test_a_cached_prefix_made_under_other_knobs_is_refused(copied: bool) -> None:
+    lm, one, two = model(), knob(1), knob(1, name="two", seed=5)
+    last = torch.tensor([[9]])
+
+    def goes_on(made: Mapping[Knob, float] | None, under: Mapping[Knob, float]) -> bool:
+        cache = prefix(lm, made)
+        cache = copy.deepcopy(cache) if copied else cache
+        with steer(lm, under):
+            try:
+                lm(last, past_key_values=cache)
+            except CacheError as error:
+                assert "5 tokens were computed" in str(error)
+                return False
+        return True
+
+    same = knob(1, name="another name")
+    assert [goes_on({one: 1.0}, under) for under in ({one: 1.0}, {same: 1.0}, {one: 1.0, two: 0.0})] == [True] * 3
+    assert [goes_on({one: 1.0}, under) for under in ({one: 0.5}, {two: 1.0}, {one: 1.0, two: 1.0}, {})] == [False] * 4
+    assert [goes_on(made, {one: 1.0}) for made in (None, {}, {one: 0.0})] == [False] * 3
+    assert goes_on(None, {})
+
+
+@torch.no_grad()
+def test_a_prefix_serves_every_knob_that_leaves_its_tokens_alone() -> None:
+    lm, later, ids = model(), knob(1, where="completion"), torch.tensor(prompts([5])[0] + [9, 8])[None]
+    with steer(lm, {later: 1.0}, prompt_lengths=[7]):
+        wanted = lm(ids, use_cache=False).logits[:, 5:]
+        own = prefix(lm, {later: 1.0}, prompt_lengths=[7])
+    for cache in (prefix(lm, None), prefix(lm, {}), prefix(lm, {later: 2.0}, prompt_lengths=[9]), own):
+        with steer(lm, {later: 1.0}, prompt_lengths=[7]):
+            torch.testing.assert_close(lm(ids[:, 5:], past_key_values=cache).logits, wanted)
+    with pytest.raises(CacheError, match=r"5 tokens were computed under the same knobs with another end of the prompt"):
+        with steer(lm, {later: 1.0}, prompt_lengths=[7]):
+            lm(ids[:, 5:], past_key_values=prefix(lm, {later: 1.0}, prompt_lengths=[3]))
+
+
+@torch.no_grad()
+def test_two_caches_in_turn_keep_their_own_prompts() -> None:
+    lm, turned = model(), knob(1, where="completion")
+    rows, new = prompts([9, 3]), torch.tensor(prompts([3])[0])
+    with steer(lm, {turned: 1.0}):
+        alone = [stepwise(lm, [row], new[None]) for row in rows]
+        caches = [lm(torch.tensor([row]), use_cache=True).past_key_values for row in rows]
+        for step in range(2):
+            for index, cache in enumerate(caches):
+                logits = lm(new[None, step : step + 1], past_key_values=cache).logits
+                torch.testing.assert_close(logits[0, -1], alone[index][0, step + 1])
+
+
+@torch.no_grad()
+def test_what_hides_the_end_of_the_prompt_is_refused_without_prompt_lengths() -> None:
+    lm, repeating = model(), pad([[20, 21, 22, 23] * 4])
+    everywhere, part = knob(1), knob(1, where="completion")
+    hidden: dict[str, dict[str, Any]] = {
+        "Assisted decoding": {"prompt_lookup_num_tokens": 3},
+        "comes in pieces": {"prefill_chunk_size": 5},
+    }
+    for message, options in hidden.items():
+        with steer(lm, {part: 1.0}), pytest.raises(OptionError, match=f"{message}.* Pass prompt_lengths"):
+            greedy(lm, repeating, **options)
+        for turned, lengths in ((part, [16]), (everywhere, None)):
+            with steer(lm, {turned: 1.0}, prompt_lengths=lengths):
+                assert torch.equal(greedy(lm, repeating, **options), greedy(lm, repeating))
+    with steer(lm, {part: 1.0}):  # pieces by hand: the first is taken for the prompt, and the second is a surprise
+        cache = lm(repeating["input_ids"][:, :9], use_cache=True).past_key_values
+        with pytest.raises(OptionError, match="brings 7 more tokens after a prompt of 9"):
+            lm(repeating["input_ids"][:, 9:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_draft_model_changes_the_speed_and_not_the_tokens() -> None:
+    lm, draft, inputs = model(), model(seed=1), pad(prompts([7]))
+    with steer(lm, {knob(1): 1.0}):
+        assert torch.equal(greedy(lm, inputs, assistant_model=draft), greedy(lm, inputs))
+    part = knob(1, where="completion")
+    with steer(lm, {part: 1.0}), pytest.raises(OptionError, match="Assisted decoding puts guesses behind the prompt"):
+        greedy(lm, inputs, assistant_model=draft)
+    with steer(lm, {part: 1.0}, prompt_lengths=[7]):
+        assert torch.equal(greedy(lm, inputs, assistant_model=draft), greedy(lm, inputs))
 
 
 # --- padding and rows ------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_pairs_do_not_share_their_meta() -> None:
 
 
 def test_where_lists_the_choices() -> None:
-    assert WHERE == ("all", "prompt", "context", "completion")
+    assert WHERE == ("all", "prompt", "context", "completion", "thinking", "answer")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,26 +39,42 @@ class CallInfo:
     """One forward call of the decoder, as its arguments describe it.
 
     `attention_mask` is `[B, total]` with 1 for real tokens, or the `[B, 1, T, total]` form that static caches use.
-    `caching` says whether the caller handed in a KV cache or asked for one; a default of the model does not count.
+    `ids` are the tokens `[B, T]`, None where the model was given embeddings. `caching` says whether the caller handed
+    in a KV cache or asked for one; a default of the model does not count.
     """
 
     batch: int
     tokens: int
     device: torch.device
     attention_mask: Tensor | None = None
+    ids: Tensor | None = None
     cache: Any = None
     caching: bool = False
 
-    @property
-    def past(self) -> int:
-        """Count the columns already in the KV cache, padding included."""
+    def past(self, known: int | None = None) -> int:
+        """Count the columns already in the KV cache, padding included; `known` serves caches that do not count."""
         if self.cache is None:
             return 0
         if not hasattr(self.cache, "get_seq_length"):
+            if known is not None:
+                return known
             raise AdapterError(f"Cannot tell the length of a KV cache of type {type(self.cache).__name__}.")
-        return int(self.cache.get_seq_length())
+        try:
+            length = self.cache.get_seq_length()
+        except ValueError:  # states of linear attention and nothing else: they have no length
+            if not self.cache.has_previous_state():
+                return 0
+            if known:
+                return known
+            kind = type(self.cache).__name__
+            raise AdapterError(
+                f"Cannot tell the length of a {kind} of recurrent states made elsewhere. Make it inside steer()."
+            ) from None
+        if isinstance(length, Tensor) and length.device.type != "cpu" and self.tokens == 1 and known is not None:
+            return known  # reading the length would wait for the accelerator at every token
+        return int(length)
 
-    def real_tokens(self) -> Tensor | None:
+    def real_tokens(self, past: int) -> Tensor | None:
         """Mark the tokens of this call that are not padding, `[B, T]` bool; None if all of them are real.
 
         Looks at the values of the mask, which on an accelerator waits for it: once per prefill, not per token.
@@ -65,7 +82,6 @@ class CallInfo:
         mask = self.attention_mask
         if mask is None:
             return None
-        past = self.past
         if mask.dim() == 2:
             real = mask[:, past : past + self.tokens] if mask.shape[1] > self.tokens else mask
             real = real != 0
@@ -78,6 +94,22 @@ class CallInfo:
                 f"{tuple(mask.shape)}. Pass a mask of shape [batch, {past + self.tokens}]."
             )
         return None if bool(real.all()) else real.expand(self.batch, -1)
+
+
+_NOTE = "_trimtab_note"
+
+
+def read_note(cache: object) -> object:
+    """Return what `write_note` left on a KV cache, or None; a copy of the cache has it too."""
+    return getattr(cache, _NOTE, None)
+
+
+def write_note(cache: object, note: object) -> None:
+    """Leave a note on a KV cache. Caches that take no attributes cannot be followed from one call to the next."""
+    try:
+        object.__setattr__(cache, _NOTE, note)
+    except (AttributeError, TypeError):
+        raise AdapterError(f"Cannot follow a KV cache of type {type(cache).__name__} from call to call.") from None
 
 
 class Adapter:
@@ -132,7 +164,7 @@ class Adapter:
         Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before.
         """
         reading = Reading()
-        with ExitStack() as exits:
+        with ExitStack() as exits, _compiled_code_sees_hooks():
             for layer in {self.layer(index) for index in layers}:
                 hook = partial(_record, reading.acts, layer)
                 exits.callback(self.blocks[layer].register_forward_hook(hook).remove)
@@ -140,19 +172,25 @@ class Adapter:
 
     @contextmanager
     def write(
-        self, functions: Mapping[int, WriteFn], before: Callable[[CallInfo], None] | None = None
+        self,
+        functions: Mapping[int, WriteFn],
+        before: Callable[[CallInfo], None] | None = None,
+        after: Callable[[object], None] | None = None,
     ) -> Generator[None]:
         """Replace the outputs of some blocks by functions of them, until the context ends, however it ends.
 
-        `before` is called once per forward of the decoder, ahead of every function.
+        `before` is called once per forward of the decoder, ahead of every function; `after` once it is through, with
+        the KV cache that the decoder returns, if it returns one.
         """
         resolved = {self.layer(index): function for index, function in functions.items()}
         if len(resolved) != len(functions):
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
-        with ExitStack() as exits:
+        with ExitStack() as exits, _compiled_code_sees_hooks():
             if before is not None:
                 hook = partial(_announce, before)
                 exits.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if after is not None:
+                exits.callback(self._decoder.register_forward_hook(partial(_hand_over, after)).remove)
             for layer, function in resolved.items():
                 hook = partial(_replace, layer, self.hidden_size, function)
                 # prepend: hooks that only look, ours or those behind output_hidden_states, see the new stream
@@ -200,6 +238,8 @@ def _find_blocks(model: nn.Module) -> str:
     get_decoder = getattr(model, "get_decoder", None)
     text = get_decoder() if callable(get_decoder) else model
     inside = {id(module) for module in text.modules()} if isinstance(text, nn.Module) else set[int]()
+    if not any(id(blocks) in inside for blocks in lists.values()):  # some call the LM head their decoder
+        inside = {id(blocks) for blocks in lists.values()}
     fitting = [path for path, blocks in lists.items() if len(blocks) == count and id(blocks) in inside]
     if len(fitting) == 1:
         return fitting[0]
@@ -257,18 +297,35 @@ def _announce(
         first = next((value for value in named.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
     if first is None:
         raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
-    caches = (named.get(name) for name in ("past_key_values", "cache_params"))
-    cache = next((value for value in caches if value is not None), None)
+    cache = _cache_in(named)
+    ids = named.get("input_ids")
     before(
         CallInfo(
             batch=int(first.shape[0]),
             tokens=int(first.shape[1]),
             device=first.device,
             attention_mask=_one_mask(named.get("attention_mask")),
+            ids=ids if isinstance(ids, Tensor) else None,
             cache=cache,
             caching=cache is not None or named.get("use_cache") is True,
         )
     )
+
+
+def _hand_over(after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:
+    """Pass on the KV cache that a decoder returns, in a `ModelOutput` or in a tuple."""
+    if isinstance(output, Mapping):
+        cache = _cache_in(cast(Mapping[str, object], output))
+    else:
+        parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
+        cache = next((part for part in parts if hasattr(part, "get_seq_length")), None)
+    if cache is not None:
+        after(cache)
+
+
+def _cache_in(named: Mapping[str, object]) -> Any:
+    caches = (named.get(name) for name in ("past_key_values", "cache_params"))
+    return next((value for value in caches if value is not None), None)
 
 
 def _one_mask(mask: object) -> Tensor | None:
@@ -279,15 +336,72 @@ def _one_mask(mask: object) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
 
 
+class Generating(NamedTuple):
+    """What `generate` of transformers is doing around a forward call."""
+
+    assisted: bool
+    """Guesses, of a draft model or looked up in the prompt, come in the same call as the prompt."""
+    pieces: bool
+    """The prompt comes in pieces."""
+    beams: bool
+    """Rows change places between calls."""
+
+
+def generating() -> Generating | None:
+    """Look up the stack for the `generate` of transformers that is running; None outside of it.
+
+    A forward call cannot tell its prompt from guesses that follow it, nor a piece of a prompt from all of it; only the
+    settings of the generation say so, and they are nowhere but in that frame.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            found = frame.f_locals
+            config = found.get("generation_config")
+            if config is None:
+                return None
+            mode = config.get_generation_mode(found.get("assistant_model"))
+            return Generating(
+                assisted=str(getattr(mode, "value", mode)) == "assisted_generation",
+                pieces=getattr(config, "prefill_chunk_size", None) is not None,
+                beams=(getattr(config, "num_beams", None) or 1) > 1,
+            )
+        frame = frame.f_back
+    return None
+
+
 # The hooks
 
 
+@contextmanager
+def _compiled_code_sees_hooks() -> Generator[None]:
+    """Make models compiled by `torch.compile` run the hooks that are there, and no others, in this context and after.
+
+    By default torch's compiled code does not look whether hooks came or went since it was compiled, so that steering a
+    compiled model would do nothing, or would never end. The check is switched on for the process, once; code compiled
+    before that is dropped and compiled again at its next call.
+    """
+    _check_hooks_in_compiled_code()
+    try:
+        yield
+    finally:
+        _check_hooks_in_compiled_code()  # the first compilation may have happened meanwhile
+
+
+def _check_hooks_in_compiled_code() -> None:
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
+    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
+
+
 def _hidden(output: object) -> Tensor:
-    """Return the hidden states of a block's output, which is a tensor in some models and a tuple in others."""
-    hidden = cast(tuple[object, ...], output)[0] if isinstance(output, tuple) and output else output
+    """Return the hidden states of a block's output: a tensor in most models, the first of a tuple or list in others."""
+    hidden = cast(Sequence[object], output)[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         got = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(output).__name__
-        raise AdapterError(f"A decoder block must return hidden states [batch, tokens, width]; got {got}.")
+        several = " (several residual streams side by side?)" if isinstance(hidden, Tensor) else ""
+        raise AdapterError(f"A decoder block must return hidden states [batch, tokens, width]; got {got}{several}.")
     return hidden
 
 
@@ -307,4 +421,6 @@ def _replace(layer: int, width: int, function: WriteFn, module: nn.Module, args:
             f"The residual stream at layer {layer} has shape {tuple(hidden.shape)} and its replacement "
             f"{tuple(new.shape)}; both must be [batch, tokens, {width}]."
         )
-    return (new, *cast(tuple[object, ...], output)[1:]) if isinstance(output, tuple) else new
+    if not isinstance(output, tuple | list):
+        return new
+    return type(output)((new, *cast(Sequence[object], output)[1:]))

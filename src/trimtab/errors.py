@@ -5,6 +5,7 @@ TrimtabError
 ├── RenderError        (ValueError)    chat template or tokenizer
 ├── AdapterError       (ValueError)    decoder blocks not found, layer out of range
 ├── KnobError          (ValueError)    knob file damaged, or made for another model
+├── CacheError         (ValueError)    a KV cache that was made under other knobs
 ├── OptionError        (ValueError)    an option's value is out of its range
 ├── UnknownName        (KeyError)      a name that is not in a list of known names
 ├── TuneError          (RuntimeError)  no setting of the knob keeps the budget
@@ -38,6 +39,10 @@ class AdapterError(TrimtabError, ValueError):
 
 class KnobError(TrimtabError, ValueError):
     """A knob file is damaged, or the knob does not fit this model."""
+
+
+class CacheError(TrimtabError, ValueError):
+    """A KV cache was made under other knobs, or cannot be followed from call to call."""
 
 
 class OptionError(TrimtabError, ValueError):

@@ -17,7 +17,18 @@ from trimtab.artifact import Knob, Rack
 from trimtab.errors import OptionError
 from trimtab.render import Renderer
 from trimtab.runtime import Dose, steer
-from trimtab.types import ROLES, Message, Setting, Where, check_strength, check_where, is_unicode, parse_setting
+from trimtab.types import (
+    ROLES,
+    THOUGHTS,
+    Markers,
+    Message,
+    Setting,
+    Where,
+    check_strength,
+    check_where,
+    is_unicode,
+    parse_setting,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +69,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     where: Where | None = None,
+    thinking: tuple[str, str] | None = None,
     strict: bool | None = True,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Generation]:
@@ -65,6 +77,8 @@ def generate(
 
     `knobs` is one setting for all prompts, or a sequence with one per prompt; a setting maps names on the `rack`, or
     knobs themselves, to strengths, or is text such as "math=0.8,concise=-1". `where` replaces the knobs' own.
+    `thinking` are the texts that open and close thoughts, for `where` "thinking" and "answer"; None takes what the
+    tokenizer has.
     Temperature 0 is greedy decoding; above it, the model's distribution is sampled, cut at `top_p` and nowhere else.
     The same `seed` gives the same answers for the same prompts in the same batches; the process's own random state is
     left as it was. `on_text` gets the answer to a single prompt piece by piece; an error it raises ends the generation.
@@ -88,6 +102,7 @@ def generate(
     if strict is not None:
         for knob in {knob for dose in doses for knob in dose}:
             knob.check(model, tokenizer, strict=strict, hashes=False)
+    markers = _markers(renderer, doses, thinking)
     ends = _end_ids(model, tokenizer)
     # A view of the model with decoding settings of its own, or transformers would mix in the model's preferences.
     view = copy.copy(model)
@@ -100,7 +115,8 @@ def generate(
         for start in range(0, len(ids), batch_size):
             chunk = longest_first[start : start + batch_size]
             batch = renderer.pad([ids[i] for i in chunk], side="left")
-            with steer(adapter, [doses[i] for i in chunk], prompt_lengths=[len(ids[i]) for i in chunk]):
+            lengths = [len(ids[i]) for i in chunk]
+            with steer(adapter, [doses[i] for i in chunk], prompt_lengths=lengths, thinking=markers):
                 run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
                 inputs, mask = (tensor.to(model.device) for tensor in (batch.input_ids, batch.attention_mask))
                 out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
@@ -126,6 +142,17 @@ def _check_options(
         raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
     if where is not None:
         check_where(where)
+
+
+def _markers(renderer: Renderer, doses: Sequence[Dose], texts: tuple[str, str] | None) -> Markers | None:
+    found = renderer.thinking(texts)
+    scoped = next((knob for dose in doses for knob in dose if knob.where in THOUGHTS), None)
+    if scoped is not None and found is None:
+        raise OptionError(
+            f"Knob {scoped.name!r} steers {scoped.where!r} tokens, and this tokenizer has none of the known tokens "
+            "that open and close thoughts. Pass thinking=(opening, closing), or another where."
+        )
+    return found
 
 
 def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]]) -> None:

@@ -20,12 +20,20 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from trimtab.errors import MissingDependency, OptionError, RenderError
-from trimtab.types import Message
+from trimtab.types import Markers, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "prefworld"
+THINKING = (
+    ("<think>", "</think>"),  # Qwen3, DeepSeek-R1 and many after them
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # GPT-OSS
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
+)
+"""What opens and closes the thoughts of models that think before they answer."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Side = Literal["left", "right"]
 
@@ -280,6 +288,21 @@ class Renderer:
                 f"{what} needs a chat template, and this tokenizer has none. "
                 "Use format='question_response' with position 'last' or 'response_mean'."
             )
+
+    def thinking(self, markers: tuple[str, str] | None = None) -> Markers | None:
+        """Return the ids that open and those that close a model's thoughts; None where the tokenizer knows none.
+
+        `markers` replaces the known ones of `THINKING`. A marker must begin and end with an added token, or the text
+        beside it could melt into its ids: `RenderError` otherwise.
+        """
+        added = set(self.tokenizer.get_added_vocab().values())
+        for pair in THINKING if markers is None else (markers,):
+            ids = [self._plain(marker) for marker in pair]
+            if all(found and found[0] in added and found[-1] in added for found in ids):
+                return ids[0], ids[1]
+        if markers is not None:
+            raise RenderError(f"Thinking markers begin and end with added tokens of the tokenizer; got {markers!r}.")
+        return None
 
     # Ids
 

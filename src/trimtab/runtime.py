@@ -7,6 +7,7 @@ KV cache agree; padding is never steered; nothing is left on the model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,11 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.artifact import Knob
 from trimtab.errors import KnobError, OptionError
-from trimtab.types import Where, check_strength
+from trimtab.positions import EVERY_TOKEN, Follower, Masks, RowDose
+from trimtab.types import LATER, Markers, Where, check_strength
 
 Dose = Mapping[Knob, float]
 """Knobs with their strengths."""
-
-
-_Masks = dict[Where, Tensor | None]
-"""The tokens of one call that a `where` means, as a mask, or None for all of them; one left out means no token."""
 
 
 @dataclass
@@ -57,28 +55,25 @@ class _Layer:
         )
 
 
-@dataclass
-class _Prompt:
-    """The prompt being continued: where it ends, in columns of the KV cache (padding included)."""
-
-    lengths: Tensor  # [B] or [1], tokens of each row's prompt
-    pads: Tensor  # [B] or [1], padding so far
-    end: int  # from this column on, every row is past its prompt
-
-
 class Steering:
     """A model being steered; `set` changes the knobs without leaving the context."""
 
-    def __init__(self, adapter: Adapter, prompt_lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        prompt_lengths: Sequence[int] | None = None,
+        thinking: Markers | None = None,
+        check_cache: bool = True,
+    ) -> None:
         self._adapter = adapter
         self._lengths = None if prompt_lengths is None else _check_lengths(prompt_lengths)
+        self._markers = None if thinking is None else _check_markers(thinking)
+        self._check_cache = check_cache
         self._hooks = ExitStack()
         self._rows: int | None = None
         self._tables: dict[int, _Layer] = {}
         self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
-        self._prompt: _Prompt | None = None
-        self._needs_prompt = False
-        self._masks: _Masks = {}
+        self._masks: Masks = {}
         self._unmasked = False  # every token of this call takes the addends of "all" and "completion", whole
 
     def set(self, settings: Dose | Sequence[Dose]) -> None:
@@ -100,32 +95,22 @@ class Steering:
         self._rows = None if uniform else len(rows)
         self._tables = _build(self._adapter, rows, uniform)
         self._expanded = (1, self._tables)
-        self._needs_prompt = any(layer.wheres() != {"all"} for layer in self._tables.values())
-        if self._tables:
+        wheres = frozenset(where for layer in self._tables.values() for where in layer.wheres())
+        doses = _row_doses(self._adapter, rows)
+        follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache)
+        if self._tables or self._check_cache:  # at strength 0 no block is touched, but a steered cache is a mistake
             functions = {layer: partial(self._apply, layer) for layer in self._tables}
-            self._hooks.enter_context(self._adapter.write(functions, self._before))
+            self._hooks.enter_context(self._adapter.write(functions, partial(self._before, follower), follower.keep))
 
     def clear(self) -> None:
         """Take every hook off the model."""
         self._hooks.close()
 
-    def _before(self, call: CallInfo) -> None:
+    def _before(self, follower: Follower, call: CallInfo) -> None:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
-        if self._needs_prompt:
-            past, prompt = call.past, self._prompt
-            if prompt is None or past < prompt.end:
-                real = call.real_tokens()
-                if past == 0 or prompt is None:
-                    prompt = self._prompt = self._start_prompt(call, past, real)
-                self._set_masks(_place(prompt, past, call.tokens, real))
-                self._unmasked = False
-                return
-        real = None if call.tokens == 1 else call.real_tokens()  # a decode step has no padding: do not look
-        self._set_masks({"all": real, "completion": real})
-        self._unmasked = real is None
-
-    def _set_masks(self, masks: _Masks) -> None:
+        masks = follower.masks(call)
+        self._unmasked = masks is EVERY_TOKEN or masks == EVERY_TOKEN
         dtype = self._adapter.dtype
         self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
 
@@ -141,25 +126,6 @@ class Steering:
         if times != self._expanded[0]:
             tables = self._tables
             self._expanded = (times, {layer: table.repeat(times) for layer, table in tables.items()})
-
-    def _start_prompt(self, call: CallInfo, past: int, real: Tensor | None) -> _Prompt:
-        """Note where the prompt ends that begins with this call."""
-        if self._lengths is None and (past or not call.caching):
-            why = "this call continues a KV cache made elsewhere" if past else "this call uses no KV cache"
-            raise OptionError(
-                "A knob that steers a part of the tokens (where='prompt', 'context' or 'completion') needs to know "
-                f"where the prompt ends, and {why}. "
-                "Pass prompt_lengths to steer(), or use_cache=True to the model if the whole input is the prompt."
-            )
-        pads = torch.zeros(1, dtype=torch.long, device=call.device)
-        if self._lengths is None:
-            return _Prompt(torch.full_like(pads, call.tokens) if real is None else real.sum(1), pads, call.tokens)
-        mask, end = call.attention_mask, max(self._lengths)
-        if past and mask is not None and mask.dim() == 2 and mask.shape[1] > past:
-            pads = (mask[:, :past] == 0).sum(1)
-            end += int(pads.max())
-        lengths = torch.tensor(self._lengths, device=call.device).repeat_interleave(call.batch // len(self._lengths))
-        return _Prompt(lengths, pads, end)
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Steer a block's output `[B, T, D]`; the hot path is the one addition of a decode step."""
@@ -182,7 +148,12 @@ class Steering:
 
 @contextmanager
 def steer(
-    model: nn.Module | Adapter, settings: Dose | Sequence[Dose], *, prompt_lengths: Sequence[int] | None = None
+    model: nn.Module | Adapter,
+    settings: Dose | Sequence[Dose],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    thinking: Markers | None = None,
+    check_cache: bool = True,
 ) -> Generator[Steering]:
     """Steer `model` inside the context, with its ordinary API: `model.generate(...)`, `model(...)`.
 
@@ -192,12 +163,19 @@ def steer(
 
     A knob's `where` counts from the prompt's end. The prompt is the first call with an empty KV cache; for calls
     without a cache, for prompts fed in pieces and for assisted decoding (whose first call holds guesses as well), give
-    the number of prompt tokens per row in `prompt_lengths`, padding not counted. A call with one new token per row is
-    taken to decode real tokens, whatever its mask says.
+    the number of prompt tokens per row in `prompt_lengths`, padding not counted; what would need them is refused with
+    `OptionError`. A call with one new token per row is taken to decode real tokens, whatever its mask says. `thinking`
+    holds the token ids that open and those that close a model's thoughts, for `where` "thinking" and "answer".
+
+    A KV cache that was made under other knobs, or under none, would silently mix them: it raises `CacheError` unless
+    its tokens are the same under these knobs. `check_cache=False` accepts it.
+
+    A model compiled by `torch.compile` is compiled again when hooks come or go, a few times at most.
 
     Example: `with steer(model, {knob: 1.0}): model.generate(**inputs)`.
     """
-    steering = Steering(model if isinstance(model, Adapter) else Adapter(model), prompt_lengths)
+    adapter = model if isinstance(model, Adapter) else Adapter(model)
+    steering = Steering(adapter, prompt_lengths, thinking, check_cache)
     try:
         steering.set(settings)
         yield steering
@@ -205,26 +183,18 @@ def steer(
         steering.clear()
 
 
-def _place(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> _Masks:
-    """Compare the absolute positions of the tokens in one call with the ends of the prompts, `[B or 1, T]` bool."""
-    columns = torch.arange(past, past + tokens, device=prompt.pads.device)
-    pads = prompt.pads[:, None]  # [B or 1, T or 1], padding before each column
-    if real is not None:
-        pads = pads + (~real).cumsum(1)
-        prompt.pads = pads[:, -1]
-        prompt.end = int((prompt.lengths + prompt.pads).max())
-    positions, lengths = columns - pads, prompt.lengths[:, None]
-    in_prompt, in_context, in_completion = positions < lengths, positions < lengths - 1, positions >= lengths - 1
-    if real is None:
-        return {"all": None, "prompt": in_prompt, "context": in_context, "completion": in_completion}
-    return {"all": real, "prompt": in_prompt & real, "context": in_context & real, "completion": in_completion & real}
-
-
 def _check_lengths(lengths: Sequence[int]) -> list[int]:
     whole = isinstance(lengths, Sequence) and all(type(length) is int for length in lengths)  # pyright: ignore[reportUnnecessaryIsInstance]
     if not whole or not lengths or min(lengths) < 1:
         raise OptionError(f"Prompt lengths are a list of whole numbers, 1 or more, one per row; got {lengths!r}.")
     return list(lengths)
+
+
+def _check_markers(markers: Markers) -> Markers:
+    pair = isinstance(markers, Sequence) and len(markers) == 2  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not pair or not all(len(ids) and all(type(i) is int for i in ids) for ids in markers):
+        raise OptionError(f"thinking holds the ids that open and those that close thoughts; got {markers!r}.")
+    return markers
 
 
 def _check_dose(dose: Dose) -> dict[Knob, float]:
@@ -270,6 +240,21 @@ def _sum_addends(rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, int
         key: torch.stack([group.get(b, torch.zeros_like(next(iter(group.values())))) for b in range(len(rows))])
         for key, group in sums.items()
     }
+
+
+def _row_doses(adapter: Adapter, rows: Sequence[Mapping[Knob, float]]) -> list[RowDose]:
+    """Tell what is done to each row from anything else, by the vectors themselves: names may be used again."""
+    digests: dict[tuple[Knob, float], bytes] = {}
+    for knob, strength in {turned for row in rows for turned in row.items() if turned[1]}:
+        vector = knob.addend(strength) if knob.operation == "add" else knob.direction * strength
+        said = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}".encode()
+        digests[knob, strength] = hashlib.sha256(said + vector.numpy().tobytes()).digest()
+    doses: list[RowDose] = []
+    for row in rows:
+        active = [turned for turned in row.items() if turned[1]]
+        digest = hashlib.sha256(b"".join(sorted(digests[turned] for turned in active))).hexdigest() if active else ""
+        doses.append(RowDose(digest, all(knob.where in LATER for knob, _ in active)))
+    return doses
 
 
 def _named(row: Mapping[Knob, float]) -> dict[str, float]:

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from trimtab.errors import OptionError, unknown_name
 
-Where = Literal["all", "prompt", "context", "completion"]
+Where = Literal["all", "prompt", "context", "completion", "thinking", "answer"]
 """Which tokens are steered, for a prompt of P tokens in absolute positions.
 
 `prompt` is 0..P-1, `completion` is P-1 and later (P-1 predicts the first new token), `all` is both. `context` is
-0..P-2, what `completion` leaves: the model reads under the knob and decides without it.
+0..P-2, what `completion` leaves: the model reads under the knob and decides without it. `thinking` and `answer` split
+`completion` for models that think first: a token belongs to the thoughts from the marker that opens them up to the
+token before the one that closes them.
 """
 
-WHERE: tuple[Where, ...] = ("all", "prompt", "context", "completion")
+WHERE: tuple[Where, ...] = ("all", "prompt", "context", "completion", "thinking", "answer")
+
+Markers = tuple[Sequence[int], Sequence[int]]
+"""The token ids that open a model's thoughts, and those that close them."""
+
+LATER: frozenset[Where] = frozenset(("completion", "thinking", "answer"))
+"""Those that leave every token before the prompt's last one alone."""
+
+THOUGHTS: frozenset[Where] = frozenset(("thinking", "answer"))
+"""Those that depend on what the tokens say."""
 
 Setting = Mapping[str, float]
 """Knob names to strengths, e.g. `{"math": 0.8, "concise": -1}`."""

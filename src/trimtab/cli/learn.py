@@ -18,7 +18,7 @@ from trimtab.cli.sources import WORLD, load_pairs, open_model
 from trimtab.cli.tables import facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
-from trimtab.types import is_knob_name
+from trimtab.types import WHERE, is_knob_name
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
@@ -69,7 +69,7 @@ def add_options(parser: ArgumentParser) -> None:
     choice.add_argument("--selection", help="eq3_cosine, max_relative_norm, probe_auc or fixed")
     choice.add_argument("--site", help="take this one, as in 4/last")
     choice.add_argument("--scale", help="raw, mean_chosen_norm or mean_residual_norm (default raw)")
-    choice.add_argument("--where", help="steer all, prompt, context or completion tokens (default all)")
+    choice.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default all)")
     choice.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
     choice.add_argument("--seed", type=int, metavar="N", help="of whatever is drawn (default 0)")
     choice.add_argument("--licence", help="of the knob, stored in it")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimtab.errors import OptionError
-from trimtab.types import is_unicode
+from trimtab.types import WHERE, is_unicode
 
 
 class Parser(ArgumentParser):
@@ -62,7 +62,7 @@ def add_knobs(parser: ArgumentParser) -> None:
     setting = parser.add_mutually_exclusive_group()
     setting.add_argument("--strength", metavar="S", help="strength of every knob (default 1, or what the panel says)")
     setting.add_argument("--set", metavar="SETTING", help="strengths by name, as in math=0.8,concise=-1")
-    parser.add_argument("--where", help="steer all, prompt, context or completion tokens (default: as the knob says)")
+    parser.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default: as the knob says)")
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
 
 

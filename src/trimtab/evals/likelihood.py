@@ -119,7 +119,8 @@ def _forwards(
         inputs = renderer.pad([list(text.ids) for text, _ in picked], side="right")
         # Position start - 1 predicts the answer's first token: the prompt ends there.
         lengths = [text.start for text, _ in picked]
-        with torch.no_grad(), steer(adapter, [knobs for _, knobs in picked], prompt_lengths=lengths):
+        settings, thinking = [knobs for _, knobs in picked], renderer.thinking()
+        with torch.no_grad(), steer(adapter, settings, prompt_lengths=lengths, thinking=thinking):
             logits = model(
                 input_ids=inputs.input_ids.to(model.device),
                 attention_mask=inputs.attention_mask.to(model.device),

@@ -1,0 +1,282 @@
+"""Which tokens of a forward call each `where` means, in absolute positions, from one call to the next.
+
+What was computed so far lies in a KV cache. What must be known of it, the prompt's end and the knobs it was made
+under, lies as a note on the cache itself, so that copies, several caches in turn and later contexts agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.adapter import CallInfo, generating, read_note, write_note
+from trimtab.errors import CacheError, OptionError
+from trimtab.types import THOUGHTS, Markers, Where
+
+Masks = dict[Where, Tensor | None]
+"""Tokens of one call by `where`, `[B or 1, T]` bool, or None for all of them; one left out means no token."""
+
+EVERY_TOKEN: Masks = {"all": None, "completion": None}
+"""What `Follower.masks` returns for a decode step after the prompt."""
+
+
+class RowDose(NamedTuple):
+    """What is done to one row, told apart from anything else that could be."""
+
+    digest: str = ""
+    """Empty where nothing is done."""
+    later: bool = True
+    """Whether only tokens from the prompt's last one on are touched."""
+
+
+@dataclass
+class _Prompt:
+    """The prompt being continued: where it ends, in columns of the KV cache (padding included)."""
+
+    lengths: Tensor  # [B] or [1], tokens of each row's prompt
+    pads: Tensor  # [B] or [1], padding so far
+    end: int  # from this column on, every row is past its prompt
+    given: bool  # by the caller, and not read off the first call
+
+    def repeat(self, batch: int) -> _Prompt:
+        """Give each row to its neighbours, as a cache of fewer rows does that was repeated."""
+
+        def spread(values: Tensor) -> Tensor:
+            return values.repeat_interleave(batch // len(values)) if 1 < len(values) < batch else values
+
+        return _Prompt(spread(self.lengths), spread(self.pads), self.end, self.given)
+
+
+@dataclass
+class _Thoughts:
+    """Whether each row is thinking after its last token."""
+
+    open: Tensor  # [B] bool
+    tail: Tensor  # [B, M - 1], the last tokens, for markers of M tokens
+
+
+@dataclass
+class _History:
+    """What is known of the tokens in a KV cache."""
+
+    follower: Follower | None
+    doses: Sequence[RowDose]
+    columns: int = 0
+    prompt: _Prompt | None = None
+    thoughts: _Thoughts | None = None
+
+
+class Follower:
+    """Follows sequences from call to call, for the knobs of one setting.
+
+    `rows` holds what is done to each row, once for all rows where there is a single entry; `wheres` are the tokens
+    meant by any of it; `lengths` are the rows' prompt lengths, None to read them off the first call; `markers` open and
+    close thoughts; `check` refuses caches made under other knobs.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[RowDose],
+        wheres: frozenset[Where],
+        lengths: Sequence[int] | None,
+        markers: Markers | None,
+        check: bool,
+    ) -> None:
+        self._rows, self._lengths, self._check = rows, lengths, check
+        self._scoped = bool(wheres - {"all"})
+        self._thinks = bool(wheres & THOUGHTS)
+        if self._thinks and markers is None:
+            raise OptionError(
+                "where='thinking' and 'answer' need the tokens that open and close the thoughts: pass "
+                "thinking=(opening ids, closing ids) to steer(). trimtab.generate finds those of the tokenizer itself."
+            )
+        self._markers = markers or ((), ())
+        self._new: _History | None = None
+
+    def masks(self, call: CallInfo) -> Masks:
+        """Say which tokens of a call each `where` means; to be asked once per call, before it."""
+        if not self._scoped and not self._check:
+            real = None if call.tokens == 1 else call.real_tokens(call.past())
+            return {"all": real, "completion": real}
+        note = read_note(call.cache) if call.cache is not None else None
+        history = note if isinstance(note, _History) else None
+        past = call.past(history.columns if history else None if self._scoped else 0)
+        if past == 0:
+            history = self._begin(call)
+        elif history is None or history.follower is not self or len(history.doses) != call.batch:
+            history = self._take_over(history, call, past)
+        masks = self._place(history, call, past)
+        history.columns = past + call.tokens
+        if call.cache is not None:
+            write_note(call.cache, history)
+        self._new = history
+        return masks
+
+    def keep(self, cache: object) -> None:
+        """Remember the latest call's tokens as those of a cache which that call has made."""
+        if self._new is not None and read_note(cache) is not self._new:
+            write_note(cache, self._new)
+        self._new = None
+
+    def _doses(self, batch: int) -> list[RowDose]:
+        return [row for row in self._rows for _ in range(batch // len(self._rows))]
+
+    # Caches
+
+    def _begin(self, call: CallInfo) -> _History:
+        history = _History(self, self._doses(call.batch))
+        if self._scoped:
+            if self._lengths is None:
+                _refuse_what_hides_the_prompt(call)
+            history.prompt = self._start_prompt(call, 0)
+        if self._thinks:
+            history.thoughts = self._start_thoughts(call)
+        return history
+
+    def _take_over(self, old: _History | None, call: CallInfo, past: int) -> _History:
+        """Go on with tokens that another setting, or none, has made; refuse where they would be others under ours."""
+        history = _History(self, self._doses(call.batch), past)
+        if self._scoped:
+            known = old.prompt if old is not None and self._lengths is None else None
+            history.prompt = known.repeat(call.batch) if known else self._start_prompt(call, past)
+        if self._check:
+            theirs = old.doses if old is not None else [RowDose()]
+            if call.batch % len(theirs):
+                raise CacheError(
+                    f"This call continues a KV cache of {len(theirs)} rows with {call.batch}. Pass the whole prompts."
+                )
+            theirs = [dose for dose in theirs for _ in range(call.batch // len(theirs))]
+            was = old.prompt.repeat(call.batch) if old is not None and old.prompt is not None else None
+            now = history.prompt
+            rows = zip(history.doses, theirs, *(_ends(p, call.batch) for p in (was, now)), strict=True)
+            for row, (ours, other, then, end) in enumerate(rows):
+                cached = past if now is None else past - int(now.pads[row % len(now.pads)])
+                alike = ours == other and (not ours.digest or then == end or min(then, end) > cached)
+                if not alike and not (_untouched(ours, end, cached) and _untouched(other, then, cached)):
+                    made = "under other knobs or strengths" if other.digest else "without knobs"
+                    made = made if ours != other else "under the same knobs with another end of the prompt"
+                    raise CacheError(
+                        f"This call continues a KV cache whose {cached} tokens were computed {made} (row {row}): under "
+                        "these knobs they would have been others. Pass the whole prompt, make the prefix under the "
+                        "same knobs, or accept the mixture with steer(..., check_cache=False)."
+                    )
+        if self._thinks:
+            if old is None or old.thoughts is None or len(old.thoughts.open) != call.batch:
+                raise CacheError(
+                    "This call continues a KV cache, and whether its last tokens are thoughts is not known "
+                    "(where='thinking' or 'answer'). Pass the whole prompt."
+                )
+            history.thoughts = old.thoughts
+        return history
+
+    # Prompts
+
+    def _start_prompt(self, call: CallInfo, past: int) -> _Prompt:
+        """Note where the prompt ends that begins with this call, or began before it."""
+        if self._lengths is None and (past or not call.caching):
+            why = "this call continues a KV cache made elsewhere" if past else "this call uses no KV cache"
+            raise OptionError(
+                "A knob that steers a part of the tokens (where='prompt', 'context', 'completion', 'thinking' or "
+                f"'answer') needs to know where the prompt ends, and {why}. "
+                "Pass prompt_lengths to steer(), or use_cache=True to the model if the whole input is the prompt."
+            )
+        pads = torch.zeros(1, dtype=torch.long, device=call.device)
+        if self._lengths is None:
+            real = call.real_tokens(past)
+            lengths = torch.full_like(pads, call.tokens) if real is None else real.sum(1)
+            return _Prompt(lengths, pads, call.tokens, given=False)
+        mask, end = call.attention_mask, max(self._lengths)
+        if past and mask is not None and mask.dim() == 2 and mask.shape[1] > past:
+            pads = (mask[:, :past] == 0).sum(1)
+            end += int(pads.max())
+        lengths = torch.tensor(self._lengths, device=call.device).repeat_interleave(call.batch // len(self._lengths))
+        return _Prompt(lengths, pads, end, given=True)
+
+    def _place(self, history: _History, call: CallInfo, past: int) -> Masks:
+        prompt = history.prompt
+        if prompt is None or past >= prompt.end:
+            if prompt is not None and not prompt.given and call.tokens > 1:
+                raise OptionError(
+                    f"This call brings {call.tokens} more tokens after a prompt of {prompt.end}: the rest of a prompt "
+                    "that comes in pieces, guesses, or a new turn? Pass prompt_lengths to steer()."
+                )
+            # a decode step has no padding: do not look
+            real = None if call.tokens == 1 else call.real_tokens(past)
+            if history.thoughts is None:
+                return EVERY_TOKEN if real is None else {"all": real, "completion": real}
+            thinking = self._think(history.thoughts, call, past)
+            real = torch.ones_like(thinking) if real is None else real
+            return {"all": real, "completion": real, "thinking": real & thinking, "answer": real & ~thinking}
+        masks = _compare(prompt, past, call.tokens, call.real_tokens(past))
+        if history.thoughts is not None:
+            thinking, completion = self._think(history.thoughts, call, past), masks["completion"]
+            assert completion is not None
+            masks |= {"thinking": completion & thinking, "answer": completion & ~thinking}
+        return masks
+
+    # Thoughts
+
+    def _start_thoughts(self, call: CallInfo) -> _Thoughts:
+        around = generating()
+        if around is not None and around.beams:
+            raise OptionError(
+                "where='thinking' and 'answer' cannot follow beam search, which moves rows. Sample instead."
+            )
+        width = max(map(len, self._markers)) - 1
+        off = torch.zeros(call.batch, dtype=torch.bool, device=call.device)
+        return _Thoughts(off, torch.full((call.batch, width), -1, device=call.device))
+
+    def _think(self, thoughts: _Thoughts, call: CallInfo, past: int) -> Tensor:
+        """Tell which tokens of a call are thoughts, `[B, T]` bool, by the last marker up to each of them."""
+        if call.ids is None:
+            raise OptionError("where='thinking' and 'answer' need token ids; this model was given embeddings.")
+        joined = torch.cat([thoughts.tail, call.ids], 1)
+        width, events = thoughts.tail.shape[1], torch.zeros_like(call.ids)
+        for event, marker in enumerate(self._markers, 1):
+            windows = joined.unfold(1, len(marker), 1)[:, -call.tokens :]  # those that end at each token
+            events[(windows == torch.tensor(list(marker), device=call.device)).all(-1)] = event
+        steps = torch.arange(call.tokens, device=call.device).expand_as(events)
+        last = torch.where(events > 0, steps, -1).cummax(1).values
+        thinking = torch.where(last < 0, thoughts.open[:, None], events.gather(1, last.clamp(min=0)) == 1)
+        thoughts.open, thoughts.tail = thinking[:, -1], joined[:, joined.shape[1] - width :]
+        return thinking
+
+
+def _refuse_what_hides_the_prompt(call: CallInfo) -> None:
+    """Refuse a first call that is not the prompt and nothing but the prompt."""
+    around = generating() if call.caching else None
+    if around is not None and (around.assisted or around.pieces):
+        what = "Assisted decoding puts guesses behind the prompt" if around.assisted else "The prompt comes in pieces"
+        raise OptionError(
+            f"{what}, so that a knob that steers a part of the tokens cannot see where the prompt ends. "
+            "Pass prompt_lengths to steer()."
+        )
+
+
+def _compare(prompt: _Prompt, past: int, tokens: int, real: Tensor | None) -> Masks:
+    """Compare the absolute positions of the tokens in one call with the ends of the prompts, `[B or 1, T]` bool."""
+    columns = torch.arange(past, past + tokens, device=prompt.pads.device)
+    pads = prompt.pads[:, None]  # [B or 1, T or 1], padding before each column
+    if real is not None:
+        pads = pads + (~real).cumsum(1)
+        prompt.pads = pads[:, -1]
+        prompt.end = int((prompt.lengths + prompt.pads).max())
+    positions, lengths = columns - pads, prompt.lengths[:, None]
+    in_prompt, in_context, in_completion = positions < lengths, positions < lengths - 1, positions >= lengths - 1
+    if real is None:
+        return {"all": None, "prompt": in_prompt, "context": in_context, "completion": in_completion}
+    return {"all": real, "prompt": in_prompt & real, "context": in_context & real, "completion": in_completion & real}
+
+
+def _ends(prompt: _Prompt | None, batch: int) -> list[int]:
+    """Return each row's prompt length; -1 where it is not known, or does not matter."""
+    return [-1] * batch if prompt is None else [int(n) for n in prompt.lengths.expand(batch).tolist()]
+
+
+def _untouched(dose: RowDose, prompt: int, tokens: int) -> bool:
+    """Tell whether a dose touches none of the first tokens; the prompt's last token is the first of the completion."""
+    return not dose.digest or (dose.later and prompt > tokens)
