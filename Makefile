@@ -1,10 +1,13 @@
 # make demo | test | check | bench: each one installs what it needs into .venv, once.
+# make test-peers: compares vectors with repeng's and steering-vectors' (in .venv-peers) and writes docs/parity.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
+PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test check bench tree clean
+.PHONY: demo test test-peers check bench tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -13,6 +16,12 @@ demo: $(VENV)/.runtime
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-peers: export OMP_NUM_THREADS = 1
+test-peers: $(VENV)/.runtime $(PEERS)/.peers
+	rm -rf build/peers
+	$(BIN)/python peers/ours.py build/peers
+	$(PEERS)/bin/python peers/theirs.py build/peers
 
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 check: $(VENV)/.dev
@@ -30,7 +39,7 @@ tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py
 
 clean:
-	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) build dist out .pytest_cache .ruff_cache .import_linter_cache
 
 # --- installation: a stamp per step; editing pyproject.toml or constraints.txt makes them run again ---------------------
 
@@ -50,3 +59,11 @@ $(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
+
+# The peers need an older transformers and numpy than Trimtab, hence an environment of their own.
+$(PEERS)/.peers: peers/constraints.txt
+	@$(PEERS_PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"repeng needs numpy 1 and so Python 3.11 or 3.12; $(PEERS_PYTHON) is {v[0]}.{v[1]}. Try: make test-peers PEERS_PYTHON=python3.12")'
+	$(PEERS_PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install -c peers/constraints.txt torch
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install -c peers/constraints.txt repeng steering-vectors
+	@touch $@

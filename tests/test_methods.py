@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -117,6 +118,24 @@ def test_float64_means_agree_with_a_two_pass_computation_under_a_huge_offset(nam
     torch.testing.assert_close(run(name, chosen, rejected), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diffmean_equals_the_mean_of_the_pairs_differences_computed_one_by_one(dtype: torch.dtype) -> None:
+    chosen, rejected = (acts.to(dtype) for acts in planted(noise(0, S, D), offset=100.0))
+    reference = np.zeros((S, D))
+    for plus, minus in zip(chosen.float().numpy(), rejected.float().numpy(), strict=True):
+        reference += (plus.astype(np.float64) - minus.astype(np.float64)) / N
+    difference = run("diffmean", chosen, rejected).numpy() - reference
+    assert (np.linalg.norm(difference, axis=1) < 1e-6 * np.linalg.norm(reference, axis=1)).all()
+
+
+def test_palrs_equals_the_papers_means_of_the_two_sides() -> None:
+    chosen, rejected = planted(noise(0, S, D), offset=100.0)
+    mu_plus = sum(plus.astype(np.float64) for plus in chosen.numpy()) / N  # Eq. 1
+    mu_minus = sum(minus.astype(np.float64) for minus in rejected.numpy()) / N  # Eq. 2
+    difference = run("palrs", chosen, rejected).numpy() - (mu_plus - mu_minus)
+    assert (np.linalg.norm(difference, axis=1) < 1e-6 * np.linalg.norm(mu_plus - mu_minus, axis=1)).all()
+
+
 def test_palrs_and_caa_are_the_same_mean_difference() -> None:
     chosen, rejected = planted(noise(0, S, D))
     assert torch.equal(run("palrs", chosen, rejected), run("diffmean", chosen, rejected))
@@ -156,13 +175,16 @@ def test_equal_weight_counts_pairs_that_do_not_differ_for_nothing() -> None:
         assert cosine(a, b) == pytest.approx(1.0)
 
 
-def test_pca_equals_the_leading_right_singular_vector() -> None:
-    for n in (10, 100):
-        chosen, rejected = planted(noise(0, 1, D), n=n)
-        differences = (chosen - rejected)[:, 0].double()
-        leading = torch.linalg.svd(differences, full_matrices=False).Vh[0]
-        mean = differences.mean(0)
-        torch.testing.assert_close(run("pca", chosen, rejected)[0], (leading @ mean) * leading)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("n", [10, 100])
+def test_pca_equals_the_leading_right_singular_vector(n: int, center: bool) -> None:
+    chosen, rejected = planted(noise(0, S, D), n=n)
+    for site, found in enumerate(run("pca", chosen, rejected, center=center).numpy()):
+        differences = (chosen.double() - rejected.double())[:, site].numpy()
+        mean = differences.mean(axis=0)
+        leading = np.linalg.svd(differences - mean if center else differences)[2][0]
+        expected = (leading @ mean) * leading
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_centred_pca_finds_how_pairs_differ_from_each_other_instead() -> None:

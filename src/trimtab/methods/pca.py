@@ -17,6 +17,10 @@ def pca(chosen: Tensor, rejected: Tensor, *, center: bool = False) -> Tensor:
     pairs differ by in this direction. RepE draws random signs for the differences before it centres them, which makes
     their mean vanish; without the draw that is the component about zero (`center=False`). `center=True` takes it about
     the mean difference, and so finds how pairs differ from each other rather than what they share.
+
+    Same directions elsewhere (`docs/parity.md`): steering-vectors' `pca_aggregator` and repeng's `pca_center` for
+    `center=False`; repeng's `pca_diff`, its default, for `center=True`. All theirs have length 1, and repeng's sign is
+    that of most pairs, which is the mean difference's unless a few pairs differ far the other way.
     """
     return torch.stack([_component((c.double() - r.double()), center) for c, r in _by_site(chosen, rejected)])
 
