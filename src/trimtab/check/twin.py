@@ -1,13 +1,14 @@
-"""A random twin of an architecture: the same code paths in a few thousand parameters, built from its configuration."""
+"""A random twin of an architecture: the same code paths in some thousand parameters, built from its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, unknown_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -23,119 +24,129 @@ _BY_VALUE: dict[int, str] = {
     HEADS: (
         "num_attention_heads n_head n_heads num_heads num_local_experts num_experts n_routed_experts moe_num_experts "
         "linear_num_value_heads mamba_n_heads mamba_num_heads state_size ssm_state_size mamba_d_state chunk_size "
-        "mamba_chunk_size kv_lora_rank q_lora_rank time_step_rank mamba_dt_rank"
+        "mamba_chunk_size time_step_rank mamba_dt_rank"
     ),
     8: (
         "head_dim linear_key_head_dim linear_value_head_dim sliding_window attention_window_size window_size "
-        "attention_chunk_size v_head_dim qk_nope_head_dim rotary_dim"
+        "attention_chunk_size v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_lora_rank q_lora_rank"
     ),
-    16: "mamba_d_head mamba_head_dim image_size",
-    2: "linear_num_key_heads num_experts_per_tok qk_rope_head_dim patch_size",
-    1: "topk_group n_group first_k_dense_replace mamba_n_groups n_groups",
+    16: "mamba_d_head mamba_head_dim image_size qk_head_dim",
+    64: "mamba_d_ssm",
+    2: "linear_num_key_heads num_experts_per_tok moe_k patch_size attn_layer_period",
+    1: "topk_group n_group first_k_dense_replace mamba_n_groups n_groups attn_layer_offset",
     CONTEXT: "max_position_embeddings n_positions max_seq_len n_ctx context_length",
 }
 SMALL = {name: value for value, names in _BY_VALUE.items() for name in names.split()}
 """What a setting becomes, by the names that configurations give it; what a configuration lacks is not added."""
 
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
-_PARTS = ("text_config", "vision_config", "audio_config", "llm_config", "decoder_config", "encoder_config")
+_TEXT = ("text_config", "llm_config")
+_TOWERS = ("vision_config", "audio_config", "encoder_config")
+_LEFT_OUT = ("architectures", "torch_dtype", "dtype", "auto_map", "quantization_config")
+
+
+def default_config(model_type: str) -> PretrainedConfig:
+    """Return the default configuration of an architecture that transformers knows, by its `model_type`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise unknown_name("architecture", model_type, CONFIG_MAPPING)
+    return CONFIG_MAPPING[model_type]()
 
 
 def twin(config: PretrainedConfig, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Build a small random model of the same architecture, in evaluation mode and float32.
+    """Build a small random model of the same architecture, float32, in evaluation mode.
 
     Kept are the kinds of layers and their order, grouped and multi-query attention, experts, windows, norms and soft
-    caps; made small are widths, depth, vocabulary and context. `changes` go to the text part of the small
-    configuration. Raises `AdapterError` where the architecture cannot be made small.
+    caps; made small are widths, depth, vocabulary and context. A vision tower comes out deeper than the text part.
+    `changes` go to the small text part. Raises `AdapterError` where the architecture cannot be made small.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model_type = str(config.model_type)
     try:
-        small = type(config).from_dict(_shrink(config.to_dict(), changes, layers=LAYERS))
+        small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            factory = AutoModelForCausalLM
-            if type(small) not in AutoModelForCausalLM._model_mapping:  # pyright: ignore
-                factory = AutoModelForImageTextToText
-            model: PreTrainedModel = factory.from_config(small).float().eval()
-            _randomise(model)
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        ImportError,
-        AssertionError,
-        NotImplementedError,
-        ZeroDivisionError,
-    ) as error:
-        raise AdapterError(f"Cannot build a small twin of {model_type!r}: {type(error).__name__}: {error}") from error
+            text_only = type(small) in cast(Any, AutoModelForCausalLM)._model_mapping
+            factory = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+            model = cast("PreTrainedModel", factory.from_config(small)).float().eval()
+            _fill_biases(model)
+    except Exception as error:  # noqa: BLE001  # whatever somebody's configuration and model code may raise
+        kind = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise AdapterError(f"Cannot build a small twin of {config.model_type!r}: {kind}") from error
     return model
 
 
-def _shrink(settings: dict[str, Any], changes: Mapping[str, Any], *, layers: int) -> dict[str, Any]:
-    small = dict(settings)
-    old_heads = next(
-        (
-            settings[n]
-            for n in ("num_attention_heads", "n_head", "n_heads", "num_heads")
-            if isinstance(settings.get(n), int)
-        ),
-        None,
-    )
+def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Return the settings of a small configuration; `changes` go to its text part."""
+    depth = next((settings[name] for name in _COUNTS if isinstance(settings.get(name), int)), 0)
+    heads = next((settings[name] for name in _HEADS if isinstance(settings.get(name), int)), 0)
+    kinds = next((settings[name] for name in _KINDS if isinstance(settings.get(name), list)), None)
+    kept = _kept_layers(kinds or [""] * depth, layers)
+    small: dict[str, Any] = {}
     for name, value in settings.items():
-        if name in SMALL and isinstance(value, int) and not isinstance(value, bool) and value:
-            small[name] = SMALL[name]
-        elif name in _COUNTS and isinstance(value, int):
-            small[name] = layers
-        elif name in _KEY_VALUE_HEADS and isinstance(value, int):
-            small[name] = value if value == 1 else HEADS if value == old_heads else 2
-        elif name in _KINDS and isinstance(value, list):
-            small[name] = _kinds(value, layers)
-        elif name == "vocab_size" and isinstance(value, int):
-            small[name] = VOCABULARY
-        elif "rope" in name and isinstance(value, dict):
-            small[name] = _plain_rope(value)
-        elif name in _PARTS and isinstance(value, dict):
-            inner = changes if name in ("text_config", "llm_config") else {}
-            small[name] = _shrink(value, inner, layers=layers if inner is changes else layers + 2)
-        elif name.endswith("token_id") and isinstance(value, int):
-            small[name] = min(value, 2) if "image" not in name else VOCABULARY - 1
-        elif name.endswith("token_id") and isinstance(value, list):
-            small[name] = None
-    small["eos_token_id"] = None if "eos_token_id" in small else small.get("eos_token_id")
-    small["pad_token_id"] = 0
+        if name in _LEFT_OUT:
+            continue
+        if name in _TEXT and isinstance(value, Mapping):
+            value = _shrink(cast(Mapping[str, Any], value), changes, layers)
+        elif name in _TOWERS and isinstance(value, Mapping):
+            value = _shrink(cast(Mapping[str, Any], value), {}, layers + 2)
+        elif "rope" in name and isinstance(value, Mapping):
+            value = _plain_rope(cast(Mapping[str, Any], value))
+        elif isinstance(value, list) and depth and len(cast(list[Any], value)) in (depth, len(kinds or ())):
+            value = [cast(list[Any], value)[i] for i in kept]  # one entry per layer
+        elif isinstance(value, Mapping) and name.startswith("per_layer"):
+            entries = cast(Mapping[Any, Any], value)
+            value = {new: entries[old] for new, old in enumerate(kept) if old in entries}
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = _small_number(name, value, heads, layers)
+        small[name] = value
+    if {"expand", "num_heads", "head_dim", "state_size"} <= small.keys():  # Mamba 2 calls its own heads so
+        small["head_dim"] = WIDTH * small["expand"] // HEADS
     if "initializer_range" in small:
-        small["initializer_range"] = 0.15
-    if not any(isinstance(settings.get(p), dict) for p in ("text_config", "llm_config")):
-        small.update(changes)
-    for n in ("architectures", "torch_dtype", "dtype", "auto_map", "quantization_config"):
-        small.pop(n, None)
+        small["initializer_range"] = 0.15  # greedy choices far enough apart to be the same in every batch
+    # random models should not stop by accident
+    small |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    if not any(isinstance(settings.get(name), Mapping) for name in _TEXT):
+        small |= changes
     return small
 
 
-def _kinds(kinds: Sequence[str], layers: int) -> list[str]:
-    """Keep one layer of each kind, in the order of their first appearance, then fill up from the front."""
-    firsts = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-    keep = sorted(set(firsts.values()))[:layers]
-    spare = [i for i in range(len(kinds)) if i not in keep]
-    return [kinds[i] for i in sorted([*keep, *spare[: layers - len(keep)]])]
+def _small_number(name: str, value: int, heads: int, layers: int) -> int:
+    if name in _KEY_VALUE_HEADS:
+        return value if value == 1 else HEADS if value == heads else HEADS // 2
+    if name in _COUNTS:
+        return layers
+    if name == "vocab_size":
+        return VOCABULARY
+    if name.endswith(("token_id", "token_index")):
+        return min(value, VOCABULARY - 1)
+    return SMALL[name] if value and name in SMALL else value
+
+
+def _kept_layers(kinds: Sequence[object], layers: int) -> list[int]:
+    """Return the layers to keep: the first of each kind, then whatever comes first."""
+    firsts = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]][:layers]
+    spare = [i for i in range(len(kinds)) if i not in firsts]
+    return sorted([*firsts, *spare[: layers - len(firsts)]])
 
 
 def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    if any(isinstance(v, dict) for v in rope.values()):
-        return {k: _plain_rope(v) if isinstance(v, dict) else v for k, v in rope.items()}
-    kept = {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor")}
-    return {"rope_type": "default", "rope_theta": 10000.0, **kept}
+    """Keep the base and the share of rotary embeddings, for each kind of layer where there are several."""
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        return {
+            name: _plain_rope(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value
+            for name, value in rope.items()
+        }
+    kept = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+    return {"rope_theta": 10000.0, **kept, "rope_type": "default"}
 
 
-def _randomise(model: torch.nn.Module) -> None:
-    """Fill in biases, which start as zeros and would hide mistakes."""
+def _fill_biases(model: nn.Module) -> None:
+    """Draw the biases, which begin at zero and would hide mistakes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

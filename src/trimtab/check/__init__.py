@@ -1,0 +1,1 @@
+"""Is this model's residual stream read and written where we think?"""
