@@ -81,10 +81,11 @@ def tune(
     """
     knob = _reproducible(knob, agreement)
     wheres = _wheres(knob, where)
-    if knob.provenance.get("pairs_hash") == pairs.hash():
+    seen = _seen(knob, pairs)
+    if seen:
         warnings.warn(
-            f"Knob {knob.name!r} was learned from these very pairs: what is chosen on them fits them too well. "
-            "Tune on pairs that learning has not seen.",
+            f"Knob {knob.name!r} was learned from {seen}: what is chosen on them fits them too well. "
+            "Tune on pairs whose prompts learning has not seen.",
             TrimtabWarning,
             stacklevel=2,
         )
@@ -131,6 +132,16 @@ def tune(
         tuning |= {"dose_response": curve, "safe_range": list(safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
+
+
+def _seen(knob: Knob, pairs: Pairs) -> str:
+    """Say what of the pairs learning has seen; empty where it has seen nothing, or the knob does not know."""
+    if knob.provenance.get("pairs_hash") == pairs.hash():
+        return "these very pairs"
+    known: object = knob.provenance.get("prompt_hashes")
+    prompts = pairs.prompt_hashes()
+    shared = set(prompts) & set(cast(list[object], known) if isinstance(known, list) else [])
+    return f"{len(shared)} of these {len(prompts)} prompts" if shared else ""
 
 
 def _reproducible(knob: Knob, agreement: float) -> Knob:

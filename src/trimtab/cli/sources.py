@@ -176,7 +176,8 @@ def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: 
 
     part = world_part(text)
     if part is None:
-        return Pairs.load(input_file(text, "a JSON or JSONL file of pairs, or prefworld:FAMILY"), duplicates=duplicates)
+        path = input_file(text, "a JSON or JSONL file of pairs (or CSV, TSV, Parquet), or prefworld:FAMILY")
+        return Pairs.load(path, duplicates=duplicates)
     from trimtab.prefworld import world
 
     pairs = world.pairs(part.family, part.size, split=split)
