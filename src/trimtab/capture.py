@@ -212,7 +212,7 @@ def _check_context(limit: int | None, texts: Sequence[_Text]) -> None:
         long = len({text.pair for text in texts if len(text.ids) > limit})
         raise PairsError(
             f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered with its {answer} answer; this "
-            f"model's context holds {limit}. Leave long pairs out; {long} of {texts[-1].pair + 1} pairs are too long."
+            f"model's context holds {limit}. Leave long pairs out ({long} of {texts[-1].pair + 1})."
         )
 
 

@@ -113,7 +113,7 @@ def _message(turn: object, here: str, place: str) -> Message:
     # Tables of messages give every message the keys of all; the empty ones say nothing.
     more = [str(key) for key, value in fields.items() if key not in ("role", "content") and value not in (None, "", [])]
     if {"from", "value"} <= set(more):
-        raise PairsError(f"{here} has 'from' and 'value'. Rename them to 'role' and 'content'.")
+        raise PairsError(f"{here} has 'from' and 'value'. Rename them to 'role' and 'content', and human to user, gpt to assistant.")
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str) or (content is None and not more):
         raise PairsError(f'{place}: a message is {{"role": text, "content": text}}; got {reprlib.repr(turn)}.')

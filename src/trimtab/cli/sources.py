@@ -205,6 +205,8 @@ def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
         task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
     except UnicodeDecodeError as error:
         raise OptionError(f"{text!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except RecursionError:
+        raise OptionError(f"{text!r} holds JSON that is nested too deeply to be read.") from None
     try:
         task.grade([""] * len(task))  # a true answer that the grader cannot read shows now, and not after an hour
     except ValueError as error:
