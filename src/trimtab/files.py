@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
@@ -121,9 +122,8 @@ def _parse(text: str, place: str) -> object:
     def unique(items: Sequence[tuple[str, object]]) -> dict[str, object]:
         found = dict(items)
         if len(found) < len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise PairsError(f"{place} gives the key {short(twice)} twice in one object. Keep one of them.")
+            twice = _first_repeated(key for key, _ in items)
+            raise PairsError(f"{place} gives the key {short(twice or '')} twice in one object. Keep one of them.")
         return found
 
     def refuse(constant: str) -> NoReturn:
@@ -143,6 +143,10 @@ def _parse(text: str, place: str) -> object:
         raise PairsError(f"{place} is not JSON: {error.msg} at {line}column {error.colno}.{hint}") from None
     except ValueError as error:  # a number with thousands of digits
         raise PairsError(f"{place} cannot be read: {error}.") from None
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 # Tables
@@ -190,9 +194,9 @@ def _header(cells: Sequence[str], place: str, named: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(names) == 1:
         raise PairsError(f"{place} has one column, {short(names[0])}; columns are separated by {named}.")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise PairsError(f"{place} has two columns {short(twice[0])}. Rename one of them.")
+    twice = _first_repeated(names)
+    if twice is not None:
+        raise PairsError(f"{place} has two columns {short(twice)}. Rename one of them.")
     return names
 
 

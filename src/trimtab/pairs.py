@@ -39,7 +39,7 @@ class Pairs(Sequence[Pair]):
 
     @staticmethod
     def load(path: str | Path, *, duplicates: Duplicates = "error") -> Pairs:
-        """Read pairs from a file: `.jsonl` (a record per line), `.json` (a list), `.csv`, `.tsv` or `.parquet`.
+        """Read pairs from a file: JSON lines (`.jsonl`, `.ndjson`), a JSON list, CSV, TSV or Parquet, by its suffix.
 
         Records are as in `from_records`; in CSV and TSV a cell may hold a JSON list of messages. Another suffix is an
         error, as is whatever a pair cannot be: `PairsError` names the line (or item, or row) that is wrong.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -52,7 +51,7 @@ def read_pair(record: object, place: str) -> Pair:
             )
     elif not prompt:
         hint = _renaming(fields)
-        if not hint and re.search(r"\b(Human|User):.*\bAssistant:", chosen, re.DOTALL):
+        if not hint and "Human:" in chosen and "Assistant:" in chosen:
             hint = " They look like transcripts: split them into messages with role and content."
         raise PairsError(
             f"{place} has no prompt, and its answers do not hold one: give them as lists of messages.{hint}"
@@ -113,7 +112,9 @@ def _message(turn: object, here: str, place: str) -> Message:
     # Tables of messages give every message the keys of all; the empty ones say nothing.
     more = [str(key) for key, value in fields.items() if key not in ("role", "content") and value not in (None, "", [])]
     if {"from", "value"} <= set(more):
-        raise PairsError(f"{here} has 'from' and 'value'. Rename them to 'role' and 'content', and human to user, gpt to assistant.")
+        raise PairsError(
+            f"{here} has 'from' and 'value'. Rename them to 'role' and 'content', and human to user, gpt to assistant."
+        )
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str) or (content is None and not more):
         raise PairsError(f'{place}: a message is {{"role": text, "content": text}}; got {reprlib.repr(turn)}.')

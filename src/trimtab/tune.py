@@ -73,7 +73,8 @@ def tune(
     notices damage before an answer turns wrong; without guardrails the smallest gain. Without a task the margin itself
     decides, and answers to the pairs' prompts show what breaks.
 
-    `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
+    `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them. Pairs
+    with prompts that learning has seen bring a warning.
     `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
     KL, broken answers; see `trimtab.evals.judge`) and the `safe_range` around [0, 1] within the budgets. `progress` is
     called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
