@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import pico
@@ -283,3 +283,82 @@ def test_spreading_over_devices_without_accelerate_prints_the_install_command(
     monkeypatch.setattr(render, "find_spec", lambda _: None)
     with pytest.raises(MissingDependency, match="pip install accelerate"):
         render.load(folder, device="auto")
+
+
+# Word pieces over the seam of prompt and answer, with vocabularies that were really learned
+
+TEXTS = [
+    "The answer is forty two.",
+    "Because the answerer answers, the answer is the answer.",
+    "I am sure that this is the answer.",
+    "What is the answer? Why is the sky blue?",
+    "The sky is blue because the sun is bright.",
+]
+
+
+def trained(pieces: str, template: str | None) -> Renderer:
+    """A tokenizer trained on `TEXTS`, on bytes as in GPT-2 or with a mark for spaces as in SentencePiece."""
+    core = Tokenizer(models.BPE())
+    alphabet = ["\n", *map(chr, range(0x20, 0x7F))]
+    if pieces == "bytes":
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=pieces)
+        core.decoder = decoders.Metaspace(prepend_scheme=pieces)
+    special = [*pico.SPECIAL, "[INST]", "[/INST]"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(TEXTS * 5, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = template
+    return Renderer(tokenizer)
+
+
+SEAMS = [
+    ("The ans", "wer is"),
+    ("The answer", " is"),
+    ("The ", "sky"),
+    ("Why is the sky b", "lue?"),
+    ("Why?", "Because"),
+]
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "always", "first"])
+@pytest.mark.parametrize(("prompt", "answer"), SEAMS)
+def test_a_word_cut_by_the_end_of_the_prompt_keeps_both_parts_in_their_places(
+    pieces: str, prompt: str, answer: str
+) -> None:
+    r = trained(pieces, None)
+    full = r.full(asked(prompt), answer)
+    assert full.ids[: full.response_start] == r.prompt_ids(asked(prompt))
+    assert full.response_end == len(full.ids)
+    assert r.decode(full.ids) == prompt + answer  # no letter and no space more than that
+    alone = r.tokenizer.decode(full.ids[: full.response_start])
+    assert alone.strip() == prompt.strip()
+
+
+def test_the_seams_are_ones_over_which_word_pieces_really_merge() -> None:
+    for pieces in ("bytes", "always", "first"):
+        r = trained(pieces, None)
+        merged = [r.full(asked(p), a).ids != r.tokenizer.encode(p + a, add_special_tokens=False) for p, a in SEAMS]
+        assert merged == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "always", "first"])
+@pytest.mark.parametrize("template", [pico.TEMPLATE, BRACKETS, THINKING], ids=["turns", "brackets", "thinking"])
+@pytest.mark.parametrize(("prompt", "answer"), SEAMS)
+def test_with_a_template_the_span_is_the_answer_whatever_its_pieces(
+    pieces: str, template: str, prompt: str, answer: str
+) -> None:
+    r = trained(pieces, template)
+    ids, full = r.prompt_ids(asked(prompt)), r.full(asked(prompt), answer)
+    assert full.ids[: full.response_start] == ids
+    assert r.tokenizer.decode(full.ids[full.response_start : full.response_end]).strip() == answer.strip()
+    assert r.tokenizer.convert_ids_to_tokens(full.ids[full.response_end]) == "<|end|>"
+    alone = r.as_user(answer)
+    assert r.tokenizer.decode(alone.ids[alone.response_start : alone.response_end]).strip() == answer.strip()

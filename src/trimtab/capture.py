@@ -208,9 +208,11 @@ def _other_questions(pairs: Pairs) -> list[str]:
 def _check_context(limit: int | None, texts: Sequence[_Text]) -> None:
     longest = max(texts, key=lambda text: len(text.ids))
     if limit is not None and len(longest.ids) > limit:
+        answer = ("chosen", "rejected")[longest.side]
+        long = len({text.pair for text in texts if len(text.ids) > limit})
         raise PairsError(
-            f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered; this model's context holds "
-            f"{limit}. Leave long pairs out."
+            f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered with its {answer} answer; this "
+            f"model's context holds {limit}. Leave long pairs out ({long} of {texts[-1].pair + 1})."
         )
 
 

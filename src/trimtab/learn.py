@@ -99,7 +99,8 @@ def learn(
     best = ranking[0].site
 
     lengths, width = evidence.lengths.double().mean(dim=0).tolist(), chosen.shape[-1]
-    notes = [*plan.notes, *doubts(statistics[best], plan.selection, width, lengths if length_match == "off" else None)]
+    unmatched = lengths if length_match == "off" else None
+    notes = [*plan.notes, *doubts(statistics[best], plan.selection, width, unmatched, len(used))]
     for note in notes:
         warnings.warn(note, TrimtabWarning, stacklevel=2)
     settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}
@@ -291,6 +292,7 @@ def _provenance(
         **model_identity(model, tokenizer),
         "pairs_hash": pairs.hash(),
         "pairs_count": len(pairs),
+        "prompt_hashes": pairs.prompt_hashes(),
         "options": dict(settings),
         "tool": f"trimtab {tool}",
         "licence": licence,

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, overload
 
 from trimtab.errors import OptionError, PairsError
-from trimtab.types import ROLES, Message, Pair, is_unicode
+from trimtab.files import FIELDS, kind, read_file, short
+from trimtab.records import check_roles, read_pair
+from trimtab.types import Message, Pair, is_unicode
 
 Duplicates = Literal["error", "drop", "keep"]
 
@@ -37,17 +39,14 @@ class Pairs(Sequence[Pair]):
 
     @staticmethod
     def load(path: str | Path, *, duplicates: Duplicates = "error") -> Pairs:
-        """Read pairs from a `.jsonl` file (one record per line) or a `.json` file (a list of records).
+        """Read pairs from a file: JSON lines (`.jsonl`, `.ndjson`), a JSON list, CSV, TSV or Parquet, by its suffix.
 
-        Records are as in `from_records`. Raises `PairsError` that names the line (or item) that is wrong.
+        Records are as in `from_records`; in CSV and TSV a cell may hold a JSON list of messages. Another suffix is an
+        error, as is whatever a pair cannot be: `PairsError` names the line (or item, or row) that is wrong.
         """
-        file = Path(path)
+        placed = read_file(path)
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PairsError(f"Cannot read pairs from {str(path)!r}: {error}.") from None
-        try:
-            return _from_text(text, file.suffix == ".json", duplicates)
+            return _from_records([record for _, record in placed], [place for place, _ in placed], duplicates)
         except PairsError as error:
             raise PairsError(f"{path}: {error}") from None
 
@@ -60,6 +59,8 @@ class Pairs(Sequence[Pair]):
         what happens to a pair seen before and to a pair that contradicts one seen before (same answers, swapped):
         "error", "drop" (keep the first of equal pairs and neither of contradictory ones), or "keep".
         """
+        if isinstance(records, str | Mapping) or not isinstance(records, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PairsError(f"Records are a list of objects; got {kind(records)}. Pass Pairs.load(...) a file.")
         items = list(records)
         return _from_records(items, [f"Record {number}" for number in range(1, len(items) + 1)], duplicates)
 
@@ -78,9 +79,12 @@ class Pairs(Sequence[Pair]):
         return records
 
     def save(self, path: str | Path) -> None:
-        """Write one record per line (JSONL), whatever the suffix of `path` except `.json`, which gets a list."""
-        lines = [json.dumps(record, ensure_ascii=False) for record in self.to_records()]
-        is_list = Path(path).suffix == ".json"
+        """Write the pairs to a `.jsonl` file (one record per line) or a `.json` file (a list), and to no other."""
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".jsonl", ".json"):
+            raise PairsError(f"Pairs are saved to a .jsonl or a .json file; got {str(path)!r}.")
+        lines = [_dump(record, f"Pair {number}") for number, record in enumerate(self.to_records(), 1)]
+        is_list = suffix == ".json"
         text = "[\n" + ",\n".join(lines) + "\n]\n" if is_list else "".join(line + "\n" for line in lines)
         Path(path).write_text(text, encoding="utf-8")
 
@@ -124,6 +128,10 @@ class Pairs(Sequence[Pair]):
     def hash(self) -> str:
         """Return the sha256 of prompts and answers in order; `meta` does not count."""
         return _digest([_digest(part for line in _key(pair) for part in line) for pair in self._pairs])
+
+    def prompt_hashes(self) -> list[str]:
+        """Return 12 hexadecimal digits for every prompt, sorted; prompts that differ in system lines only are one."""
+        return sorted({_digest(_question(pair))[:12] for pair in self._pairs})
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -173,37 +181,39 @@ def _digest(parts: Iterable[str]) -> str:
     return state.hexdigest()
 
 
-def _check(pair: Pair, place: str) -> None:
-    if not pair.prompt or pair.prompt[-1].role != "user":
-        last = pair.prompt[-1].role if pair.prompt else "nothing"
-        raise PairsError(f"{place}: the prompt must end with a user turn; it ends with {last}.")
-    for message in pair.prompt:
-        if message.role not in ROLES:
-            raise PairsError(f"{place}: role {message.role!r} is not one of {', '.join(ROLES)}.")
-        if not message.content.strip():
-            raise PairsError(f"{place}: the {message.role} turn of the prompt is empty.")
+def _check(pair: object, place: str) -> None:
+    if not isinstance(pair, Pair):
+        raise PairsError(f"{place} is {kind(pair)}, not a Pair. Use Pairs.from_records for records.")
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not isinstance(answer, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PairsError(f"{place}: the {name} answer is {kind(answer)}; it must be text.")
         if not answer.strip():
             raise PairsError(f"{place}: the {name} answer is empty.")
+    _check_prompt(pair.prompt, place)
     for text in (*(message.content for message in pair.prompt), pair.chosen, pair.rejected):
         if not is_unicode(text):
-            raise PairsError(f"{place} holds half of a surrogate pair, which is no character: {_short(ascii(text))}.")
+            raise PairsError(f"{place} holds half of a surrogate pair, which is no character: {short(ascii(text))}.")
     if pair.chosen.strip() == pair.rejected.strip():
-        raise PairsError(f"{place}: chosen and rejected are the same answer, {_short(pair.chosen)}.")
+        raise PairsError(f"{place}: chosen and rejected are the same answer, {short(pair.chosen)}.")
+    taken = [name for name in FIELDS if name in pair.meta]
+    if taken:
+        raise PairsError(f"{place}: its meta has a field {taken[0]!r}, which is the pair's own. Rename it.")
+
+
+def _check_prompt(prompt: object, place: str) -> None:
+    if not isinstance(prompt, tuple) or not all(isinstance(turn, Message) for turn in cast(tuple[object, ...], prompt)):
+        raise PairsError(f"{place}: the prompt is {kind(prompt)}; it must be a tuple of Messages.")
+    messages = cast(tuple[Message, ...], prompt)
+    check_roles((message.role for message in messages), place)
+    if not messages or messages[-1].role != "user":
+        last = messages[-1].role if messages else "nothing"
+        raise PairsError(f"{place}: the prompt must end with a user turn; it ends with {last}.")
+    for message in messages:
+        if not message.content.strip():
+            raise PairsError(f"{place}: the {message.role} turn of the prompt is empty.")
 
 
 # Records
-
-
-def _from_text(text: str, is_list: bool, duplicates: Duplicates) -> Pairs:
-    if is_list:
-        records = _parse(text, "the file")
-        if not isinstance(records, list):
-            raise PairsError(f"The file holds {_kind(records)}; a .json file of pairs holds a list of records.")
-        places = [f"Item {number}" for number in range(1, len(cast(list[object], records)) + 1)]
-        return _from_records(cast(list[object], records), places, duplicates)
-    lines = [(f"Line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return _from_records([_parse(line, place) for place, line in lines], [place for place, _ in lines], duplicates)
 
 
 def _from_records(records: Sequence[object], places: Sequence[str], duplicates: Duplicates) -> Pairs:
@@ -212,12 +222,12 @@ def _from_records(records: Sequence[object], places: Sequence[str], duplicates: 
     pairs: list[Pair] = []
     seen: dict[object, str] = {}
     for record, place in zip(records, places, strict=True):
-        pair = _read(record, place)
+        pair = read_pair(record, place)
         _check(pair, place)
         if duplicates == "error":
             hint = 'Pass duplicates="drop" to leave it out.'
             if _key(pair) in seen:
-                raise PairsError(f"{place} repeats {seen[_key(pair)].lower()}: {_short(pair.chosen)}. {hint}")
+                raise PairsError(f"{place} repeats {seen[_key(pair)].lower()}: {short(pair.chosen)}. {hint}")
             if _key(_swap(pair)) in seen:
                 raise PairsError(
                     f"{place} contradicts {seen[_key(_swap(pair))].lower()}: the same two answers to the same prompt, "
@@ -227,83 +237,17 @@ def _from_records(records: Sequence[object], places: Sequence[str], duplicates: 
         pairs.append(pair)
     if not pairs:
         raise PairsError("There are no pairs: the input holds no record.")
-    return Pairs(pairs).deduplicate() if duplicates == "drop" else Pairs(pairs)
+    kept = Pairs(pairs).deduplicate() if duplicates == "drop" else Pairs(pairs)
+    if not kept:
+        raise PairsError(f"There are no pairs left: all {len(pairs)} contradict each other, and were dropped.")
+    return kept
 
 
-def _read(record: object, place: str) -> Pair:
-    if not isinstance(record, Mapping):
-        raise PairsError(f"{place} is {_kind(record)}; a record is an object with prompt, chosen and rejected.")
-    fields = cast(Mapping[str, object], record)
-    for name in ("chosen", "rejected"):
-        if name in fields and fields[name] is None:
-            raise PairsError(f"{place}: {name} is null; it must be text or a list of messages.")
-    missing = [name for name in ("chosen", "rejected") if name not in fields]
-    if missing:
-        raise PairsError(
-            f"{place} has no {' and no '.join(missing)}; it has {', '.join(map(str, fields)) or 'nothing'}."
-        )
-    chosen, chosen_context = _answer(fields["chosen"], f"{place}, chosen")
-    rejected, rejected_context = _answer(fields["rejected"], f"{place}, rejected")
-    if chosen_context != rejected_context:
-        raise PairsError(f"{place}: chosen and rejected must share every turn before the answer; theirs differ.")
-    prompt = chosen_context
-    if fields.get("prompt") is not None:
-        prompt = _messages(fields["prompt"], f"{place}, prompt")
-        if chosen_context and chosen_context != prompt:
-            raise PairsError(f"{place}: the turns before the answer are not those of the prompt.")
-    elif not prompt:
-        raise PairsError(f"{place} has no prompt, and its answers do not hold one: give them as lists of messages.")
-    meta = {name: value for name, value in fields.items() if name not in ("prompt", "chosen", "rejected")}
-    return Pair(prompt, chosen, rejected, meta)
-
-
-class _Answer(NamedTuple):
-    text: str
-    context: tuple[Message, ...]
-
-
-def _answer(value: object, place: str) -> _Answer:
-    if isinstance(value, str):
-        return _Answer(value, ())
-    turns = _messages(value, place)
-    if not turns or turns[-1].role != "assistant":
-        raise PairsError(f"{place}: the last message must be the assistant's.")
-    return _Answer(turns[-1].content, turns[:-1])
-
-
-def _messages(value: object, place: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        return (Message("user", value),)
-    if not isinstance(value, list | tuple):
-        raise PairsError(f"{place} is {_kind(value)}; it must be text or a list of messages.")
-    turns: list[Message] = []
-    for turn in cast(Sequence[object], value):
-        fields = cast(Mapping[str, object], turn) if isinstance(turn, Mapping) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise PairsError(f'{place}: a message is {{"role": text, "content": text}}; got {_short(repr(turn))}.')
-        turns.append(Message(role, content))
-    return tuple(turns)
-
-
-def _parse(text: str, place: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PairsError(f"{place[0].upper() + place[1:]} is not JSON: {error}.") from None
-
-
-def _kind(value: object) -> str:
-    names = {
-        "dict": "an object",
-        "list": "a list",
-        "str": "text",
-        "int": "a number",
-        "float": "a number",
-        "NoneType": "null",
-    }
-    return names.get(type(value).__name__, f"a {type(value).__name__}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _dump(record: Mapping[str, object], place: str) -> str:
+    """Write a record as JSON that every reader takes, which has no NaN."""
+    for name, value in record.items():
+        try:
+            json.dumps({name: value}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PairsError(f"{place}: its field {name!r} cannot be written as JSON: {error}.") from None
+    return json.dumps(record, ensure_ascii=False)

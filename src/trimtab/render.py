@@ -324,7 +324,12 @@ class Renderer:
     def _extend(self, ids: list[int], text: str, more: str) -> list[int]:
         # Tokenised together where that leaves `ids` alone, so that word pieces at the seam are the usual ones.
         joint = self._encode(text + more)
-        return joint if joint[: len(ids)] == ids else ids + self._plain(more)
+        return joint if joint[: len(ids)] == ids else ids + self._inside(more)
+
+    def _inside(self, text: str) -> list[int]:
+        # Tokenizers of SentencePiece's kind put a space before whatever they are given; inside a text there is none.
+        before, joint = self._plain("\n"), self._plain("\n" + text)
+        return joint[len(before) :] if joint[: len(before)] == before else self._plain(text)
 
 
 _SENTINEL = "TrimtabSentinel7"

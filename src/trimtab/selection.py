@@ -46,9 +46,19 @@ def rank_sites(statistics: Statistics, selection: str, site: Site | None = None)
     return [Ranked(s, scores[s]) for s in ranked]
 
 
-def doubts(at: Mapping[str, float | None], selection: str, width: int, lengths: Sequence[float] | None) -> list[str]:
-    """Say what may make the knob mean something else than it seems to, from the chosen site's diagnostics."""
+def doubts(
+    at: Mapping[str, float | None], selection: str, width: int, lengths: Sequence[float] | None, count: int
+) -> list[str]:
+    """Say what may make the knob mean something else than it seems to, from the chosen site's diagnostics.
+
+    `lengths` are the mean tokens of chosen and rejected answers, None where they are accounted for; `count` the pairs.
+    """
     notes: list[str] = []
+    if count == 1:
+        notes.append(
+            "There is one pair, so no halves of the pairs can agree: the knob may hold this pair's wording and not a "
+            "preference. Add pairs; about a hundred do."
+        )
     if lengths is not None and max(lengths) > 1.5 * min(lengths):
         notes.append(
             f"Chosen answers have {lengths[0]:.1f} tokens on average and rejected ones {lengths[1]:.1f}: the knob may "

@@ -73,7 +73,8 @@ def tune(
     notices damage before an answer turns wrong; without guardrails the smallest gain. Without a task the margin itself
     decides, and answers to the pairs' prompts show what breaks.
 
-    `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them.
+    `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them. Pairs
+    with prompts that learning has seen bring a warning.
     `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
     KL, broken answers; see `trimtab.evals.judge`) and the `safe_range` around [0, 1] within the budgets. `progress` is
     called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
@@ -81,10 +82,11 @@ def tune(
     """
     knob = _reproducible(knob, agreement)
     wheres = _wheres(knob, where)
-    if knob.provenance.get("pairs_hash") == pairs.hash():
+    seen = _seen(knob, pairs)
+    if seen:
         warnings.warn(
-            f"Knob {knob.name!r} was learned from these very pairs: what is chosen on them fits them too well. "
-            "Tune on pairs that learning has not seen.",
+            f"Knob {knob.name!r} was learned from {seen}: what is chosen on them fits them too well. "
+            "Tune on pairs whose prompts learning has not seen.",
             TrimtabWarning,
             stacklevel=2,
         )
@@ -131,6 +133,16 @@ def tune(
         tuning |= {"dose_response": curve, "safe_range": list(safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
+
+
+def _seen(knob: Knob, pairs: Pairs) -> str:
+    """Say what of the pairs learning has seen; empty where it has seen nothing, or the knob does not know."""
+    if knob.provenance.get("pairs_hash") == pairs.hash():
+        return "these very pairs"
+    known: object = knob.provenance.get("prompt_hashes")
+    prompts = pairs.prompt_hashes()
+    shared = set(prompts) & set(cast(list[object], known) if isinstance(known, list) else [])
+    return f"{len(shared)} of these {len(prompts)} prompts" if shared else ""
 
 
 def _reproducible(knob: Knob, agreement: float) -> Knob:

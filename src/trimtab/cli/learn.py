@@ -46,7 +46,9 @@ LEARN = (
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
     options.add_model(parser)
-    parser.add_argument("pairs", metavar="PAIRS", help="a JSON or JSONL file, or prefworld:math, prefworld:math:200")
+    parser.add_argument(
+        "pairs", metavar="PAIRS", help="a .jsonl, .json, .csv, .tsv or .parquet file, or prefworld:math"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the knob")
     parser.add_argument("--method", help="palrs, diffmean, pca or random, a control (default palrs)")
     parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot)")

@@ -176,7 +176,8 @@ def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: 
 
     part = world_part(text)
     if part is None:
-        return Pairs.load(input_file(text, "a JSON or JSONL file of pairs, or prefworld:FAMILY"), duplicates=duplicates)
+        path = input_file(text, "a JSON or JSONL file of pairs (or CSV, TSV, Parquet), or prefworld:FAMILY")
+        return Pairs.load(path, duplicates=duplicates)
     from trimtab.prefworld import world
 
     pairs = world.pairs(part.family, part.size, split=split)
@@ -204,6 +205,8 @@ def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
         task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
     except UnicodeDecodeError as error:
         raise OptionError(f"{text!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except RecursionError:
+        raise OptionError(f"{text!r} holds JSON that is nested too deeply to be read.") from None
     try:
         task.grade([""] * len(task))  # a true answer that the grader cannot read shows now, and not after an hour
     except ValueError as error:
