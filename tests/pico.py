@@ -8,24 +8,16 @@ from typing import Any, Literal
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from trimtab.artifact import Knob
+from trimtab.check import default_config, twin
+from trimtab.check.twin import LAYERS, WIDTH
 from trimtab.types import Site, Where
 
 SPECIAL = ["<pad>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PAD, BOS, END = 0, 1, 2
-VOCABULARY = 256 + len(SPECIAL)
-LAYERS, WIDTH = 3, 32
+VOCABULARY = 256 + len(SPECIAL)  # as many as a twin has
 
 TEMPLATE = (
     "<s>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -63,80 +55,34 @@ def tokenizer(*, chat: bool = True, units: Literal["characters", "bytes"] = "cha
     return wrapped
 
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,  # greedy choices far enough apart to be the same in every batch
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": None,  # random models should not stop by accident
-    "use_cache": True,
-}
+ARCHITECTURES = """
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox gptj opt bloom falcon mpt olmo2 granite
+    starcoder2 stablelm cohere smollm3 exaone4 glm4 deepseek_v3
+    mixtral qwen3_moe gpt_oss olmoe granitemoe
+    mamba falcon_mamba mamba2 jamba falcon_h1 qwen3_next lfm2
+""".split()
+"""Architectures of text models, by the names transformers gives them: dense, mixtures of experts, state spaces and
+hybrids. Models are random twins of their default configurations."""
 
-_OWN: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "sliding_window": 8},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 8},
-    "mistral": {"sliding_window": 8},
-    "phi3": {},
-    "gpt2": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 256, "n_inner": 48},
-    "gpt_neox": {"rotary_pct": 0.5},
-    "gptj": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 256, "rotary_dim": 4},
-    "olmo2": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
-    "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True},
-    "bloom": {"n_layer": LAYERS, "n_head": 4},
-    "mixtral": {"num_local_experts": LAYERS, "num_experts_per_tok": 2},  # as many experts as layers, to confuse
-}
+EXPERTS = ("deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "jamba", "qwen3_next")
+"""Mixtures of experts compute on the tokens sent to them, from all rows: other shapes, other bits."""
 
-# Names of the common settings that a configuration translates itself, or does not have.
-_WITHOUT: dict[str, set[str]] = {
-    "gpt2": {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"},
-    "gptj": {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"},
-    "bloom": {"intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"},
-    "opt": {"intermediate_size", "num_key_value_heads"},
-    "gpt_neox": {"num_key_value_heads"},
-    "falcon": {"intermediate_size", "num_key_value_heads"},
-}
+STATE_SPACES = ("mamba", "falcon_mamba", "mamba2", "jamba", "falcon_h1", "qwen3_next", "lfm2")
+"""Architectures with recurrent states: padding on the right would run through the states that come after it."""
 
-ARCHITECTURES = list(_OWN)
+_CHANGES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": LAYERS},  # as many experts as layers, to confuse
+}
 
 
 def model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A random model of one of `ARCHITECTURES`, in evaluation mode; `changes` go to its configuration."""
-    common = {key: value for key, value in _COMMON.items() if key not in _WITHOUT.get(name, set())}
-    config = CONFIG_MAPPING[name](**{**common, **_OWN[name], **changes})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-        with torch.no_grad():  # zeros and ones would hide mistakes
-            for parameter_name, parameter in built.named_parameters():
-                if parameter_name.endswith("bias"):
-                    parameter.normal_(0, 0.1)
-    return built
+    return twin(default_config(name), seed=seed, **{**_CHANGES.get(name, {}), **changes}).to(dtype)
 
 
-def vision_language_model(*, vision_layers: int = LAYERS) -> PreTrainedModel:
-    """A LLaVA whose vision tower has as many layers as its text part."""
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    text = LlamaConfig(**_COMMON)
-    torch.manual_seed(0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCABULARY - 1)
-    return LlavaForConditionalGeneration(config).eval()
+def vision_language_model(name: str = "llava", *, vision_layers: int = LAYERS + 2) -> PreTrainedModel:
+    """A model with a vision tower deeper than its text part, or as deep as `vision_layers`."""
+    return twin(default_config(name), vision_layers=vision_layers)
 
 
 class _Block(nn.Module):

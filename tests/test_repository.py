@@ -27,7 +27,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Packages behind an extra: imported in one place, when used.
-OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval"}
+OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval", "pyarrow"}
 
 # What must work without training, learning or evaluation, and what those are.
 RUNTIME = ("runtime", "artifact", "adapter", "ops", "types", "errors")

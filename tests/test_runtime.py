@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from pico import ARCHITECTURES, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
+from pico import ARCHITECTURES, EXPERTS, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.errors import AdapterError, CacheError, KnobError, OptionError
@@ -50,7 +50,8 @@ def plain_hooks(lm: nn.Module, addends: Mapping[int, Tensor]) -> Iterator[None]:
 def greedy(lm: PreTrainedModel, inputs: Mapping[str, Tensor], steps: int = 6, **options: Any) -> Tensor:
     """New tokens of greedy decoding."""
     given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    out = lm.generate(**given, max_new_tokens=steps, do_sample=False, pad_token_id=PAD, **options)
+    given |= {"max_new_tokens": steps, "do_sample": False, "pad_token_id": PAD, "use_cache": True}
+    out = lm.generate(**{**given, **options})
     return out[:, inputs["input_ids"].shape[1] :]
 
 
@@ -63,13 +64,8 @@ def stepwise(lm: PreTrainedModel, rows: list[list[int]], new: Tensor, side: Side
     logits = [out.logits[torch.arange(len(rows)), last]]
     for token in new[:, :-1].T:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        out = lm(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
+        cache = {key: out[key] for key in ("past_key_values", "cache_params") if key in out}
+        out = lm(input_ids=token[:, None], attention_mask=mask, position_ids=position, use_cache=True, **cache)
         position = position + 1
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
@@ -146,7 +142,8 @@ def test_zero_strength_is_bitwise_baseline(name: str) -> None:
             assert torch.equal(lm(**inputs).logits, base)
             assert torch.equal(greedy(lm, inputs), tokens)
     with steer(lm, [{knob(0): 0.0}, {knob(0): 1.0}]):  # a row at zero beside a row that is steered
-        assert torch.equal(lm(**inputs).logits[0], base[0])
+        beside = lm(**inputs).logits[0]
+    assert torch.equal(beside, base[0]) or (name in EXPERTS and torch.allclose(beside, base[0], atol=1e-5))
 
 
 @torch.no_grad()
@@ -655,7 +652,7 @@ def test_mixed_batch_rows_equal_solo_runs(name: str, operation: Literal["add", "
         with steer(lm, setting):
             same_shape = stepwise(lm, rows, new)
             alone, own = stepwise(lm, [row], new[index : index + 1]), greedy(lm, pad([row]))
-        if name != "mixtral":  # experts compute on the tokens sent to them, from all rows: other shapes, other bits
+        if name not in EXPERTS:
             assert torch.equal(mixed[index], same_shape[index])
         torch.testing.assert_close(mixed[index], same_shape[index], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(mixed[index], alone[0], atol=1e-4, rtol=1e-4)

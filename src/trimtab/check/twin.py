@@ -32,7 +32,7 @@ _BY_VALUE: dict[int, str] = {
     ),
     16: "mamba_d_head mamba_head_dim image_size qk_head_dim",
     64: "mamba_d_ssm",
-    2: "linear_num_key_heads num_experts_per_tok moe_k patch_size attn_layer_period",
+    2: "linear_num_key_heads num_experts_per_tok num_experts_per_token moe_k patch_size attn_layer_period",
     1: "topk_group n_group first_k_dense_replace mamba_n_groups n_groups attn_layer_offset",
     CONTEXT: "max_position_embeddings n_positions max_seq_len n_ctx context_length",
 }
@@ -57,30 +57,32 @@ def default_config(model_type: str) -> PretrainedConfig:
     return CONFIG_MAPPING[model_type]()
 
 
-def twin(config: PretrainedConfig, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def twin(
+    config: PretrainedConfig, *, seed: int = 0, vision_layers: int = LAYERS + 2, **changes: Any
+) -> PreTrainedModel:
     """Build a small random model of the same architecture, float32, in evaluation mode.
 
     Kept are the kinds of layers and their order, grouped and multi-query attention, experts, windows, norms and soft
-    caps; made small are widths, depth, vocabulary and context. A vision tower comes out deeper than the text part.
-    `changes` go to the small text part. Raises `AdapterError` where the architecture cannot be made small.
+    caps; made small are widths, depth, vocabulary and context. Towers for images and sound get `vision_layers`, more
+    than the text part; `changes` go to that. Raises `AdapterError` where the architecture cannot be made small.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS))
+        small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS, vision_layers))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             text_only = type(small) in cast(Any, AutoModelForCausalLM)._model_mapping
             factory = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
             model = cast("PreTrainedModel", factory.from_config(small)).float().eval()
             _fill_biases(model)
-    except Exception as error:  # noqa: BLE001  # whatever somebody's configuration and model code may raise
+    except Exception as error:  # whatever somebody's configuration and model code may raise
         kind = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise AdapterError(f"Cannot build a small twin of {config.model_type!r}: {kind}") from error
     return model
 
 
-def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int, tower: int) -> dict[str, Any]:
     """Return the settings of a small configuration; `changes` go to its text part."""
     depth = next((settings[name] for name in _COUNTS if isinstance(settings.get(name), int)), 0)
     heads = next((settings[name] for name in _HEADS if isinstance(settings.get(name), int)), 0)
@@ -91,12 +93,12 @@ def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int
         if name in _LEFT_OUT:
             continue
         if name in _TEXT and isinstance(value, Mapping):
-            value = _shrink(cast(Mapping[str, Any], value), changes, layers)
+            value = _shrink(cast(Mapping[str, Any], value), changes, layers, tower)
         elif name in _TOWERS and isinstance(value, Mapping):
-            value = _shrink(cast(Mapping[str, Any], value), {}, layers + 2)
+            value = _shrink(cast(Mapping[str, Any], value), {}, tower, tower)
         elif "rope" in name and isinstance(value, Mapping):
             value = _plain_rope(cast(Mapping[str, Any], value))
-        elif isinstance(value, list) and depth and len(cast(list[Any], value)) in (depth, len(kinds or ())):
+        elif isinstance(value, list) and kept and len(cast(list[Any], value)) in (depth, len(kinds or ())) and value:
             value = [cast(list[Any], value)[i] for i in kept]  # one entry per layer
         elif isinstance(value, Mapping) and name.startswith("per_layer"):
             entries = cast(Mapping[Any, Any], value)

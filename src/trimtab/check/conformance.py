@@ -1,0 +1,418 @@
+"""The checks of one model: blocks, reading, writing, positions, padding, rows, and that nothing stays behind.
+
+Everything is compared with the plain model, run here without Trimtab's runtime, on random token ids: no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapter import Adapter
+from trimtab.artifact import Knob
+from trimtab.check.trace import tracing
+from trimtab.errors import AdapterError, TrimtabError
+from trimtab.runtime import steer
+from trimtab.types import Site, Where
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Verdict = Literal["ok", "refused", "failed"]
+
+LENGTHS = (7, 4, 1)
+NEW = 3
+"""Tokens generated, or forced, after prompts of `LENGTHS` tokens."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    verdict: Verdict
+    said: str = ""
+    """Figures, or why it was refused or failed."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found of one model."""
+
+    model: str
+    architecture: str
+    path: str = ""
+    """Where the decoder blocks are, empty where they were not found."""
+    layers: int = 0
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """`failed` if any check failed, else `refused` if any was refused, else `ok`."""
+        verdicts = {finding.verdict for finding in self.findings}
+        return "failed" if "failed" in verdicts else "refused" if "refused" in verdicts else "ok"
+
+
+class _Broken(AssertionError):
+    """A check that does not hold; its text says what was seen."""
+
+
+@dataclass
+class _Bench:
+    """A model with what every check needs."""
+
+    adapter: Adapter
+    model: PreTrainedModel
+    rows: list[list[int]]
+    new: Tensor  # [B, NEW]
+    norms: dict[int, float] = field(default_factory=dict[int, float])
+
+    @property
+    def middle(self) -> int:
+        return self.adapter.n_layers // 2
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of logits, as a share of their spread, that rounding explains."""
+        return {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.adapter.dtype, 0.1)
+
+    def knob(self, layer: int, where: Where = "all", *, seed: int = 0, gain: float = 0.5) -> Knob:
+        vector = torch.randn(self.adapter.hidden_size, generator=torch.Generator().manual_seed(seed))
+        site, name = Site(layer, "last"), f"check-{layer}-{seed}"
+        norms = {layer: self.norms.get(layer, 1.0)}
+        return Knob(name=name, method="random", vectors={site: vector}, norms=norms, site=site, gain=gain, where=where)
+
+    def pad(self, rows: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+        """Pad rows; positions count real tokens, as models with absolute positions need."""
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[i, columns], mask[i, columns] = torch.tensor(row), 1
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        known = self.parameters
+        return {name: value.to(self.adapter.device(0)) for name, value in inputs.items() if name in known}
+
+    @property
+    def parameters(self) -> set[str]:
+        import inspect
+
+        return set(inspect.signature(self.model.forward).parameters)
+
+    def logits(self, rows: Sequence[Sequence[int]], side: str = "left") -> list[Tensor]:
+        """Logits of whole rows without a cache, `[T, V]` float32 each, padding left out."""
+        inputs = self.pad(rows, side)
+        off = {"use_cache": False} if "use_cache" in self.parameters else {}
+        out: Tensor = self.model(**inputs, **off).logits.float()
+        width = out.shape[1]
+        starts = [width - len(row) if side == "left" else 0 for row in rows]
+        return [out[i, start : start + len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
+
+    def generate(self, rows: Sequence[Sequence[int]], **options: Any) -> Tensor:
+        inputs = {name: value for name, value in self.pad(rows).items() if name != "position_ids"}
+        run = cast(Callable[..., Tensor], self.model.generate)
+        return run(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None, **options)[
+            :, max(map(len, rows)) :
+        ]
+
+
+def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -> Report:
+    """Check that a model's residual stream is read and written where Trimtab thinks; takes seconds on a small model.
+
+    `name` is what the report calls the model. `layers_path` names the decoder blocks of an unusual model. Each check is
+    "ok", "refused" (Trimtab says that it will not, and why) or "failed" (it would be silently wrong: do not use it).
+    The model is left as it was.
+    """
+    config: Any = getattr(model, "config", None)
+    architecture = str(getattr(config, "model_type", type(model).__name__))
+    name = name or type(model).__name__
+    training = model.training
+    model.eval()
+    try:
+        adapter = Adapter(model, layers_path=layers_path)
+    except TrimtabError as error:
+        return Report(name, architecture, findings=(Finding("blocks", "refused", str(error)),))
+    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 100))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(min(10, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
+
+    rows, new = [draw(length) for length in LENGTHS], torch.tensor([draw(NEW) for _ in LENGTHS])
+    bench = _Bench(adapter, cast("PreTrainedModel", model), rows, new.to(adapter.device(0)))
+    findings = [Finding("blocks", "ok", f"{adapter.path} ({adapter.n_layers})")]
+    try:
+        with torch.no_grad():
+            for label, function in CHECKS.items():
+                findings.append(_run(label, function, bench))
+                if (label, findings[-1].verdict) == ("read", "refused"):
+                    break  # nothing else can be said of it
+    finally:
+        model.train(training)
+    return Report(name, architecture, adapter.path, adapter.n_layers, tuple(findings))
+
+
+def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding:
+    try:
+        return Finding(name, "ok", function(bench))
+    except _Broken as error:
+        return Finding(name, "failed", str(error))
+    except TrimtabError as error:
+        return Finding(name, "refused", str(error))
+    except Exception as error:  # noqa: BLE001  # the model's own code: whatever it raises makes it unusable here
+        return Finding(
+            name, "refused", f"the model itself: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
+
+
+# The checks: each returns a remark, raises _Broken where it does not hold, or lets a refusal through
+
+
+def _read(bench: _Bench) -> str:
+    """What is captured is what a plain hook sees at every layer, and the stream is causal."""
+    adapter, row = bench.adapter, bench.rows[0]
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Tensor], Tensor]:
+        def function(hidden: Tensor) -> Tensor:
+            seen[layer] = hidden
+            return hidden
+
+        return function
+
+    with adapter.write({layer: keep(layer) for layer in range(adapter.n_layers)}):
+        with adapter.read(range(adapter.n_layers)) as reading:
+            states = bench.model(**bench.pad([row]), output_hidden_states=True).hidden_states
+        whole, hooked = dict(reading.acts), dict(seen)
+        with adapter.read(range(adapter.n_layers)) as reading:
+            bench.model(**bench.pad([row[:-2]]))
+        part = dict(reading.acts)
+    for layer in range(adapter.n_layers):
+        bench.norms[layer] = float(whole[layer][0, 1:].float().norm(dim=-1).mean())
+        later = _apart(whole[layer][:, : len(row) - 2], part[layer])
+        if later > bench.tolerance:
+            raise AdapterError(
+                f"Not a causal model: later tokens change what layer {layer} holds for earlier ones, by {later:.1g}."
+            )
+        if not torch.equal(whole[layer], hooked[layer]):
+            raise _Broken(f"what is read at layer {layer} is not what a hook there is given")
+    if states is None or len(states) != adapter.n_layers + 1:
+        return "no hidden_states to compare with"
+    inner = range(adapter.n_layers - 1)  # the last entry is after the final norm
+    for offset in (1, 0):  # with the embeddings in front; some models (Mamba) leave them out
+        if all(torch.equal(whole[layer], states[layer + offset]) for layer in inner):
+            return f"layer i is hidden_states[i{' + 1' if offset else ''}]"
+    raise _Broken("the layers are not the entries of hidden_states")
+
+
+def _write(bench: _Bench) -> str:
+    """Steered minus base is the addend at every layer, nothing below it changes, and the logits do."""
+    adapter, row = bench.adapter, bench.rows[0]
+    worst = 0.0
+    with adapter.read(range(adapter.n_layers)) as reading:
+        base_logits = bench.logits([row])[0]
+        base = dict(reading.acts)
+        for layer in range(adapter.n_layers):
+            turned = bench.knob(layer)
+            with steer(adapter, {turned: 1.0}):
+                logits = bench.logits([row])[0]
+            added = (reading.acts[layer].float() - base[layer].float())[0]
+            wanted = turned.addend(1.0).to(added)
+            worst = max(worst, float((added - wanted).norm(dim=-1).max() / wanted.norm()))
+            if any(not torch.equal(reading.acts[below], base[below]) for below in range(layer)):
+                raise _Broken(f"a knob at layer {layer} changes a layer below it")
+            if torch.equal(logits, base_logits):
+                raise _Broken(f"a knob at layer {layer} does not reach the logits")
+    if worst > bench.tolerance:
+        raise _Broken(f"steered minus base is off by {worst:.1g} of the addend")
+    return f"off by {worst:.0e}"
+
+
+def _zero(bench: _Bench) -> str:
+    """Strength 0 is bitwise the base model, and so is the model after steering, and after an error inside."""
+    base = bench.logits([bench.rows[0]])[0]
+    hooks = _hooks(bench.model)
+    turned = bench.knob(bench.middle)
+    with steer(bench.adapter, {turned: 0.0}):
+        if not torch.equal(bench.logits([bench.rows[0]])[0], base):
+            raise _Broken("strength 0 is not bitwise the base model")
+    try:
+        with steer(bench.adapter, {turned: 1.0}):
+            bench.logits([bench.rows[0]])
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    if _hooks(bench.model) != hooks or not torch.equal(bench.logits([bench.rows[0]])[0], base):
+        raise _Broken("something stays on the model after steering")
+    return "bitwise"
+
+
+def _positions(bench: _Bench) -> str:
+    """The same absolute positions are steered with and without cache, at either padding side, in a batch or alone,
+    in beams, and in a second turn."""
+    layer, turns = bench.middle, 0
+    lengths = list(LENGTHS)
+    eight = [bench.rows[i % 3] for i in range(8)]
+    second = [row + bench.new[i].tolist() + bench.rows[0][:2] for i, row in enumerate(bench.rows)]
+    for where in ("all", "prompt", "context", "completion"):
+        turned = bench.knob(layer, where)
+
+        def wanted(length: int, total: int, where: str = where) -> list[int]:
+            spans = {"all": (0, total), "prompt": (0, length), "context": (0, length - 1)}
+            return list(range(*spans.get(where, (length - 1, total))))
+
+        ways: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+            "cache": (bench.rows, {}),
+            "no cache": (bench.rows, {"use_cache": False}),
+            "alone": (bench.rows[:1], {}),
+            "batch of 8": (eight, {}),
+            "beams": (bench.rows, {"num_beams": 2}),
+            "second turn": (second, {}),
+        }
+        for way, (rows, options) in ways.items():
+            given = [len(row) for row in rows]
+            mask = _mask(given, "left")
+            with (
+                steer(bench.adapter, {turned: 1.0}, prompt_lengths=given),
+                tracing(bench.adapter, layer, mask) as trace,
+            ):
+                bench.generate(rows, **options)
+            # the last new token is never fed back
+            expected = [wanted(length, length + NEW - 1) for length in given]
+            if trace.positions() != expected:
+                raise _Broken(f"where={where!r}, {way}: steered {trace.positions()}, not {expected}")
+            turns += 1
+        for side in ("left", "right"):
+            whole = [row + bench.new[i].tolist() for i, row in enumerate(bench.rows)]
+            mask = _mask([len(row) for row in whole], side)
+            with (
+                steer(bench.adapter, {turned: 1.0}, prompt_lengths=lengths),
+                tracing(bench.adapter, layer, mask) as trace,
+            ):
+                bench.logits(whole, side)
+            expected = [wanted(length, length + NEW) for length in lengths]
+            if trace.positions() != expected:
+                raise _Broken(f"where={where!r}, {side} padding: steered {trace.positions()}, not {expected}")
+            turns += 1
+    return f"{turns} ways"
+
+
+def _cache(bench: _Bench) -> str:
+    """Steered decoding with a KV cache gives the logits of the steered forward without one."""
+
+    def off(setting: dict[Knob, float], given: list[int] | None) -> float:
+        worst = 0.0
+        for i, row in enumerate(bench.rows[:2]):  # some models go wrong on prompts of one token by themselves
+            forced = row + bench.new[i].tolist()
+            with steer(bench.adapter, setting, prompt_lengths=[given[i]] if given else None):
+                whole = bench.logits([forced])[0][len(row) - 1 :]
+                steps: list[Tensor] = []
+                out = bench.model(**bench.pad([row]), use_cache=True)
+                for column in range(NEW + 1):
+                    steps.append(out.logits[0, -1].float())
+                    if column < NEW:
+                        out = bench.model(
+                            **_next(out, bench.new[i : i + 1, column : column + 1], len(row) + column, bench)
+                        )
+            worst = max(worst, _apart(torch.stack(steps), whole))
+        return worst
+
+    base = off({}, None)
+    found = max(off({bench.knob(bench.middle, where): 1.0}, list(LENGTHS)) for where in ("all", "prompt", "completion"))
+    return _verdict(found, base, bench, "with a KV cache")
+
+
+def _padding(bench: _Bench) -> str:
+    """Steered rows in a padded batch give the logits they give alone, on either side."""
+
+    def off(setting: dict[Knob, float], side: str) -> float:
+        lengths = list(LENGTHS)
+        with steer(bench.adapter, setting, prompt_lengths=lengths):
+            together = bench.logits(bench.rows, side)
+        alone: list[Tensor] = []
+        for row in bench.rows:
+            with steer(bench.adapter, setting, prompt_lengths=[len(row)]):
+                alone += bench.logits([row])
+        return max(_apart(a, b) for a, b in zip(together, alone, strict=True))
+
+    said: list[str] = []
+    for side in ("left", "right"):
+        turned = {bench.knob(0): 1.0, bench.knob(bench.middle, "completion", seed=1): 1.0}
+        said.append(f"{side} {_verdict(off(turned, side), off({}, side), bench, f'padded on the {side}')}")
+    return ", ".join(said)
+
+
+def _rows(bench: _Bench) -> str:
+    """Rows of a batch keep their own knobs: each gives what the batch gives when all rows have its knobs."""
+    one, two = bench.knob(0), bench.knob(bench.middle, "completion", seed=1)
+    settings: list[dict[Knob, float]] = [{one: 1.0}, {}, {two: -1.0, one: 0.5}]
+    row = bench.rows[0]
+    rows, lengths = [row] * 3, [len(row)] * 3
+    with steer(bench.adapter, settings, prompt_lengths=lengths):
+        mixed = bench.logits(rows)
+    worst = 0.0
+    for i, setting in enumerate(settings):
+        with steer(bench.adapter, setting, prompt_lengths=lengths):
+            worst = max(worst, _apart(mixed[i], bench.logits(rows)[i]))
+    if worst > bench.tolerance:
+        raise _Broken(f"a row's logits are off by {worst:.1g} when others in the batch have other knobs")
+    return f"off by {worst:.0e}"
+
+
+CHECKS: dict[str, Callable[[_Bench], str]] = {
+    "read": _read,
+    "write": _write,
+    "zero": _zero,
+    "positions": _positions,
+    "cache": _cache,
+    "padding": _padding,
+    "rows": _rows,
+}
+"""Every check by its name, in the order in which they run; `blocks`, which finds the decoder blocks, comes first."""
+
+
+# Small helpers
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference as a share of the spread of `b`."""
+    a, b = a.float(), b.float()
+    return float((a - b).abs().max() / b.std().clamp(min=1e-9))
+
+
+def _verdict(found: float, base: float, bench: _Bench, how: str) -> str:
+    """Judge a difference of steered runs by rounding, or by that of the unsteered model where it is larger."""
+    if base > bench.tolerance:
+        return f"as the base model, whose own logits differ by {base:.1g} {how}"
+    if found > bench.tolerance:
+        raise _Broken(f"steered logits differ by {found:.1g} {how}, the base model's by {base:.1g}")
+    return f"off by {found:.0e}"
+
+
+def _mask(lengths: Sequence[int], side: str) -> Tensor:
+    width = max(lengths)
+    columns = torch.arange(width)
+    return torch.stack([columns >= width - n if side == "left" else columns < n for n in lengths])
+
+
+def _next(out: Any, token: Tensor, past: int, bench: _Bench) -> dict[str, Any]:
+    """Return the arguments of a decode step after an output."""
+    name = next((key for key in ("past_key_values", "cache_params") if out.get(key) is not None), None)
+    if name is None:
+        raise AdapterError("The model returns no KV cache (past_key_values or cache_params) to go on with.")
+    step = {
+        "input_ids": token,
+        "attention_mask": torch.ones(1, past + 1, dtype=torch.long, device=token.device),
+        "position_ids": torch.tensor([[past]], device=token.device),
+        "use_cache": True,
+    }
+    return {name: out[name], **{key: value for key, value in step.items() if key in bench.parameters}}
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

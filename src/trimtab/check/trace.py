@@ -1,0 +1,74 @@
+"""Which absolute positions of each row are steered, read off the residual stream itself and not off any mask."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from trimtab.adapter import Adapter, CallInfo, Reading
+from trimtab.errors import AdapterError
+
+
+class Trace:
+    """What `tracing` saw: `steered[row][position]` says whether that token was changed at the layer.
+
+    Positions count a row's real tokens from 0, padding not counted. Tokens that come several times (without a KV cache
+    every call brings all of them) must be treated alike each time: `AdapterError` otherwise.
+    """
+
+    def __init__(self, layer: int, prompt_mask: Tensor, reading: Reading) -> None:
+        self._layer, self._reading = layer, reading
+        self._mask = prompt_mask.bool()  # [B, columns of the prompt]
+        self._start = self._stop = 0  # columns of the latest call
+        self._before: Tensor | None = None
+        self.steered: list[dict[int, bool]] = [{} for _ in range(len(prompt_mask))]
+
+    def positions(self) -> list[list[int]]:
+        """Return the steered positions of each row, in order."""
+        return [sorted(position for position, steered in row.items() if steered) for row in self.steered]
+
+    def _call(self, call: CallInfo) -> None:
+        self._finish()
+        # Counted here, since recurrent states do not tell how many tokens they hold.
+        self._start = 0 if call.cache is None else self._stop
+        self._stop = self._start + call.tokens
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        self._before = hidden.clone()
+        return hidden
+
+    def _finish(self) -> None:
+        """Compare what the block gave with what the latest call went on with."""
+        if self._before is None:
+            return
+        changed = (self._reading.acts[self._layer] != self._before).any(-1).tolist()  # [B, T]
+        self._before = None
+        times = len(changed) // len(self._mask)
+        new = torch.ones(len(self._mask), max(self._stop - self._mask.shape[1], 0), dtype=torch.bool)
+        real = torch.cat([self._mask.cpu(), new], 1)
+        places = (real.cumsum(1) - 1).tolist()
+        for number, flags in enumerate(changed):
+            row = number // times
+            for column, flag in enumerate(flags, self._start):
+                place = places[row][column]
+                if not real[row, column]:
+                    if flag:
+                        raise AdapterError(f"Padding was steered: row {row}, column {column}.")
+                elif self.steered[row].setdefault(place, flag) != flag:
+                    raise AdapterError(f"Position {place} of row {row} was steered in one call and not in another.")
+
+
+@contextmanager
+def tracing(adapter: Adapter, layer: int, prompt_mask: Tensor) -> Generator[Trace]:
+    """Trace one layer, inside `steer`. Whatever runs here begins with prompts padded as in `prompt_mask [B, P]`.
+
+    The model may run a multiple of these rows (beams): neighbours count as one row.
+    """
+    with adapter.read([layer]) as reading:  # what the knobs have made of the block's output
+        trace = Trace(layer, prompt_mask, reading)
+        with adapter.write({layer: trace._keep}, before=trace._call):  # entered last: sees that output first
+            yield trace
+            trace._finish()
