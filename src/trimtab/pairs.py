@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, overload
 
 from trimtab.errors import OptionError, PairsError
-from trimtab.files import FIELDS, kind, read_file, short
+from trimtab.formats import FIELDS, kind, read_file, short
 from trimtab.records import check_roles, read_pair
 from trimtab.types import Message, Pair, is_unicode
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 from trimtab.errors import PairsError
-from trimtab.files import FIELDS, kind, short
+from trimtab.formats import FIELDS, kind, short
 from trimtab.types import ROLES, Message, Pair
 
 _OTHER_NAMES = {
