@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.adapter import Adapter
-from trimtab.errors import KnobError, TrimtabWarning
+from trimtab.errors import KnobError, TrimtabWarning, printable
 from trimtab.render import Renderer
 
 if TYPE_CHECKING:
@@ -90,18 +90,20 @@ def check_identity(
         if key == "architecture":
             unknown |= {"config_hash"}  # another architecture has another configuration; said once
         message = (
-            f"Knob {knob!r} was learned with another {IDENTITY[key]}: {_short(ours)}; this model has {_short(theirs)}."
+            f"Knob {knob!r} was learned with another {IDENTITY[key]}: {said(ours)}; this model has {said(theirs)}."
         )
         if key in _REFUSED and strict:
             raise KnobError(f"{message} Learn it again here, or pass strict=False to use it all the same.")
         warnings.warn(message, TrimtabWarning, stacklevel=3)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text  # a sha256
+def said(value: object) -> str:
+    """Write a value of an identity as it may stand in a message; it may come from a file of others."""
+    text = printable(str(value))
+    return text[:12] if len(text) == 64 else text if len(text) <= 60 else f"{text[:57]}..."  # 64: a sha256
 
 
 def _describe(identity: Mapping[str, Any]) -> str:
     name, architecture = identity.get("model") or "an unnamed model", identity.get("architecture") or "unknown"
-    return f"{name} ({architecture}, hidden size {identity.get('hidden_size')}, {identity.get('n_layers')} layers)"
+    sizes = f"hidden size {said(identity.get('hidden_size'))}, {said(identity.get('n_layers'))} layers"
+    return f"{said(name)} ({said(architecture)}, {sizes})"
