@@ -2,9 +2,9 @@
 
     python tests/hostile.py        print how many there are of each kind
 
-Every file but those of the kinds "cut", "bit", "length" and "checksum" carries a checksum that is right, so that what is wrong
-with it is found by the check meant for it, and not by the checksum. The files are made without the code that writes
-knobs.
+Every file but those of the kinds "cut", "bit", "length" and "checksum" carries a checksum that is right, so that what
+is wrong with it is found by the check meant for it, and not by the checksum. The files are made without the code that
+writes knobs.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     # A name may have 255 bytes; fifty characters leave room for what is added, whatever the alphabet.
-    part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")
+    part = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}.part"
     try:
         _refuse_special_target(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def _decode(data: bytes) -> KnobFile:
         if dtype != "F32":
             raise KnobError(f"its tensor {brief(name)} has dtype {brief(dtype)}; a knob's are all F32.")
     try:
-        tensors = from_bytes(data)
+        tensors = dict(sorted(from_bytes(data).items()))  # safetensors gives them in any order
     except SafetensorError as error:
         raise _not_whole(printable(str(error))[:200]) from None
     return KnobFile(tensors, header)

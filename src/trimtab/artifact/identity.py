@@ -29,7 +29,7 @@ IDENTITY = {
 """What `model_identity` returns, and what messages call it."""
 
 _REFUSED = ("architecture", "template_hash")
-_WARNED = ("revision", "config_hash", "tokenizer_hash")
+_WARNED = ("revision", "n_layers", "config_hash", "tokenizer_hash")
 # Settings that vary without changing what the model computes.
 _VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -88,7 +88,9 @@ def check_identity(
         if key in unknown or silent or ours == theirs or (theirs is None and key != "template_hash"):
             continue
         if key == "architecture":
-            unknown |= {"config_hash"}  # another architecture has another configuration; said once
+            unknown |= {"n_layers", "config_hash"}  # another architecture has another configuration; said once
+        if key == "n_layers":
+            unknown |= {"config_hash"}
         message = (
             f"Knob {knob!r} was learned with another {IDENTITY[key]}: {said(ours)}; this model has {said(theirs)}."
         )

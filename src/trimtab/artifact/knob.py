@@ -226,8 +226,8 @@ class Knob:
         """Compare the knob with a model, and with its tokenizer if given; what the knob does not know is not compared.
 
         Raises `KnobError` for another width, a layer the model does not have, another architecture or another chat
-        template; `strict=False` turns the last two into warnings. Another configuration, revision or vocabulary is
-        always a warning; `hashes=False` leaves configuration and vocabulary out, whose hashes take time.
+        template; `strict=False` turns the last two into warnings. Another configuration, number of layers, revision or
+        vocabulary is always a warning; `hashes=False` leaves configuration and vocabulary out, whose hashes take time.
         """
         top = max(site.layer for site in self.vectors)
         check_identity(self.name, self.width, top, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
@@ -355,10 +355,11 @@ def _check_fields(knob: Knob) -> None:
 def _check_vectors(knob: Knob) -> None:
     shape = knob.vectors[knob.site].shape
     for site, vector in knob.vectors.items():
-        if vector.shape != shape or vector.dim() != 1 or not len(vector):
+        if vector.dim() != 1 or not len(vector):
+            raise KnobError(f"Every vector must have shape [D]; that of site {site} has {brief(list(vector.shape))}.")
+        if vector.shape != shape:
             raise KnobError(
-                f"Every vector must have shape [D]; site {site} has {brief(list(vector.shape))}, "
-                f"not {brief(list(shape))}."
+                f"Every vector must have one shape; that of site {site} has {list(vector.shape)}, not {list(shape)}."
             )
         if not torch.isfinite(vector).all():
             raise KnobError(f"The vector of site {site} holds values that are not finite.")
