@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import hostile
 import pico
 from trimtab.artifact import FORMAT_VERSION, Knob, Rack, file, load_panel, model_identity, save_panel
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
@@ -89,6 +90,11 @@ def test_knobs_are_told_apart_by_identity_and_share_no_memory_with_their_source(
         ({"norms": {1: 4.0}}, "Layer 2 needs a positive mean residual norm; got None"),
         ({"norms": {1: 0.0, 2: 1.0}}, "Layer 1 needs a positive mean residual norm; got 0.0"),
         ({"tuning": {"safe_range": [2, 1]}}, "safe range"),
+        ({"method": ""}, "A method's name is 1 to 100 printable characters"),
+        ({"site": Site(-1, "last")}, "A site is written layer/position, .* got '-1/last'"),
+        ({"vectors": {A: vector(1), Site(1, "a b"): vector(2)}}, "got '1/a b'"),
+        ({"norms": {1: 4.0, 2: 1.0, 3: math.inf}}, "Layer 3 needs a positive mean residual norm; got inf"),
+        ({"gain": 1e38}, "Strength 1 would add a vector of length 4e.38, which float32 cannot hold"),
         ({"tuning": {"safe_range": "wide"}}, "safe range"),
     ],
 )
@@ -102,6 +108,8 @@ def test_unknown_place_and_operation_are_errors_that_list_the_known_ones() -> No
         knob(where="everywhere")
     with pytest.raises(UnknownName, match="Known: ablate, add"):
         knob(operation="multiply")
+    with pytest.raises(UnknownName, match="Known: steering"):
+        knob(kind="delta")
 
 
 # Other knobs from one
@@ -201,11 +209,11 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
     before = path.read_bytes()
 
     def full_disk(_descriptor: int) -> None:
-        raise OSError("no space left")
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(KnobError, match=r"no space left on device\. Nothing there was changed"):
             knob(name="new").save(path)
     with pytest.raises(KnobError, match="cannot be written as JSON"):
         knob(provenance={"what": object()}).save(path)
@@ -215,52 +223,52 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
-def header_of(data: bytes) -> dict[str, Any]:
-    return json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+def damaged(**changes: Any) -> bytes:
+    return hostile.knob_file(hostile.header_with(**changes))
 
 
-def with_header(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """Change Trimtab's JSON header inside a knob file."""
-    outer = header_of(data)
-    inner = json.loads(outer["__metadata__"]["trimtab"])
-    changed = change(inner)
-    outer["__metadata__"]["trimtab"] = changed if isinstance(changed, str) else json.dumps(inner)
-    text = json.dumps(outer).encode()
-    return struct.pack("<Q", len(text)) + text + data[8 + struct.unpack("<Q", data[:8])[0] :]
-
-
-DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda _: b"", "not a whole safetensors file"),
-    "text": (lambda _: b"hello, this is no knob", "not a whole safetensors file"),
-    "cut": (lambda data: data[:-5], "not a whole safetensors file"),
-    "huge header length": (lambda data: struct.pack("<Q", 2**62) + data[8:], "not a whole safetensors file"),
-    "flipped bit": (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "checksum differs"),
-    "no JSON": (lambda data: with_header(data, lambda _: "{"), "header is not JSON"),
-    "deep JSON": (lambda data: with_header(data, lambda _: "[" * 200_000), "header is not JSON"),
-    "huge number": (lambda data: with_header(data, lambda _: "9" * 10_000), "header is not JSON"),
-    "list": (lambda data: with_header(data, lambda _: "[]"), "not a JSON object"),
-    "later version": (lambda data: with_header(data, lambda h: h.update(format_version=99)), "format version 99"),
-    "other kind": (lambda data: with_header(data, lambda h: h.update(kind="delta")), "kind 'delta'"),
-    "no name": (lambda data: with_header(data, lambda h: h.update(name=None)), "name is NoneType; expected str"),
-    "bad name": (lambda data: with_header(data, lambda h: h.update(name="a=b")), "printable"),
-    "bad gain": (lambda data: with_header(data, lambda h: h.update(gain="1")), "gain is '1'; expected a number"),
-    "infinite gain": (lambda data: with_header(data, lambda h: h.update(gain=math.inf)), "gain is not a finite"),
-    "endless gain": (lambda data: with_header(data, lambda h: h.update(gain=10**400)), "gain is not a finite"),
-    "bad norms": (lambda data: with_header(data, lambda h: h.update(norms={"one": 1})), "header is wrong"),
-    "bad site": (lambda data: with_header(data, lambda h: h.update(site="x")), "A site is written layer/position"),
-    "lost site": (lambda data: with_header(data, lambda h: h.update(site="9/last")), "active site 9/last has no"),
-    "bad where": (lambda data: with_header(data, lambda h: h.update(where="x")), "where='x'"),
-    "bad provenance": (lambda data: with_header(data, lambda h: h.update(provenance=[])), "provenance is list"),
-    "bad tuning": (lambda data: with_header(data, lambda h: h.update(tuning=3)), "tuning is int"),
+DAMAGE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", r"not a whole safetensors file \(it is empty\)"),
+    "text": (b"hello, this is no knob", "A knob is a file that learn or Knob.save wrote"),
+    "cut in the header": (hostile.VALID[:100], "it has 100 bytes, and its header alone would have 640"),
+    "cut in the vectors": (hostile.VALID[:-5], "checksum differs"),
+    "huge header length": (struct.pack("<Q", 2**62) + hostile.VALID[8:], "not a whole safetensors file"),
+    "flipped bit": (hostile.VALID[:-1] + bytes([hostile.VALID[-1] ^ 1]), "checksum differs"),
+    "edited header": (hostile.VALID.replace(b"completion", b"prompt    "), "checksum differs"),
+    "a pickle": (b"\x80\x04\x95\x19\0\0\0\0\0\0\0", "it is a pickle, which is never opened"),
+    "a zip": (b"PK\3\4" + bytes(20), "a file of torch.save, which is never opened"),
+    "a panel": (b'{"knobs": {}}', "a panel is read by load_panel"),
+    "GGUF": (b"GGUF\3\0\0\0", "it is a GGUF file"),
+    "no JSON": (hostile.knob_file("{"), "header is not JSON"),
+    "deep JSON": (hostile.knob_file("[" * 200_000), "nested too deeply"),
+    "huge number": (hostile.knob_file("9" * 10_000), "header is not JSON"),
+    "list": (hostile.knob_file("[]"), "not a JSON object"),
+    "later version": (damaged(format_version=99), "format version 99; this Trimtab reads version 1"),
+    "other kind": (damaged(kind="delta"), "kind 'delta'"),
+    "no name": (damaged(name=None), "name is NoneType; expected str"),
+    "bad name": (damaged(name="a=b"), "printable"),
+    "bad method": (damaged(method="a\nb"), "A method's name is 1 to 100 printable characters"),
+    "bad gain": (damaged(gain="1"), "gain is '1'; expected a number"),
+    "infinite gain": (damaged(gain=math.inf), "Infinity is not a finite number"),
+    "endless gain": (damaged(gain=10**400), "gain is not a finite number"),
+    "gain too large": (damaged(gain=1e38), "vector of length 4e.38, which float32 cannot hold"),
+    "bad norms": (damaged(norms={"one": 1}), "A norm is that of a layer, 0 to 9999; got 'one'"),
+    "bad site": (damaged(site="x"), "A site is written layer/position"),
+    "site with a path": (damaged(site="1/../../x"), "A site is written layer/position"),
+    "site of another spelling": (damaged(site="01/last"), "A site is written layer/position"),
+    "lost site": (damaged(site="9/last"), "active site 9/last has no vector; there are 2: 1/last, 2/last"),
+    "bad where": (damaged(where="x"), "where='x'"),
+    "bad provenance": (damaged(provenance=[]), "provenance is list"),
+    "bad tuning": (damaged(tuning=3), "tuning is int"),
+    "more fields": (damaged(licence="CC0"), "unknown field 'licence'"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_file_is_a_knob_error_that_names_the_problem(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "k"
-    knob().save(path)
-    damage, message = DAMAGE[kind]
-    path.write_bytes(damage(path.read_bytes()))
+    data, message = DAMAGE[kind]
+    path.write_bytes(data)
     with pytest.raises(KnobError, match=message) as caught:
         Knob.load(path)
     assert repr(str(path)) in str(caught.value)
@@ -276,25 +284,36 @@ def test_header_beyond_the_limit_is_not_parsed(tmp_path: Path, monkeypatch: pyte
 def test_foreign_files_are_knob_errors(tmp_path: Path) -> None:
     with pytest.raises(KnobError, match="no such file"):
         Knob.load(tmp_path / "nowhere")
-    with pytest.raises(KnobError, match="no such file"):
+    with pytest.raises(KnobError, match="it is a folder"):
         Knob.load(tmp_path)
     save_file({"direction": vector(1)}, tmp_path / "plain")
     with pytest.raises(KnobError, match="without Trimtab's header"):
         Knob.load(tmp_path / "plain")
     torch.save({"a": vector(1)}, tmp_path / "pickle")
-    with pytest.raises(KnobError, match="not a whole safetensors file"):
+    with pytest.raises(KnobError, match=r"a file of torch\.save, which is never opened"):
         Knob.load(tmp_path / "pickle")
-    header = {"kind": "steering", "name": "a", "method": "m", "where": "all", "operation": "add"}
-    file.write_file(tmp_path / "stray", {"weight": vector(1)}, header)
-    with pytest.raises(KnobError, match="tensor 'weight'"):
-        Knob.load(tmp_path / "stray")
-    more = {"site": "1/last", "gain": 1, "norms": {"1": 1}, "provenance": {}, "diagnostics": {}}
-    file.write_file(tmp_path / "half", {"vector/1/last": vector(1).half()}, header | more)
-    with pytest.raises(KnobError, match="not all float32"):
-        Knob.load(tmp_path / "half")
-    file.write_file(tmp_path / "matrix", {"vector/1/last": vector(1)[None]}, header | more)
-    with pytest.raises(KnobError, match=r"must have shape \[D\]"):
-        Knob.load(tmp_path / "matrix")
+
+
+def test_tensors_that_are_no_vectors_are_knob_errors(tmp_path: Path) -> None:
+    one = hostile.VECTORS["vector/1/last"]
+    files = {
+        "a tensor 'weight', which": hostile.knob_file(vectors={**hostile.VECTORS, "weight": one}),
+        "'vector/1/last' has dtype 'F16'; a knob's are all F32": hostile.knob_file(
+            vectors={"vector/1/last": one},
+            tensors={"vector/1/last": {"dtype": "F16", "shape": [16], "data_offsets": [0, 32]}},
+        ),
+        r"must have shape \[D\]; that of site 1/last has \[1, 8\]": hostile.knob_file(
+            vectors={"vector/1/last": one},
+            tensors={"vector/1/last": {"dtype": "F32", "shape": [1, 8], "data_offsets": [0, 32]}},
+        ),
+    }
+    for message, data in files.items():
+        (tmp_path / "k").write_bytes(data)
+        with pytest.raises(KnobError, match=message):
+            Knob.load(tmp_path / "k")
+    with pytest.raises(KnobError, match="could not be read back: its tensor 'x' has dtype 'F16'"):
+        file.write_file(tmp_path / "half", {"x": vector(1).half()}, {})
+    assert not (tmp_path / "half").exists()
 
 
 def test_card_cannot_write_to_the_terminal_or_pose_as_another_line(tmp_path: Path) -> None:
@@ -375,6 +394,66 @@ def test_other_configuration_revision_or_vocabulary_is_a_warning() -> None:
         knob_for_pico(revision="old").check(model)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"architecture": "gpt2"}, KnobError, "another architecture: gpt2; this model has llama"),
+        ({"template_hash": "0" * 64}, KnobError, "another chat template: 000000000000; this model has"),
+        ({"template_hash": None}, KnobError, "another chat template: None; this model has"),
+        ({"revision": "old"}, TrimtabWarning, "another revision of the model: old; this model has new"),
+        ({"n_layers": 24, "config_hash": "x"}, TrimtabWarning, "another number of layers: 24; this model has 3"),
+        ({"config_hash": "x"}, TrimtabWarning, "another configuration: x; this model has"),
+        ({"tokenizer_hash": "x"}, TrimtabWarning, "another vocabulary: x; this model has"),
+    ],
+)
+def test_each_difference_is_said_once(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    model = pico.model()
+    model.config._commit_hash = "new"
+    k = knob(provenance={**model_identity(model, pico.tokenizer()), **changes})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            k.check(model, pico.tokenizer())
+            messages = [(each.category, str(each.message)) for each in said]
+        except KnobError as error:
+            messages = [(KnobError, str(error)), *((each.category, str(each.message)) for each in said)]
+    assert [found for found, _ in messages] == [kind]
+    assert message in messages[0][1]
+
+
+def test_another_number_of_layers_is_noticed_without_the_hashes() -> None:
+    with pytest.warns(TrimtabWarning, match="another number of layers: 3; this model has 4"):
+        knob_for_pico().check(pico.model(num_hidden_layers=4), hashes=False)
+
+
+@pytest.mark.parametrize(
+    "value", ["\x1b[2J" * 1000, "a\nb", "\u202e", {"a": [1] * 1000}, [None] * 10**5, 10**4000, True, 1e308]
+)
+def test_identity_written_by_others_cannot_flood_or_command_the_terminal(value: object) -> None:
+    for key in model_identity(pico.model()):
+        odd = knob_for_pico(**{key: value})
+        messages: list[str] = [odd.card().replace("\n", "")]
+        for model in (pico.model(), pico.model(hidden_size=16)):
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    odd.check(model, pico.tokenizer())
+                except KnobError as error:
+                    messages.append(str(error))
+            messages += [str(each.message) for each in said]
+        assert all(message.isprintable() for message in messages)
+        assert all(len(message) < 500 for message in messages[1:])
+
+
+def test_a_scale_that_is_no_number_is_a_clear_error() -> None:
+    with pytest.raises(KnobError, match="its scale is 'twice'; expected a number"):
+        _ = 2 * knob(provenance={"scaled": "twice"})
+
+
+def test_sum_of_knobs_with_long_names_has_a_name_that_a_knob_can_have() -> None:
+    assert (knob(name="a" * 60) + knob(name="b" * 60)).name == "a" * 60 + "+" + "b" * 39
+
+
 # Racks and panels
 
 
@@ -417,13 +496,17 @@ def test_panel_can_be_moved_with_its_knobs(tmp_path: Path) -> None:
         ("{", "Cannot read a panel"),
         ("[]", "is not a panel"),
         ('{"knobs": {"a": 1}}', "Knob 'a' of panel .* needs a path"),
-        ('{"knobs": {"a": {"path": "k", "strength": "1"}}}', "needs a path"),
+        ('{"knobs": {"a": {"path": "k", "strength": "1"}}}', "strength is '1'; expected a number"),
         ('{"knobs": {"a": {"path": "nowhere"}}}', "no such file"),
-        ('{"knobs": {"a": {"path": "k", "strength": NaN}}}', "strength of 'a' must be finite"),
+        ('{"knobs": {"a": {"path": "k", "strength": NaN}}}', "NaN is not a finite number"),
+        ('{"knobs": {"a": {"path": "k", "strenght": 1}}}', "and nothing else; got {'path': 'k', 'strenght': 1}"),
+        ('{"knobs": {}, "name": "x"}', "and nothing else"),
+        ('{"knobs": {"a": {"path": "k"}, "a": {"path": "k"}}}', "two fields 'a'"),
+        ('{"knobs": {"a b": {"path": "k"}}}', "no space, comma or equals sign; got 'a b'"),
     ],
 )
 def test_bad_panel_is_an_error_that_names_the_problem(tmp_path: Path, text: str, message: str) -> None:
     knob().save(tmp_path / "k")
     (tmp_path / "panel.json").write_text(text)
-    with pytest.raises((KnobError, OptionError), match=message):
+    with pytest.raises(KnobError, match=message):
         load_panel(tmp_path / "panel.json")

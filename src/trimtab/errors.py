@@ -18,6 +18,7 @@ TrimtabWarning         (UserWarning)   the result stands, but may not mean what 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -83,3 +84,23 @@ def unknown_name(what: str, got: str, known: Iterable[str]) -> UnknownName:
     message = f"Unknown {what} {got!r}. Known: {', '.join(names) or 'none'}."
     near = difflib.get_close_matches(got, names, n=1)
     return UnknownName(message + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def brief(value: object, limit: int = 60) -> str:
+    """Write a value that came from a file as it may stand in a message: on one line, printable, and not endless.
+
+    >>> brief("x" * 1000, 20)
+    "'xxxxxxx...xxxxxxxx'"
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 1, limit, limit, limit
+    return short.repr(value)
+
+
+def printable(text: str) -> str:
+    """Replace what is not printable: no command to the terminal, and no line that poses as another.
+
+    >>> printable("a\\nb")
+    'a\N{REPLACEMENT CHARACTER}b'
+    """
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

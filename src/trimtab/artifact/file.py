@@ -1,28 +1,42 @@
 """Tensors plus one JSON header in one safetensors file, whatever the kind of knob.
 
-There is no pickle: reading a file runs no code. Writing is atomic, and a checksum finds tensors that were altered.
+There is no pickle: reading a file runs no code. Writing is atomic, and a checksum of the whole file finds any byte that
+was altered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trimtab.errors import KnobError
+from trimtab.errors import KnobError, brief, printable
+from trimtab.files import parse_json, read_bytes, reason, write_atomically
 from trimtab.types import check_strength
 
 FORMAT_VERSION = 1
-HEADER_LIMIT = 16 * 2**20
-"""Longest JSON header that is parsed, in characters."""
+HEADER_LIMIT = 8 * 2**20
+"""Longest header that is written or read, in bytes."""
+SIZE_LIMIT = 2**30
+"""Longest file that is written or read, in bytes."""
+
+_BLANK = "0" * 64
+_FOREIGN = {
+    b"\x80": "a pickle, which is never opened, since that could run code",
+    b"PK": "a zip archive or a file of torch.save, which is never opened, since that could run code",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x93NUMPY": "a NumPy array",
+    b"{": "JSON text; a panel is read by load_panel",
+}
+"""What other files begin with."""
 
 
 class KnobFile(NamedTuple):
@@ -33,17 +47,33 @@ class KnobFile(NamedTuple):
 
 
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and header, atomically: a reader sees the old file or the new one, never half of one.
+    """Write float32 tensors and header, atomically: a reader sees the old file or the new one, never half of one.
 
-    Missing folders are made.
+    Missing folders are made. Raises `KnobError` for what could not be read back, and where writing fails; the old file
+    is then as it was. See `write_atomically` for what a killed process leaves.
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    fixed = {"format_version": FORMAT_VERSION, "sha256": _fingerprint(stored)}
     try:
-        text = json.dumps({**fixed, **header}, allow_nan=False)
+        text = json.dumps({"format_version": FORMAT_VERSION, "sha256": _BLANK, **header}, allow_nan=False)
+        data = to_bytes(stored, {"trimtab": text})
     except (TypeError, ValueError, RecursionError) as error:
-        raise KnobError(f"The header of {str(path)!r} cannot be written as JSON: {error}.") from None
-    _write_atomically(Path(path), to_bytes(stored, {"trimtab": text}))
+        raise KnobError(f"The header of {brief(str(path), 240)} cannot be written as JSON: {error}.") from None
+    data = data.replace(_BLANK.encode(), _digest(data, _BLANK).encode(), 1)  # the header comes first in the file
+    try:
+        _decode(data)
+    except KnobError as error:
+        raise KnobError(
+            f"Nothing is written to {brief(str(path), 240)}, for it could not be read back: {error}"
+        ) from None
+    save_bytes(path, data)
+
+
+def save_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically; raises `KnobError` that says why it cannot be written."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise KnobError(f"Cannot write {brief(str(path), 240)}: {reason(error)}. Nothing there was changed.") from None
 
 
 def read_file(path: str | Path) -> KnobFile:
@@ -51,20 +81,11 @@ def read_file(path: str | Path) -> KnobFile:
 
     Tensors come as they were saved, bit for bit; what the header's other fields mean is for the knob to check.
     """
-    if not Path(path).is_file():
-        raise KnobError("there is no such file.")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("trimtab")
-            if text is None:
-                raise KnobError("it is a safetensors file without Trimtab's header, so not a knob.")
-            header = _header(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError) as error:
-        raise KnobError(f"it is not a whole safetensors file ({error}).") from None
-    if header.get("sha256") != _fingerprint(tensors):
-        raise KnobError("its tensors are not those it was saved with (the checksum differs).")
-    return KnobFile(tensors, header)
+        data = read_bytes(path, SIZE_LIMIT)
+    except OSError as error:
+        raise KnobError(f"{reason(error)}.") from None
+    return _decode(data)
 
 
 def text_field(header: Mapping[str, Any], name: str) -> str:
@@ -80,7 +101,7 @@ def object_field(header: Mapping[str, Any], name: str) -> dict[str, Any]:
 def number(value: object, name: str) -> float:
     """Return a value of the header that must be a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise KnobError(f"its {name} is {value!r}; expected a number.")
+        raise KnobError(f"its {name} is {brief(value)}; expected a number.")
     try:
         return check_strength(value, name)
     except (ValueError, OverflowError):  # an integer beyond every float
@@ -94,46 +115,68 @@ def _typed(header: Mapping[str, Any], name: str, kind: type) -> object:
     return value
 
 
-def _header(text: str) -> dict[str, Any]:
-    if len(text) > HEADER_LIMIT:
-        raise KnobError(f"its header has {len(text)} characters; at most {HEADER_LIMIT} are read.")
+def _decode(data: bytes) -> KnobFile:
+    if len(data) > SIZE_LIMIT:
+        raise KnobError(f"it has {len(data)} bytes; at most {SIZE_LIMIT} are read.")
+    entries = _safetensors_header(data)
+    metadata: object = entries.pop("__metadata__", None)
+    text = cast(Mapping[str, object], metadata).get("trimtab") if isinstance(metadata, Mapping) else None
+    if not isinstance(text, str):
+        raise KnobError("it is a safetensors file without Trimtab's header, so not a knob.")
+    header = _header(text)
+    said = text_field(header, "sha256")
+    if len(said) != len(_BLANK) or said != _digest(data, said):
+        raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
+    for name, entry in entries.items():
+        dtype = cast(Mapping[str, object], entry).get("dtype") if isinstance(entry, Mapping) else None
+        if dtype != "F32":
+            raise KnobError(f"its tensor {brief(name)} has dtype {brief(dtype)}; a knob's are all F32.")
     try:
-        header: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        tensors = dict(sorted(from_bytes(data).items()))  # safetensors gives them in any order
+    except SafetensorError as error:
+        raise _not_whole(printable(str(error))[:200]) from None
+    return KnobFile(tensors, header)
+
+
+def _safetensors_header(data: bytes) -> dict[str, Any]:
+    """Return the outer header. safetensors reads it too, but takes fields of one name and more nesting than we do."""
+    length = int.from_bytes(data[:8], "little")
+    if length > HEADER_LIMIT:  # then it is most likely no length, but what another kind of file begins with
+        for start, kind in _FOREIGN.items():
+            if data.startswith(start):
+                raise _not_whole(f"it is {kind}")
+    if len(data) < 8 or length > len(data) - 8:
+        claim = f", and its header alone would have {length}" if len(data) >= 8 else ""
+        raise _not_whole(f"it has {len(data)} bytes{claim}" if data else "it is empty")
+    if length > HEADER_LIMIT:
+        raise KnobError(f"its header has {length} bytes; at most {HEADER_LIMIT} are read.")
+    try:
+        entries: object = parse_json(data[8 : 8 + length])
+    except ValueError as error:
+        raise _not_whole(f"its header is not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise _not_whole("its header is not a JSON object")
+    return cast(dict[str, Any], entries)
+
+
+def _not_whole(why: str) -> KnobError:
+    return KnobError(f"it is not a whole safetensors file ({why}). A knob is a file that learn or Knob.save wrote.")
+
+
+def _header(text: str) -> dict[str, Any]:
+    try:
+        header: object = parse_json(text)
+    except ValueError as error:
         raise KnobError(f"its header is not JSON ({error}).") from None
     if not isinstance(header, dict):
         raise KnobError("its header is not a JSON object.")
     header = cast(dict[str, Any], header)
-    version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise KnobError(f"it has format version {version!r}; this Trimtab reads version {FORMAT_VERSION}.")
+    version: object = header.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:  # True and 1.0 equal 1
+        raise KnobError(f"it has format version {brief(version)}; this Trimtab reads version {FORMAT_VERSION}.")
     return header
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    state = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        state.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
-        state.update(to_bytes({"": tensor}))  # the bytes of any dtype; NumPy has no bfloat16
-    return state.hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    if path.is_dir():
-        raise KnobError(f"{str(path)!r} is a folder; pass the name of a file in it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _digest(data: bytes, said: str) -> str:
+    """Return the sha256 of the file as it is with a blank where the checksum `said` stands."""
+    return hashlib.sha256(data.replace(said.encode("utf-8", "replace"), _BLANK.encode(), 1)).hexdigest()

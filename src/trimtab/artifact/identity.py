@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.adapter import Adapter
-from trimtab.errors import KnobError, TrimtabWarning
+from trimtab.errors import KnobError, TrimtabWarning, printable
 from trimtab.render import Renderer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ IDENTITY = {
 """What `model_identity` returns, and what messages call it."""
 
 _REFUSED = ("architecture", "template_hash")
-_WARNED = ("revision", "config_hash", "tokenizer_hash")
+_WARNED = ("revision", "n_layers", "config_hash", "tokenizer_hash")
 # Settings that vary without changing what the model computes.
 _VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -88,20 +88,24 @@ def check_identity(
         if key in unknown or silent or ours == theirs or (theirs is None and key != "template_hash"):
             continue
         if key == "architecture":
-            unknown |= {"config_hash"}  # another architecture has another configuration; said once
+            unknown |= {"n_layers", "config_hash"}  # another architecture has another configuration; said once
+        if key == "n_layers":
+            unknown |= {"config_hash"}
         message = (
-            f"Knob {knob!r} was learned with another {IDENTITY[key]}: {_short(ours)}; this model has {_short(theirs)}."
+            f"Knob {knob!r} was learned with another {IDENTITY[key]}: {said(ours)}; this model has {said(theirs)}."
         )
         if key in _REFUSED and strict:
             raise KnobError(f"{message} Learn it again here, or pass strict=False to use it all the same.")
         warnings.warn(message, TrimtabWarning, stacklevel=3)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text[:12] if len(text) == 64 else text  # a sha256
+def said(value: object) -> str:
+    """Write a value of an identity as it may stand in a message; it may come from a file of others."""
+    text = printable(str(value))
+    return text[:12] if len(text) == 64 else text if len(text) <= 60 else f"{text[:57]}..."  # 64: a sha256
 
 
 def _describe(identity: Mapping[str, Any]) -> str:
     name, architecture = identity.get("model") or "an unnamed model", identity.get("architecture") or "unknown"
-    return f"{name} ({architecture}, hidden size {identity.get('hidden_size')}, {identity.get('n_layers')} layers)"
+    sizes = f"hidden size {said(identity.get('hidden_size'))}, {said(identity.get('n_layers'))} layers"
+    return f"{said(name)} ({said(architecture)}, {sizes})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
-from trimtab.artifact.identity import IDENTITY, check_identity
-from trimtab.errors import KnobError, unknown_name
+from trimtab.artifact.identity import IDENTITY, check_identity, said
+from trimtab.errors import KnobError, brief, printable, unknown_name
 from trimtab.ops import multiplier_from_alpha, palrs_from_alpha, unit
 from trimtab.types import WHERE, Site, Where, check_strength, check_where, is_knob_name
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 Operation = Literal["add", "ablate"]
 OPERATIONS: tuple[Operation, ...] = ("add", "ablate")
+FIELDS = frozenset(
+    "format_version sha256 kind name method site gain norms where operation provenance diagnostics tuning".split()
+)
+"""What the header of a knob file holds: each of them, and nothing else."""
+
+_LAYER = r"0|[1-9][0-9]{0,3}"
+_SITE = rf"({_LAYER})/[A-Za-z0-9_-]{{1,60}}(\[-?[0-9]{{1,6}}\])?"
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +87,7 @@ class Knob:
         values = cast(list[object], bounds) if isinstance(bounds, list | tuple) else []
         low, high = (number(value, "safe range") for value in values) if len(values) == 2 else (1.0, -1.0)
         if low > high:
-            raise KnobError(f"Its safe range is {bounds!r}; expected the lowest and the highest strength.")
+            raise KnobError(f"Its safe range is {brief(bounds)}; expected the lowest and the highest strength.")
         return low, high
 
     def alpha(self, strength: float) -> float:
@@ -143,7 +151,7 @@ class Knob:
         """Scale the knob: strength 1 of `2 * knob` is strength 2 of `knob`; a negative factor turns every vector."""
         factor = check_strength(factor, "factor")
         vectors = {site: vector if factor >= 0 else -vector for site, vector in self.vectors.items()}
-        provenance = {**self.provenance, "scaled": factor * float(self.provenance.get("scaled", 1.0))}
+        provenance = {**self.provenance, "scaled": factor * number(self.provenance.get("scaled", 1.0), "scale")}
         gain = self.gain * abs(factor)
         return replace(self, vectors=vectors, gain=gain, provenance=provenance, diagnostics={}, tuning=None)
 
@@ -160,7 +168,7 @@ class Knob:
         shared = {key: self.provenance[key] for key in IDENTITY if key in self.provenance}
         parts = [{"name": knob.name, **knob.provenance} for knob in (self, other)]
         return Knob(
-            name=f"{self.name}+{other.name}",
+            name=f"{self.name}+{other.name}"[:100],  # as long as a name may be
             method="sum",
             vectors={self.site: vector},
             norms={self.site.layer: norm},
@@ -176,7 +184,11 @@ class Knob:
     # File and model
 
     def save(self, path: str | Path) -> None:
-        """Write the knob to one safetensors file, atomically."""
+        """Write the knob to one safetensors file, atomically: whatever happens, the old file or the new one is there.
+
+        Missing folders are made, and a link is replaced. Raises `KnobError` for what JSON cannot hold, and where
+        writing fails. A process that is killed meanwhile may leave `.NAME.XXXXXXXX.part`, which can be deleted.
+        """
         header = {
             "kind": self.kind,
             "name": self.name,
@@ -194,11 +206,14 @@ class Knob:
 
     @staticmethod
     def load(path: str | Path) -> Knob:
-        """Read a knob file; raises `KnobError` that names what is wrong with a damaged or foreign file."""
+        """Read a knob file, which runs no code.
+
+        Raises `KnobError` that names what is wrong with a damaged or foreign file.
+        """
         try:
             return _from_file(read_file(path))
         except KnobError as error:
-            raise KnobError(f"Cannot load a knob from {str(path)!r}: {error}") from None
+            raise KnobError(f"Cannot load a knob from {brief(str(path), 240)}: {error}") from None
 
     def check(
         self,
@@ -211,8 +226,8 @@ class Knob:
         """Compare the knob with a model, and with its tokenizer if given; what the knob does not know is not compared.
 
         Raises `KnobError` for another width, a layer the model does not have, another architecture or another chat
-        template; `strict=False` turns the last two into warnings. Another configuration, revision or vocabulary is
-        always a warning; `hashes=False` leaves configuration and vocabulary out, whose hashes take time.
+        template; `strict=False` turns the last two into warnings. Another configuration, number of layers, revision or
+        vocabulary is always a warning; `hashes=False` leaves configuration and vocabulary out, whose hashes take time.
         """
         top = max(site.layer for site in self.vectors)
         check_identity(self.name, self.width, top, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
@@ -249,16 +264,11 @@ class Knob:
             "options": _pairs(options),
             **{key: known.get(key) for key in ("licence", "created", "tool")},
         }
-        rows = [f"{key:<22}{_printable(value)}" for key, value in lines.items() if value not in (None, "")]
+        rows = [f"{key:<22}{printable(str(value))}" for key, value in lines.items() if value not in (None, "")]
         notes: object = self.diagnostics.get("warnings")
         for note in cast(list[object], notes) if isinstance(notes, list) else []:
-            rows.append(f"{'warning':<22}{_printable(note)}")
+            rows.append(f"{'warning':<22}{printable(str(note))}")
         return "\n".join(rows)
-
-
-def _printable(value: object) -> str:
-    # Files come from others: no escape sequences for the terminal, no line that poses as another.
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 def _pairs(options: object) -> str:
@@ -270,62 +280,96 @@ def _from_file(file: KnobFile) -> Knob:
     header = file.header
     kind, where, operation = (text_field(header, name) for name in ("kind", "where", "operation"))
     if kind != "steering":
-        raise KnobError(f"it is a knob of kind {kind!r}; this reads 'steering'.")
+        raise KnobError(f"it is a knob of kind {brief(kind)}; this reads 'steering'.")
     if where not in WHERE or operation not in OPERATIONS:
-        raise KnobError(f"its header is wrong: where={where!r}, operation={operation!r}.")
+        raise KnobError(f"its header is wrong: where={brief(where)}, operation={brief(operation)}.")
+    missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS)
+    if missing or unknown:
+        wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
+        raise KnobError(f"its header is wrong: it {wrong}.")
     stray = [name for name in file.tensors if not name.startswith("vector/")]
     if stray:
-        raise KnobError(f"it holds a tensor {stray[0]!r}, which a knob of kind 'steering' has not.")
+        raise KnobError(f"it holds a tensor {brief(stray[0])}, which a knob of kind 'steering' has not.")
     try:
-        site = Site.parse(text_field(header, "site"))
-        vectors = {Site.parse(name.removeprefix("vector/")): tensor for name, tensor in file.tensors.items()}
-        norms = {int(layer): number(norm, "norm") for layer, norm in object_field(header, "norms").items()}
-    except ValueError as error:  # every OptionError and KnobError is one
-        raise KnobError(f"its header is wrong: {error}") from None
-    if any(vector.dtype != torch.float32 for vector in vectors.values()):
-        raise KnobError("its vectors are not all float32.")
-    return Knob(
-        name=text_field(header, "name"),
-        method=text_field(header, "method"),
-        vectors=vectors,
-        norms=norms,
-        site=site,
-        gain=number(header.get("gain"), "gain"),
-        where=where,
-        operation=operation,
-        provenance=object_field(header, "provenance"),
-        diagnostics=object_field(header, "diagnostics"),
-        tuning=None if header.get("tuning") is None else object_field(header, "tuning"),
-    )
+        return Knob(
+            name=text_field(header, "name"),
+            method=text_field(header, "method"),
+            vectors={_site(name.removeprefix("vector/")): tensor for name, tensor in file.tensors.items()},
+            norms=_norms(object_field(header, "norms")),
+            site=_site(text_field(header, "site")),
+            gain=number(header["gain"], "gain"),
+            where=where,
+            operation=operation,
+            provenance=object_field(header, "provenance"),
+            diagnostics=object_field(header, "diagnostics"),
+            tuning=None if header["tuning"] is None else object_field(header, "tuning"),
+        )
+    except KnobError as error:
+        raise KnobError(f"its content is wrong: {error}") from None
+
+
+def _norms(stored: Mapping[str, object]) -> dict[int, float]:
+    for layer in stored:
+        if re.fullmatch(_LAYER, layer) is None:
+            raise KnobError(f"A norm is that of a layer, 0 to 9999; got {brief(layer)}.")
+    return {int(layer): number(norm, "norm") for layer, norm in stored.items()}
+
+
+def _site(text: str) -> Site:
+    """Read a site, in the one way in which it is written: two texts of one site would hide a vector."""
+    if re.fullmatch(_SITE, text) is None:
+        raise KnobError(f"A site is written layer/position, e.g. 4/last or 4/post_instruction[-1]; got {brief(text)}.")
+    return Site.parse(text)
+
+
+def check_knob_name(name: str) -> None:
+    """Raise `KnobError` for a name that a setting could not spell or a terminal not show."""
+    if not is_knob_name(name):
+        raise KnobError(
+            f"A knob's name is 1 to 100 printable characters, no space, comma or equals sign; got {brief(name)}."
+        )
 
 
 def _check_fields(knob: Knob) -> None:
-    if not is_knob_name(knob.name):
-        raise KnobError(
-            f"A knob's name is 1 to 100 printable characters, no space, comma or equals sign; got {knob.name!r}."
-        )
+    check_knob_name(knob.name)
+    if not (0 < len(knob.method) <= 100 and knob.method.isprintable()):
+        raise KnobError(f"A method's name is 1 to 100 printable characters; got {brief(knob.method)}.")
     check_where(knob.where)
+    if knob.kind != "steering":
+        raise unknown_name("kind of knob", str(knob.kind), ("steering",))
     if knob.operation not in OPERATIONS:
         raise unknown_name("operation", str(knob.operation), OPERATIONS)
     if not math.isfinite(knob.gain) or knob.gain < 0:
         raise KnobError(f"The gain must be finite and not negative; got {knob.gain!r}. Turn a knob around with -knob.")
     _ = knob.safe_range  # raises if there is one that makes no sense
+    for site in (knob.site, *knob.vectors):
+        _site(str(site))
     if knob.site not in knob.vectors:
-        raise KnobError(f"The active site {knob.site} has no vector; there are {', '.join(map(str, knob.vectors))}.")
+        known = ", ".join(map(str, list(knob.vectors)[:3])) or "none"
+        raise KnobError(
+            f"The active site {knob.site} has no vector; there are {len(knob.vectors)}: {known}"
+            f"{', ...' if len(knob.vectors) > 3 else ''}."
+        )
 
 
 def _check_vectors(knob: Knob) -> None:
     shape = knob.vectors[knob.site].shape
     for site, vector in knob.vectors.items():
-        if vector.shape != shape or vector.dim() != 1 or not len(vector):
+        if vector.dim() != 1 or not len(vector):
+            raise KnobError(f"Every vector must have shape [D]; that of site {site} has {brief(list(vector.shape))}.")
+        if vector.shape != shape:
             raise KnobError(
-                f"Every vector must have shape [D]; site {site} has {list(vector.shape)}, not {list(shape)}."
+                f"Every vector must have one shape; that of site {site} has {list(vector.shape)}, not {list(shape)}."
             )
         if not torch.isfinite(vector).all():
             raise KnobError(f"The vector of site {site} holds values that are not finite.")
-        norm = knob.norms.get(site.layer)
+    for layer in sorted({site.layer for site in knob.vectors} | set(knob.norms)):
+        norm = knob.norms.get(layer)
         if norm is None or not math.isfinite(norm) or norm <= 0:
-            raise KnobError(f"Layer {site.layer} needs a positive mean residual norm; got {norm!r}.")
+            raise KnobError(f"Layer {layer} needs a positive mean residual norm; got {norm!r}.")
+    length = knob.gain * knob.norms[knob.site.layer]
+    if length > torch.finfo(torch.float32).max:
+        raise KnobError(f"Strength 1 would add a vector of length {length:.4g}, which float32 cannot hold.")
 
 
 def _check_alike(a: Knob, b: Knob) -> None:
@@ -342,5 +386,6 @@ def _check_alike(a: Knob, b: Knob) -> None:
         ours, theirs = a.provenance.get(key), b.provenance.get(key)
         if None not in (ours, theirs) and ours != theirs:
             raise KnobError(
-                f"Knobs {a.name!r} and {b.name!r} were learned with another {IDENTITY[key]}: {ours} and {theirs}."
+                f"Knobs {a.name!r} and {b.name!r} were learned with another {IDENTITY[key]}: {said(ours)} and "
+                f"{said(theirs)}."
             )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from trimtab.artifact.knob import Knob
-from trimtab.errors import KnobError, unknown_name
+from trimtab.artifact.file import number, save_bytes
+from trimtab.artifact.knob import Knob, check_knob_name
+from trimtab.errors import KnobError, brief, unknown_name
+from trimtab.files import parse_json, read_bytes, reason
 from trimtab.types import Setting, check_strength
+
+PANEL_LIMIT = 2**20
+"""Longest panel that is read, in bytes."""
 
 
 class Rack(Mapping[str, Knob]):
@@ -18,7 +24,7 @@ class Rack(Mapping[str, Knob]):
     Example: `Rack(math="math.knob.safetensors", concise=knob)`. The rack's names count, not those inside the knobs.
     """
 
-    def __init__(self, **knobs: Knob | str | Path) -> None:
+    def __init__(self, /, **knobs: Knob | str | Path) -> None:
         self._knobs = {name: knob if isinstance(knob, Knob) else Knob.load(knob) for name, knob in knobs.items()}
 
     def resolve(self, setting: Setting) -> dict[Knob, float]:
@@ -57,37 +63,56 @@ class Panel(NamedTuple):
 
 
 def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) -> None:
-    """Write a panel: a name, the path of the knob's file, and a strength for each knob.
+    """Write a panel, atomically: a name, the path of the knob's file, and a strength for each knob.
 
-    Paths are stored as they lie from the panel's folder, if they lie in it, so that the folder can be moved.
+    Paths are stored as they lie from the panel's folder, if they lie in it, so that the folder can be moved. Raises
+    `KnobError` for a name that a knob cannot have, and where writing fails.
     """
-    folder = Path(path).resolve().parent
+    folder = _real(path).parent
     entries: dict[str, dict[str, object]] = {}
     for name, (file, strength) in knobs.items():
-        place = Path(file).resolve()
+        check_knob_name(name)
+        place = _real(file)
         stored = place.relative_to(folder) if place.is_relative_to(folder) else place
         entries[name] = {"path": stored.as_posix(), "strength": check_strength(strength, f"strength of {name!r}")}
-    Path(path).write_text(json.dumps({"knobs": entries}, indent=2) + "\n", encoding="utf-8")
+    save_bytes(path, (json.dumps({"knobs": entries}, indent=2) + "\n").encode())
+
+
+def _real(path: str | Path) -> Path:
+    try:
+        return Path(os.path.realpath(path))  # Path.resolve raises of links in a circle
+    except ValueError:
+        raise KnobError(f"No file can have the name {brief(str(path), 240)}.") from None
 
 
 def load_panel(path: str | Path) -> Panel:
     """Read a panel and load its knobs; raises `KnobError` that names what is wrong with the file."""
     try:
-        content: object = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise KnobError(f"Cannot read a panel from {str(path)!r}: {error}.") from None
+        content: object = parse_json(read_bytes(path, PANEL_LIMIT))
+    except OSError as error:
+        raise KnobError(f"Cannot read a panel from {brief(str(path), 240)}: {reason(error)}.") from None
+    except ValueError as error:
+        raise KnobError(f"Cannot read a panel from {brief(str(path), 240)}: it is not JSON ({error}).") from None
     knobs = cast(Mapping[str, object], content).get("knobs") if isinstance(content, Mapping) else None
-    if not isinstance(knobs, Mapping):
+    if not isinstance(knobs, Mapping) or len(cast(Mapping[str, object], content)) > 1:
         raise KnobError(
-            f'{str(path)!r} is not a panel; a panel is {{"knobs": {{name: {{"path": ..., "strength": ...}}}}}}.'
+            f"{brief(str(path), 240)} is not a panel; a panel is "
+            '{"knobs": {name: {"path": ..., "strength": ...}}} and nothing else.'
         )
     loaded: dict[str, Knob | str | Path] = {}
     setting: dict[str, float] = {}
     for name, entry in cast(Mapping[str, object], knobs).items():
+        check_knob_name(name)
         fields = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {}
-        file, strength = fields.get("path"), fields.get("strength", 1.0)
-        if not isinstance(file, str) or isinstance(strength, bool) or not isinstance(strength, int | float):
-            raise KnobError(f"Knob {name!r} of panel {str(path)!r} needs a path (text) and a strength (a number).")
+        file = fields.get("path")
+        if not isinstance(file, str) or not fields.keys() <= {"path", "strength"}:
+            raise KnobError(
+                f"Knob {name!r} of panel {brief(str(path), 240)} needs a path (text) and a strength (a number), "
+                f"and nothing else; got {brief(entry)}."
+            )
+        try:
+            setting[name] = number(fields.get("strength", 1.0), "strength")
+        except KnobError as error:
+            raise KnobError(f"Knob {name!r} of panel {brief(str(path), 240)} cannot be set: {error}") from None
         loaded[name] = Knob.load(Path(path).parent / file)
-        setting[name] = check_strength(strength, f"strength of {name!r}")
     return Panel(Rack(**loaded), setting)

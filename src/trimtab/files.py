@@ -1,0 +1,143 @@
+"""Read and write files that may be broken, hostile or cut short: regular files only, strict JSON, atomic writes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+NESTING_LIMIT = 100
+"""How many lists and objects of JSON may stand in each other."""
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Read a regular file whole; raises `OSError` for anything else, and for more than `limit` bytes.
+
+    Nothing is mapped into memory: a mapped file that shrinks meanwhile would end the process. `reason` says in words
+    what the error is.
+    """
+    try:
+        _refuse_special(os.stat(path).st_mode)  # before it is opened: a pipe would block, a device may act on it
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            _refuse_special(status.st_mode)  # another thing may stand there by now
+            if status.st_size > limit:
+                raise OSError(f"it has {status.st_size} bytes; at most {limit} are read")
+            data = file.read(status.st_size + 1)
+    except ValueError:  # os.stat of a name with a null character
+        raise OSError(errno.EINVAL, "no file has such a name") from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "it does not fit into memory") from None
+    if len(data) != status.st_size:
+        raise OSError("it changed while it was read")
+    return data
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file such that a reader, or whoever looks after a crash, sees the old file or the new, never a part.
+
+    Missing folders are made; a link is replaced, not followed. Raises `OSError` that names `path`; the old file is then
+    as it was. A process that is killed while it writes leaves `.NAME.XXXXXXXX.part` in the folder: nobody reads it, and
+    it can be deleted. No later call does so, since it could be the work of a writer that is alive.
+    """
+    path = Path(path)
+    # A name may have 255 bytes; fifty characters leave room for what is added, whatever the alphabet.
+    part = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}.part"
+    try:
+        _refuse_special_target(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:  # Ctrl-C too
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+    except OSError as error:  # write and fsync do not say of which file they speak
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from None
+    except ValueError:
+        raise OSError(errno.EINVAL, "no file can have such a name", str(path)) from None
+    if os.name == "posix":  # the rename itself must reach the disk too; not every file system lets one ask for that
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def reason(error: OSError) -> str:
+    """Return in words why a file could not be read or written, as the end of a sentence, without a full stop."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON as RFC 8259 has it, in UTF-8; raises `ValueError` that says what is wrong.
+
+    Python's own reader takes more: NaN, numbers beyond every float, and of fields of one name it keeps the last.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value: Any = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level: list[Any] = [value]
+    for _ in range(NESTING_LIMIT):
+        level = [part for item in level for part in _parts(item)]
+    if level:  # what is nested more deeply than this is not safe to print, compare or write
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) != len(fields):
+        names = [name for name, _ in fields]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has two fields {twice[:40]!r}")
+    return found
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _refuse_special(mode: int) -> None:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
+
+
+def _refuse_special_target(path: Path) -> None:
+    """Never put a file in the place of a device or a pipe: the rename would delete it."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing there, or a broken link; whatever else is wrong, writing says so
+        return
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "it is a folder; pass the name of a file in it")
+    _refuse_special(mode)
