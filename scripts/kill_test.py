@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from trimtab.artifact import Knob
 from trimtab.artifact.file import KnobFile, read_file
+from trimtab.checkpoint import remove
 
 # A life is the command line as a user starts it, in a process of its own, but for a note of every step that it begins.
 LIFE = """
@@ -83,32 +83,33 @@ def trial(words: list[str], verb: str, folder: Path, kills: int, dice: random.Ra
     live([*words, "--out", str(whole)], timed, None)
     span, steps, ready = time.time() - start, len(begun(timed)), begun(timed)[0] - start
 
-    again = jobs = died = working = seen = 0
+    again = jobs = died = lives = working = seen = 0
     same = nothing_more = True
     while died < kills:
         jobs, lost = jobs + 1, 0
         log.unlink(missing_ok=True)
         out.unlink(missing_ok=True)
         while True:
-            before = len(begun(log))
+            lives, before = lives + 1, len(begun(log))
             # From shortly before the first step, with a quarter of the work at most, so that a job dies several times.
             moment = dice.uniform(0.8 * ready, ready + (span - ready) / 4) if died + lost < kills else None
             if live([*words, "--out", str(out), "--checkpoint", str(kept)], log, moment):
                 break
             lost += 1
             working += len(begun(log)) > before
-            if out.exists():
-                Knob.load(out)
+            if out.exists():  # on its way out: the job is done, and its knob must be whole
                 seen += 1
+                remove(kept)
+                break
         died += lost
         cost = len(begun(log)) - steps
         again, nothing_more = again + cost, nothing_more and 0 <= cost <= lost
         same &= essence(read_file(out)) == essence(read_file(whole)) and not kept.exists()
     print(
         f"{verb}: {steps} steps, {span:.1f} s without a kill ({ready:.1f} s to the first step); {died} kills "
-        f"({working} after a step had begun, {seen} after the save), {jobs} jobs, {died + jobs} lives; "
+        f"({working} after a step had begun, {seen} after the knob was written), {jobs} jobs, {lives} lives; "
         f"{again} steps run again; "
-        f"{'same bytes as without a kill, folder removed' if same else 'THE RESULT DIFFERS'}",
+        f"{'same bytes as without a kill, folder gone' if same else 'THE RESULT DIFFERS'}",
         flush=True,
     )
     return same and nothing_more

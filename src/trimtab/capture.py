@@ -75,7 +75,7 @@ def capture(
     called with the number of texts that are done and that of all.
 
     `checkpoint` is a folder that keeps finished batches: the same call takes them from there after it was stopped or
-    killed, with the same result, bit for bit. It is left in place; see `trimtab.checkpoint`.
+    killed, bit for bit, so the result is that of a run in one go. It is left in place; see `trimtab.checkpoint`.
     """
     if not len(pairs):
         raise PairsError("There are no pairs to read.")

@@ -83,8 +83,9 @@ def tune(
     if nothing qualifies.
 
     `checkpoint` is a folder that keeps finished steps (batches of the ranking, answers to a task under a setting, KLs):
-    the same call takes them from there after it was stopped or killed, with the same result, bit for bit, `seconds`
-    aside. So does a call with other budgets, finalists or strengths. It is left in place; see `trimtab.checkpoint`.
+    the same call takes them from there after it was stopped or killed, and so does one with other budgets, finalists or
+    strengths. Kept answers are graded again; `seconds` are those of the last call. The folder is left in place; see
+    `trimtab.checkpoint`.
     """
     knob = _reproducible(knob, agreement)
     wheres = _wheres(knob, where)

@@ -67,7 +67,7 @@ def pair_margins(
     """Score the answers of every pair under every setting; rows of different settings share batches.
 
     Returns one `Margins` per setting, in their order. `answer_tokens` scores only the first tokens of every answer.
-    Batches that `kept` holds are not run again; it takes one such call.
+    Batches that `kept` holds are not run again; a checkpoint serves one such call.
     """
     prompts = [pair.prompt for pair in pairs]
     texts = render_texts(tokenizer, prompts * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs])
