@@ -177,7 +177,7 @@ def test_provenance_holds_every_option_passed_and_defaulted(
     assert (known["licence"], known["pairs_count"], known["pairs_hash"]) == ("CC0", 8, pairs().hash())
     assert known["tool"].startswith("trimtab ")
     assert json.dumps(dict(known))
-    own = {"model", "tokenizer", "pairs", "method", "name", "site", "options", "licence", "progress"}
+    own = {"model", "tokenizer", "pairs", "method", "name", "site", "options", "licence", "checkpoint", "progress"}
     assert set(known["options"]) == set(inspect.signature(learn).parameters) - own
     assert known["options"]["seed"] == 3
     assert known["options"]["layers"] == [0, 1]
@@ -408,7 +408,7 @@ EXERCISED: dict[str, Any] = {
     "token_budget": 1,
     "licence": "CC0",
 }
-APART = ("model", "tokenizer", "pairs", "progress")  # what is learned from, and what changes no knob
+APART = ("model", "tokenizer", "pairs", "checkpoint", "progress")  # what is learned from, and what changes no knob
 
 
 def test_progress_reaches_the_number_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
+from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
 from trimtab.errors import OptionError, PairsError, unknown_name
 from trimtab.ops import Moments
 from trimtab.pairs import Pairs
@@ -56,6 +59,7 @@ def capture(
     format: Format,
     token_budget: int = 8192,
     padding: Side = "right",
+    checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evidence:
     """Read the residual stream of every pair's answers at every candidate site, layers x positions.
@@ -69,6 +73,9 @@ def capture(
     Batches hold at most `token_budget` tokens, padding included, and are halved when memory runs out. Blocks above the
     highest layer and the LM head are not run. No gradients; dropout is off; the model is left as it was. `progress` is
     called with the number of texts that are done and that of all.
+
+    `checkpoint` is a folder that keeps finished batches: the same call takes them from there after it was stopped or
+    killed, bit for bit, so the result is that of a run in one go. It is left in place; see `trimtab.checkpoint`.
     """
     if not len(pairs):
         raise PairsError("There are no pairs to read.")
@@ -84,10 +91,24 @@ def capture(
     store = torch.zeros(2, len(pairs), len(wanted), len(names), adapter.hidden_size)
     norms = {layer: Moments() for layer in wanted}
     run = _Run(adapter, renderer, wanted, padding, store, norms)
+    kept = Checkpoint(
+        checkpoint,
+        lambda: {
+            "work": "reading pairs",
+            **describe_model(model, tokenizer),
+            "pairs": pairs.hash(),
+            "format": format,
+            "positions": names,
+            "layers": wanted,
+            "token budget": token_budget,
+            "padding": padding,
+            "tokens": fingerprint(texts),
+        },
+    )
     done = 0
     with torch.no_grad(), _evaluating(model):
-        for batch in _batches(texts, token_budget):
-            run.forward(batch)
+        for number, batch in enumerate(_batches(texts, token_budget)):
+            run.keep(batch, kept.tensors(f"batch {number}", partial(run.forward, batch)))
             done += len(batch)
             progress(done, len(texts))
     answers = {(text.side, text.pair): text.norms.stop - text.norms.start for text in texts if text.norms.stop}
@@ -248,20 +269,30 @@ class _Run:
     store: Tensor  # [2, N, L, P, D]
     norms: dict[int, Moments] = field(default_factory=dict[int, Moments])
 
-    def forward(self, batch: list[_Text]) -> None:
-        """Run a batch and keep its share of the evidence; split it when memory runs out."""
+    def forward(self, batch: list[_Text]) -> dict[str, Tensor]:
+        """Run a batch, in halves when memory runs out; return what `keep` takes.
+
+        `means` `[L, R, D]` float32 of what the texts read, in their order; `norms` `[L, tokens]` float32.
+        """
         try:
-            self._forward(batch)
-            return
+            return self._forward(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
         # outside the handler, whose traceback would keep the failed batch alive
         torch.cuda.empty_cache()
-        self.forward(batch[: len(batch) // 2])
-        self.forward(batch[len(batch) // 2 :])
+        halves = [self.forward(batch[: len(batch) // 2]), self.forward(batch[len(batch) // 2 :])]
+        return {name: torch.cat([half[name] for half in halves], dim=1) for name in halves[0]}
 
-    def _forward(self, batch: list[_Text]) -> None:
+    def keep(self, batch: list[_Text], found: dict[str, Tensor]) -> None:
+        """Put a batch's share of the evidence where it belongs."""
+        spots = [(text.side, text.pair, p) for text in batch for p in text.reads]
+        for (side, pair, p), mean in zip(spots, found["means"].unbind(1), strict=True):
+            self.store[side, pair, :, p] = mean
+        for layer, norms in zip(self.layers, found["norms"], strict=True):
+            self.norms[layer].add(norms)
+
+    def _forward(self, batch: list[_Text]) -> dict[str, Tensor]:
         padded = self.renderer.pad([text.ids for text in batch], side=self.padding)
         device = self.adapter.device(0)
         inputs = {name: value.to(device) for name, value in padded._asdict().items()}
@@ -269,14 +300,13 @@ class _Run:
             self.adapter.run_to(max(self.layers), **inputs)
         width = padded.input_ids.shape[1]
         offsets = [width - len(text.ids) if self.padding == "left" else 0 for text in batch]
-        reads = [(b, p, _shift(span, offsets[b])) for b, text in enumerate(batch) for p, span in text.reads.items()]
-        kept = _kept([(b, span) for b, _, span in reads], width)
+        reads = [(b, _shift(span, offsets[b])) for b, text in enumerate(batch) for span in text.reads.values()]
+        kept = _kept(reads, width)
         counted = _kept([(b, _shift(text.norms, offsets[b])) for b, text in enumerate(batch)], width)
-        found = [(_means(reading.acts[layer], kept), _norms(reading.acts[layer], counted)) for layer in self.layers]
-        for index, (layer, (means, norms)) in enumerate(zip(self.layers, found, strict=True)):
-            for (b, p, _), mean in zip(reads, means, strict=True):
-                self.store[batch[b].side, batch[b].pair, index, p] = mean
-            self.norms[layer].add(norms)
+        return {
+            "means": torch.stack([_means(reading.acts[layer], kept) for layer in self.layers]),
+            "norms": torch.stack([_norms(reading.acts[layer], counted) for layer in self.layers]),
+        }
 
 
 def _kept(spans: Sequence[tuple[int, slice]], width: int) -> _Kept:
@@ -300,7 +330,7 @@ def _means(acts: Tensor, kept: _Kept) -> Tensor:
 
 def _norms(acts: Tensor, kept: _Kept) -> Tensor:
     owner, column = kept.tokens.to(acts.device).nonzero(as_tuple=True)
-    return acts[owner, column].float().norm(dim=-1)  # rows of `kept` are rows of the batch
+    return acts[owner, column].float().norm(dim=-1).cpu()  # rows of `kept` are rows of the batch
 
 
 def _shift(span: slice, by: int) -> slice:

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, model_identity
 from trimtab.capture import FORMATS, Format, capture, expand_positions
+from trimtab.checkpoint import versions
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
 from trimtab.methods import METHODS, Method
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, regress_out_lengths
@@ -49,6 +50,7 @@ def learn(
     seed: int = 0,
     token_budget: int = 8192,
     licence: str | None = None,
+    checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knob:
     """Learn a knob from pairs; about a hundred do, and it takes seconds.
@@ -57,11 +59,11 @@ def learn(
     differences, whatever the method makes of them) and stored; tuning chooses among them on validation data, which is
     better than any rule that sees these pairs only. None stands for what the method's paper does.
 
-    `format`, `positions`, `token_budget`: see `trimtab.capture.capture`. Without a chat template the answers are read
-    after their prompts, with a warning. `layers`: the candidates; None keeps those that lie between `first` and `last`
-    as fractions of the depth, which by default leaves out the last fifth. `selection`: "eq3_cosine" (Eq. 3 of PaLRS as
-    we read it: the difference most aligned with the mean chosen activation; mind the warning about norms),
-    "max_relative_norm", "probe_auc" (held-out separation of the answers), or "fixed", which takes `site`.
+    `format`, `positions`, `token_budget`, `checkpoint`: see `trimtab.capture.capture`. Without a chat template the
+    answers are read after their prompts, with a warning. `layers`: the candidates; None keeps those that lie between
+    `first` and `last` as fractions of the depth, which by default leaves out the last fifth. `selection`: "eq3_cosine"
+    (Eq. 3 of PaLRS as we read it: the difference most aligned with the mean chosen activation; mind the warning about
+    norms), "max_relative_norm", "probe_auc" (held-out separation of the answers), or "fixed", which takes `site`.
 
     `scale` is what strength 1 means before tuning: "raw" (the vector as it is), "mean_chosen_norm" (Eq. 4 of PaLRS:
     strength is the paper's alpha) or "mean_residual_norm" (strength is our alpha). `where` is stored in the knob.
@@ -88,6 +90,7 @@ def learn(
         layers=plan.layers,
         format=plan.format,
         token_budget=token_budget,
+        checkpoint=checkpoint,
         progress=progress,
     )
     chosen, rejected = evidence.chosen, evidence.rejected  # [N, S, D]
@@ -283,10 +286,6 @@ def _provenance(
     settings: Mapping[str, Any],
     licence: str | None,
 ) -> dict[str, Any]:
-    try:
-        tool = version("trimtab")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        tool = "unknown"
     return {
         "paper": method.paper or None,
         **model_identity(model, tokenizer),
@@ -294,7 +293,7 @@ def _provenance(
         "pairs_count": len(pairs),
         "prompt_hashes": pairs.prompt_hashes(),
         "options": dict(settings),
-        "tool": f"trimtab {tool}",
+        "tool": f"trimtab {versions()['trimtab']}",
         "licence": licence,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

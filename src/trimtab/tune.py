@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from trimtab.artifact import Knob
+from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.judge import KL_ITEMS, Judge, safe_range
 from trimtab.evals.likelihood import pair_margins
@@ -53,6 +55,7 @@ def tune(
     strengths: Sequence[float] = STRENGTHS,
     dose_response: bool = True,
     batch_size: int = 128,
+    checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knob:
     """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
@@ -79,6 +82,11 @@ def tune(
     KL, broken answers; see `trimtab.evals.judge`) and the `safe_range` around [0, 1] within the budgets. `progress` is
     called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
     if nothing qualifies.
+
+    `checkpoint` is a folder that keeps finished steps (batches of the ranking, answers to a task under a setting, KLs):
+    the same call takes them from there after it was stopped or killed, and so does one with other budgets, finalists or
+    strengths. Kept answers are graded again; `seconds` are those of the last call. The folder is left in place; see
+    `trimtab.checkpoint`.
     """
     knob = _reproducible(knob, agreement)
     wheres = _wheres(knob, where)
@@ -97,9 +105,19 @@ def tune(
     def advance() -> None:
         progress(next(done), total)
 
-    ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens)
+    tried = {
+        "where": wheres,
+        "gains": list(map(float, gains)),
+        "ranked pairs": rank_pairs,
+        "ranked tokens": rank_tokens,
+    }
+    tasks = [*([task] if task else []), *guardrails]
+    kept = Checkpoint(
+        checkpoint, lambda: _job(knob, model, tokenizer, pairs, tasks) | tried | {"batch size": batch_size}
+    )
+    ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens, kept)
     advance()
-    judge = Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size)
+    judge = Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size, kept)
     advance()
     table, scores = _measure_finalists(knob, judge, ranking, finalists, gains, advance)
     best = _best(table, scores, judge, knob.name, task)
@@ -123,7 +141,7 @@ def tune(
             "rank_tokens": rank_tokens,
             "kl_items": KL_ITEMS,
             "strengths": list(strengths),
-            "items": {t.name: len(t) for t in (*([task] if task else []), *guardrails)},
+            "items": {t.name: len(t) for t in tasks},
         },
     }
     if dose_response:
@@ -166,6 +184,21 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
         )
     site = knob.site if knob.site in kept else next(iter(kept))
     return replace(knob.with_(site=site), vectors=kept)
+
+
+def _job(
+    knob: Knob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """Return what the kept steps depend on; graders are not among it, since kept answers are graded again."""
+    return {
+        "work": "tuning",
+        **describe_model(model, tokenizer),
+        "knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()),
+        "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
+        "operation": knob.operation,
+        "pairs": pairs.hash(),
+        "tasks": [[t.name, len(t), t.max_new_tokens, fingerprint(t.prompts)] for t in tasks],
+    }
 
 
 def _wheres(knob: Knob, where: Sequence[Where] | Where | None) -> tuple[Where, ...]:
@@ -288,6 +321,7 @@ def _rank(
     wheres: Sequence[Where],
     gains: Sequence[float],
     answer_tokens: int,
+    kept: Checkpoint,
 ) -> list[_Candidate]:
     """Order the candidates by how much they raise the margin; settings that lower the chosen answers come last."""
     sites = [site for site in knob.vectors if float(knob.vectors[site].norm()) > 0]
@@ -296,7 +330,7 @@ def _rank(
         raise TuneError(f"Every vector of {knob.name!r} is zero: its pairs do not differ at any site that was read.")
     lone = {site: knob.pruned(site) for site in knob.vectors}  # a knob copies its vectors: one each is enough
     settings: list[Mapping[Knob, float]] = [{lone[s].with_(where=w, gain=gain): 1.0} for s, w, gain in spots]
-    base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens)
+    base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens, kept=kept)
     found = [
         _Candidate(*spot, float((m.margin - base.margin).mean()), float((m.chosen - base.chosen).mean()))
         for spot, m in zip(spots, steered, strict=True)

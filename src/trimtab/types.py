@@ -81,8 +81,8 @@ class Site:
     def parse(text: str) -> Site:
         """Read a site back from its text form `layer/position`."""
         layer, slash, position = text.partition("/")
-        if not slash or not position or not re.fullmatch(r"\d+", layer):
-            raise OptionError(f"A site is written layer/position, e.g. 4/last; got {text!r}.")
+        if not slash or not position or not re.fullmatch(r"0|[1-9][0-9]{0,8}", layer):
+            raise OptionError(f"A site is written layer/position, e.g. 4/last; got {text[:60]!r}.")
         return Site(int(layer), position)
 
 
@@ -106,6 +106,8 @@ def check_strength(value: float, name: str = "strength") -> float:
         raise OptionError(f"The {name} must be a number; got {value!r}.")
     try:
         number = float(value)
+    except OverflowError:
+        raise OptionError(f"The {name} must be finite; got a whole number beyond every float.") from None
     except (TypeError, ValueError):
         raise OptionError(f"The {name} must be a number; got {value!r}.") from None
     if not math.isfinite(number):

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # a closed pipe must show here, and not when Python exits
     except TrimtabError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        print("\ntrimtab: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("\ntrimtab: " + "; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left. Python would complain once more when it flushes stdout at exit.

@@ -39,6 +39,7 @@ LEARN = (
     "seed",
     "token_budget",
     "licence",
+    "checkpoint",
 )
 """Options that go to `trimtab.learn` under their own names."""
 
@@ -67,6 +68,7 @@ def add_options(parser: ArgumentParser) -> None:
     reading.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch (default 8192)")
     reading.add_argument("--length-match", metavar="RULE", help="off, bucket or regress (default off)")
     reading.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
+    options.add_checkpoint(parser)
     choice = parser.add_argument_group("what is chosen before tuning")
     choice.add_argument("--selection", help="eq3_cosine, max_relative_norm, probe_auc or fixed")
     choice.add_argument("--site", help="take this one, as in 4/last")
@@ -88,17 +90,21 @@ def run(args: Namespace, terminal: Terminal) -> None:
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
     chosen: dict[str, Any] = {"name": _name_from(out), **given(args, *LEARN)}
     with terminal.working("Preparing"):
+        from trimtab.checkpoint import remove
         from trimtab.learn import learn
         from trimtab.methods import METHODS
     if args.method is not None and args.method not in METHODS:  # before the model is loaded, which may take long
         raise unknown_name("method", args.method, METHODS)
     with open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
-        with terminal.working(f"Learning from {len(pairs)} pairs", counted=True) as progress:
+        working = terminal.working(f"Learning from {len(pairs)} pairs", counted=True)
+        with options.resumable(args.checkpoint), working as progress:
             knob = learn(model, tokenizer, pairs, options=own, progress=progress, **chosen)
         seconds = time.perf_counter() - begun
     knob.save(out)
     terminal.result(_record(knob, out, seconds), _text(knob, args, out, seconds))
+    if args.checkpoint is not None:
+        remove(args.checkpoint)
 
 
 def _name_from(out: Path) -> str:

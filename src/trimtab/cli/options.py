@@ -7,7 +7,8 @@ import json
 import re
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +73,29 @@ def add_decoding(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 0.0)")
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest share (default 1.0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+
+
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Add the folder of finished steps."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="keep finished steps here; the same command takes the job up again after it was stopped, and removes "
+        "them once the knob is written",
+    )
+
+
+@contextmanager
+def resumable(checkpoint: str | None) -> Generator[None]:
+    """Let an interrupt of work with a checkpoint say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is None:
+            raise
+        raise KeyboardInterrupt(
+            f"{checkpoint!r} keeps the finished steps; the same command goes on from there"
+        ) from None
 
 
 def given(args: Namespace, *names: str) -> dict[str, Any]:

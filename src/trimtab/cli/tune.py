@@ -20,7 +20,7 @@ from trimtab.cli.terminal import Terminal
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
 
-TUNE = ("gains", "where", "finalists", "strengths", "agreement", "budget", "broken_budget", "batch_size")
+TUNE = ("gains", "where", "finalists", "strengths", "agreement", "budget", "broken_budget", "batch_size", "checkpoint")
 """Options that go to `trimtab.tune` under their own names."""
 
 
@@ -32,6 +32,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the tuned knob")
     parser.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
+    options.add_checkpoint(parser)
     goal = parser.add_argument_group("what decides")
     source = "FILE[:GRADER] with prompt and answer per line, or prefworld:FAMILY[:COUNT]"
     goal.add_argument("--task", metavar="TASK", help=f"what should get better: {source}")
@@ -66,6 +67,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     file = input_file(args.knob, "a knob file")
     with terminal.working("Preparing"):
         from trimtab.artifact import Knob
+        from trimtab.checkpoint import remove
         from trimtab.tune import tune
 
         knob = Knob.load(file)
@@ -76,7 +78,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
         ]
     with open_model(args, terminal) as loaded:
         knob.check(loaded.model, loaded.tokenizer, strict=not args.no_strict)
-        with terminal.working(f"Tuning {knob.name}", counted=True) as progress:
+        working = terminal.working(f"Tuning {knob.name}", counted=True)
+        with options.resumable(args.checkpoint), working as progress:
             tuned = tune(
                 knob,
                 loaded.model,
@@ -89,6 +92,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
             )
     tuned.save(out)
     terminal.result(_record(tuned, out), _text(tuned, args, out))
+    if args.checkpoint is not None:
+        remove(args.checkpoint)
 
 
 def _record(knob: Knob, out: Path) -> dict[str, Any]:

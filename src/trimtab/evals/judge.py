@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
+from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.evals.likelihood import divergence, render_texts
-from trimtab.evals.tasks import Outcome, Task, run_task
+from trimtab.evals.tasks import Outcome, Task, grade_answers, run_task
 from trimtab.pairs import Pairs
 from trimtab.types import Message
 
@@ -25,7 +27,8 @@ class Judge:
 
     Without a task the answers to the pairs' own prompts still show where a dose begins to break the model. `budget` is
     the share of items that a guardrail may lose, `broken_budget` the share of answers that may break (empty, cut,
-    repeating). `base` holds the base model's score, guardrails and broken share.
+    repeating). `base` holds the base model's score, guardrails and broken share. `kept` keeps what the model says, and
+    not what a grader makes of it: answers that are taken from there are graded again, so another grader counts at once.
     """
 
     def __init__(
@@ -38,8 +41,9 @@ class Judge:
         budget: float,
         broken_budget: float,
         batch_size: int,
+        kept: Checkpoint = NO_CHECKPOINT,
     ) -> None:
-        self._model, self._tokenizer, self._batch = model, tokenizer, batch_size
+        self._model, self._tokenizer, self._batch, self._kept = model, tokenizer, batch_size, kept
         self._task, self._guardrails = task, guardrails
         prompts = tuple(p.prompt for p in pairs[:KL_ITEMS])
         stand_in = Task("prompts", prompts, lambda answers: [0.0] * len(answers), max_new_tokens=48)
@@ -48,8 +52,8 @@ class Judge:
         outcomes = self._run({})
         self.base: dict[str, Any] = self._summary(outcomes)
         # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
-        kept = [list(zip(t.prompts, o.answers, strict=True))[:KL_ITEMS] for t, o in outcomes[1:] or outcomes]
-        told = [(prompt, answer) for items in kept for prompt, answer in items if answer]
+        held = [list(zip(t.prompts, o.answers, strict=True))[:KL_ITEMS] for t, o in outcomes[1:] or outcomes]
+        told = [(prompt, answer) for items in held for prompt, answer in items if answer]
         turns = [(Message("user", prompt),) if isinstance(prompt, str) else prompt for prompt, _ in told]
         limit = Adapter(model).context_length
         texts = render_texts(tokenizer, turns, [answer for _, answer in told])
@@ -69,7 +73,9 @@ class Judge:
             and row["broken"] <= self.base["broken"] + self.broken_budget + 1e-9
         )
         if self._texts:
-            row["kl"] = divergence(self._model, self._tokenizer, self._texts, {knob: strength})
+            setting = {knob: strength}
+            compare = partial(divergence, self._model, self._tokenizer, self._texts, setting)
+            row["kl"] = self._kept.step(f"kl {_spell(setting)}", compare)
         return row, outcomes[0][1].scores
 
     def curve(
@@ -88,13 +94,29 @@ class Judge:
         return sorted(rows, key=lambda row: row["strength"])
 
     def _run(self, setting: Mapping[Knob, float]) -> list[tuple[Task, Outcome]]:
-        return [(t, run_task(self._model, self._tokenizer, t, setting, batch_size=self._batch)) for t in self._tasks]
+        return [(t, self._outcome(f"answers {i} {_spell(setting)}", t, setting)) for i, t in enumerate(self._tasks)]
+
+    def _outcome(self, key: str, task: Task, setting: Mapping[Knob, float]) -> Outcome:
+        fresh: list[Outcome] = []
+
+        def answer() -> dict[str, list[Any]]:
+            fresh.append(run_task(self._model, self._tokenizer, task, setting, batch_size=self._batch))
+            return {"answers": list(fresh[0].answers), "broken": fresh[0].degenerate.tolist()}
+
+        said = self._kept.step(key, answer)
+        return fresh[0] if fresh else grade_answers(task, said["answers"], said["broken"])
 
     def _summary(self, outcomes: list[tuple[Task, Outcome]]) -> dict[str, Any]:
         score = next((o.accuracy for t, o in outcomes if t is self._task), None)
         broken = float(np.mean(np.concatenate([o.degenerate for _, o in outcomes])))
         rails = {t.name: o.accuracy for t, o in outcomes if t in self._guardrails}
         return {"score": score, "guardrails": rails, "broken": broken}
+
+
+def _spell(setting: Mapping[Knob, float]) -> str:
+    """Write a setting so that two that differ never read alike."""
+    spelled = (f"{k.site} {k.where} gain {float(k.gain)!r} strength {float(s)!r}" for k, s in setting.items())
+    return ", ".join(spelled) or "base"
 
 
 def safe_range(curve: list[dict[str, Any]]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
+from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.errors import PairsError
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -25,6 +27,10 @@ class Text(NamedTuple):
 
     ids: list[int]
     start: int
+
+
+Row = tuple[Text, Mapping[Knob, float]]
+"""A text and the knobs under which it is scored."""
 
 
 class Margins(NamedTuple):
@@ -56,10 +62,12 @@ def pair_margins(
     *,
     answer_tokens: int | None = None,
     token_budget: int = 8192,
+    kept: Checkpoint = NO_CHECKPOINT,
 ) -> list[Margins]:
     """Score the answers of every pair under every setting; rows of different settings share batches.
 
     Returns one `Margins` per setting, in their order. `answer_tokens` scores only the first tokens of every answer.
+    Batches that `kept` holds are not run again; a checkpoint serves one such call.
     """
     prompts = [pair.prompt for pair in pairs]
     texts = render_texts(tokenizer, prompts * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs])
@@ -67,8 +75,9 @@ def pair_margins(
         texts = [Text(text.ids[: text.start + answer_tokens], text.start) for text in texts]
     rows = [(text, setting) for setting in settings for text in texts]
     sums = np.zeros(len(rows))
-    for number, logps, ids in _forwards(model, tokenizer, rows, token_budget):
-        sums[number] = float(logps.gather(-1, ids[:, None]).sum())
+    for number, batch in enumerate(_batches(rows, token_budget)):
+        score = partial(_likelihoods, model, tokenizer, [rows[i] for i in batch])
+        sums[batch] = kept.step(f"margins {number}", score)
     n = len(pairs)
     blocks = sums.reshape(len(settings), 2, n)
     return [Margins(block[0], block[1]) for block in blocks]
@@ -87,7 +96,10 @@ def divergence(
     # Base and steered rows of a few texts at a time: at a real vocabulary the log-probabilities of all fill memory.
     for start in range(0, len(texts), 8):
         rows = [(text, knobs) for text in texts[start : start + 8] for knobs in ({}, setting)]
-        logps = {number: found for number, found, _ in _forwards(model, tokenizer, rows, token_budget)}
+        logps: dict[int, torch.Tensor] = {}
+        for batch in _batches(rows, token_budget):
+            found = _forward(model, tokenizer, [rows[i] for i in batch])
+            logps.update((number, answer) for number, (answer, _) in zip(batch, found, strict=True))
         for number in range(0, len(rows), 2):
             base, steered = logps[number], logps[number + 1]
             total += float((base.exp() * (base - steered)).sum())
@@ -95,39 +107,46 @@ def divergence(
     return max(total / max(count, 1), 0.0)  # rounding can leave a little less than 0
 
 
-def _forwards(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[tuple[Text, Mapping[Knob, float]]],
-    token_budget: int,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Run rows in batches of similar length; yield row number, log-probabilities [T, V] and ids [T] of its answer."""
-    renderer, adapter = Renderer(tokenizer), Adapter(model)
-    longest, limit = max((len(text.ids) for text, _ in rows), default=0), adapter.context_length
-    if limit is not None and longest > limit:
-        raise PairsError(
-            f"A prompt with its answer is {longest} tokens long when rendered; this model's context holds {limit}. "
-            "Leave long pairs out."
-        )
+def _batches(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
+    """Group the numbers of rows of similar length, longest first: `token_budget` tokens with padding, or one row."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids))
+    batches: list[list[int]] = []
     while order:
         batch = [order.pop()]
         width = len(rows[batch[0]][0].ids)
         while order and (len(batch) + 1) * width <= token_budget:
             batch.append(order.pop())
-        picked = [rows[i] for i in batch]
-        inputs = renderer.pad([list(text.ids) for text, _ in picked], side="right")
-        # Position start - 1 predicts the answer's first token: the prompt ends there.
-        lengths = [text.start for text, _ in picked]
-        settings, thinking = [knobs for _, knobs in picked], renderer.thinking()
-        with torch.no_grad(), steer(adapter, settings, prompt_lengths=lengths, thinking=thinking):
-            logits = model(
-                input_ids=inputs.input_ids.to(model.device),
-                attention_mask=inputs.attention_mask.to(model.device),
-                position_ids=inputs.position_ids.to(model.device),
-                use_cache=False,
-            ).logits
-        for row, number in enumerate(batch):
-            text = rows[number][0]
-            answer = logits[row, text.start - 1 : len(text.ids) - 1].float().cpu()
-            yield number, answer.log_softmax(-1), torch.tensor(text.ids[text.start :])
+        batches.append(batch)
+    return batches
+
+
+def _likelihoods(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Row]) -> list[float]:
+    """Return the log-likelihood of each row's answer, in nats."""
+    return [float(logps.gather(-1, ids[:, None]).sum()) for logps, ids in _forward(model, tokenizer, batch)]
+
+
+def _forward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Row]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Run rows in one batch; yield log-probabilities [T, V] and ids [T] of each row's answer."""
+    renderer, adapter = Renderer(tokenizer), Adapter(model)
+    longest, limit = max(len(text.ids) for text, _ in batch), adapter.context_length
+    if limit is not None and longest > limit:
+        raise PairsError(
+            f"A prompt with its answer is {longest} tokens long when rendered; this model's context holds {limit}. "
+            "Leave long pairs out."
+        )
+    inputs = renderer.pad([list(text.ids) for text, _ in batch], side="right")
+    # Position start - 1 predicts the answer's first token: the prompt ends there.
+    lengths = [text.start for text, _ in batch]
+    settings, thinking = [knobs for _, knobs in batch], renderer.thinking()
+    with torch.no_grad(), steer(adapter, settings, prompt_lengths=lengths, thinking=thinking):
+        logits = model(
+            input_ids=inputs.input_ids.to(model.device),
+            attention_mask=inputs.attention_mask.to(model.device),
+            position_ids=inputs.position_ids.to(model.device),
+            use_cache=False,
+        ).logits
+    for row, (text, _) in enumerate(batch):
+        answer = logits[row, text.start - 1 : len(text.ids) - 1].float().cpu()
+        yield answer.log_softmax(-1), torch.tensor(text.ids[text.start :])

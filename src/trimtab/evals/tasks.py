@@ -94,10 +94,14 @@ def run_task(
         batch_size=batch_size,
         strict=None,
     )
-    answers = tuple(g.text for g in made)
+    return grade_answers(task, [g.text for g in made], [float(degenerate(g.text, g.finished)) for g in made])
+
+
+def grade_answers(task: Task, answers: Sequence[str], broken: Sequence[float]) -> Outcome:
+    """Grade the answers to a task's prompts; `broken` says of each with 0 or 1 whether it is degenerate."""
     sides = tuple(task.side(i, text) if task.side else None for i, text in enumerate(answers))
-    broken = np.array([degenerate(g.text, g.finished) for g in made], dtype=float)
-    return Outcome(answers, np.asarray(task.grade(answers), dtype=float), sides, broken)
+    said = tuple(answers)
+    return Outcome(said, np.asarray(task.grade(said), dtype=float), sides, np.asarray(broken, dtype=float))
 
 
 def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: int = 128) -> Task:
