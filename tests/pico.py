@@ -64,6 +64,9 @@ ARCHITECTURES = """
 """Architectures of text models, by the names transformers gives them: dense, mixtures of experts, state spaces and
 hybrids. Models are random twins of their default configurations."""
 
+VISION = ("llava", "gemma3", "smolvlm", "qwen3_vl", "mistral3", "idefics3", "internvl")
+"""Architectures with a tower for images, which their twins have deeper than the text part."""
+
 EXPERTS = ("deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "jamba", "qwen3_next")
 """Mixtures of experts compute on the tokens sent to them, from all rows: other shapes, other bits."""
 
@@ -71,6 +74,7 @@ STATE_SPACES = ("mamba", "falcon_mamba", "mamba2", "jamba", "falcon_h1", "qwen3_
 """Architectures with recurrent states: padding on the right would run through the states that come after it."""
 
 _CHANGES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},  # as Llama 3 has it
     "mixtral": {"num_local_experts": LAYERS},  # as many experts as layers, to confuse
 }
 

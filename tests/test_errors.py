@@ -17,6 +17,7 @@ TREE = {
     "PairsError": ValueError,
     "RenderError": ValueError,
     "AdapterError": ValueError,
+    "CacheError": ValueError,
     "KnobError": ValueError,
     "OptionError": ValueError,
     "UnknownName": KeyError,

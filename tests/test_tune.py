@@ -218,8 +218,8 @@ def test_tuning_chooses_the_tokens_to_steer_among_those_it_is_given() -> None:
     assert tuned.tuning["options"]["where"] == ["context", "completion"]
     assert {row["where"] for row in tuned.tuning["ranking"]} == {"context", "completion"}
     assert tune(knob, lm, words, PAIRS, **options).where == knob.where
-    with pytest.raises(UnknownName, match="Unknown where 'answer'"):
-        tune(knob, lm, words, PAIRS, where="answer")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnknownName, match="Unknown where 'reply'"):
+        tune(knob, lm, words, PAIRS, where="reply")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnknownName, match="Unknown where '3'"):
         tune(knob, lm, words, PAIRS, where=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="got none"):

@@ -353,7 +353,7 @@ def generating() -> Generating | None:
     A forward call cannot tell its prompt from guesses that follow it, nor a piece of a prompt from all of it; only the
     settings of the generation say so, and they are nowhere but in that frame.
     """
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
             found = frame.f_locals

@@ -38,7 +38,8 @@ SAMPLE = 2**16
 """Values of a tensor that a digest looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
 
 _STEP = r"step-[\w.-]+-[0-9a-f]{12}\.(?:json|safetensors)"
-_OURS = re.compile(rf"job\.json|{_STEP}|\.(?:job\.json|{_STEP})\.[0-9a-f]{{8}}\.part")
+_PART = r"\.(?:job\.json|step-[\w.-]+)\.[0-9a-f]{8}\.part"  # of a writer that was killed; long names are cut there
+_OURS = re.compile(rf"job\.json|{_STEP}|{_PART}")
 
 
 class Checkpoint:

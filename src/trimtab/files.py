@@ -111,14 +111,14 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(fields):
         names = [name for name, _ in fields]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has two fields {twice[:40]!r}")
+        raise ValueError(f"it has two fields {twice[:40]!r} in one object")
     return found
 
 
 def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is not a finite number")
+        raise ValueError(f"{text[:40]} is not a finite number; JSON has null for what is not known")
     return value
 
 

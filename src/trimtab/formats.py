@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, NoReturn, cast
+from typing import NamedTuple, cast
 
 from trimtab.errors import MissingDependency, PairsError
+from trimtab.files import parse_json
 
 FIELDS = ("prompt", "chosen", "rejected")
 """What a record of a pair is made of; whatever else it holds is kept as it is."""
@@ -119,29 +120,15 @@ def _json(data: bytes) -> list[Placed]:
 
 
 def _parse(text: str, place: str) -> object:
-    def unique(items: Sequence[tuple[str, object]]) -> dict[str, object]:
-        found = dict(items)
-        if len(found) < len(items):
-            twice = _first_repeated(key for key, _ in items)
-            raise PairsError(f"{place} gives the key {short(twice or '')} twice in one object. Keep one of them.")
-        return found
-
-    def refuse(constant: str) -> NoReturn:
-        raise PairsError(f"{place} is not JSON: it holds {constant}. Write null, or leave the field out.")
-
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except PairsError:
-        raise
-    except RecursionError:
-        raise PairsError(f"{place} is nested too deeply to be read.") from None
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         hint = ""
         if error.msg == "Extra data":
             hint = " A file with one record per line is named .jsonl, and each line holds one."
         raise PairsError(f"{place} is not JSON: {error.msg} at {line}column {error.colno}.{hint}") from None
-    except ValueError as error:  # a number with thousands of digits
+    except ValueError as error:
         raise PairsError(f"{place} cannot be read: {error}.") from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, cast, overload
 
 from trimtab.errors import OptionError, PairsError
+from trimtab.files import reason, write_atomically
 from trimtab.formats import FIELDS, kind, read_file, short
 from trimtab.records import check_roles, read_pair
 from trimtab.types import Message, Pair, is_unicode
@@ -86,7 +87,10 @@ class Pairs(Sequence[Pair]):
         lines = [_dump(record, f"Pair {number}") for number, record in enumerate(self.to_records(), 1)]
         is_list = suffix == ".json"
         text = "[\n" + ",\n".join(lines) + "\n]\n" if is_list else "".join(line + "\n" for line in lines)
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            write_atomically(path, text.encode())
+        except OSError as error:
+            raise PairsError(f"Cannot write {str(path)!r}: {reason(error)}. Nothing there was changed.") from None
 
     def deduplicate(self) -> Pairs:
         """Keep the first of equal pairs, and neither of two pairs that contradict each other."""

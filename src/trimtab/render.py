@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
@@ -23,7 +23,7 @@ from trimtab.errors import MissingDependency, OptionError, RenderError
 from trimtab.types import Markers, Message
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "prefworld"
 THINKING = (
@@ -57,16 +57,17 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
         raise OptionError(f"A model is named by text or a path; got {name_or_path!r}.")
     if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
         raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, {', '.join(sorted(DTYPES))}.")
+    config = load_config(name_or_path)
     source, local = _locate(name_or_path)
     if str(name_or_path) == BUNDLED and dtype == "auto":
         dtype = "float32"
     if device == "auto" and find_spec("accelerate") is None:
         raise MissingDependency("device='auto' needs accelerate. Install it with: pip install accelerate")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(config).from_pretrained(
             source,
             dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
             device_map="auto" if device == "auto" else None,
@@ -75,13 +76,36 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
             trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}") from None
+        raise _cannot_load(name_or_path, error) from None
     if str(name_or_path) == BUNDLED:
         model.config.name_or_path = BUNDLED  # not the folder it happens to be installed in
     if device not in (None, "auto"):
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     return Loaded(model.eval(), tokenizer)
+
+
+def load_config(name_or_path: str | Path) -> PretrainedConfig:
+    """Load the configuration of a model that `load` could load; raises `OptionError` when there is no such model."""
+    source, local = _locate(name_or_path)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name_or_path, error) from None
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """Return the automatic class of transformers that makes the model: of text, or of text and images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text: Any = AutoModelForCausalLM  # its mapping is not public, and the only list of what it takes
+    return text if type(config) in text._model_mapping else AutoModelForImageTextToText
+
+
+def _cannot_load(name_or_path: str | Path, error: Exception) -> OptionError:
+    reason = str(error).strip().split("\n")[0]
+    return OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}")
 
 
 class _Source(NamedTuple):
@@ -295,7 +319,7 @@ class Renderer:
         `markers` replaces the known ones of `THINKING`. A marker must begin and end with an added token, or the text
         beside it could melt into its ids: `RenderError` otherwise.
         """
-        added = set(self.tokenizer.get_added_vocab().values())
+        added = set(cast(Any, self.tokenizer).get_added_vocab().values())
         for pair in THINKING if markers is None else (markers,):
             ids = [self._plain(marker) for marker in pair]
             if all(found and found[0] in added and found[-1] in added for found in ids):

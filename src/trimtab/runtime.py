@@ -95,7 +95,7 @@ class Steering:
         self._rows = None if uniform else len(rows)
         self._tables = _build(self._adapter, rows, uniform)
         self._expanded = (1, self._tables)
-        wheres = frozenset(where for layer in self._tables.values() for where in layer.wheres())
+        wheres = frozenset[Where]().union(*(layer.wheres() for layer in self._tables.values()))
         doses = _row_doses(self._adapter, rows)
         follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache)
         if self._tables or self._check_cache:  # at strength 0 no block is touched, but a steered cache is a mistake

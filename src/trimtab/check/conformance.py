@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.check.trace import tracing
+from trimtab.check.trace import Broken, tracing
 from trimtab.errors import AdapterError, TrimtabError
 from trimtab.runtime import steer
 from trimtab.types import Site, Where
@@ -55,10 +57,6 @@ class Report:
         """`failed` if any check failed, else `refused` if any was refused, else `ok`."""
         verdicts = {finding.verdict for finding in self.findings}
         return "failed" if "failed" in verdicts else "refused" if "refused" in verdicts else "ok"
-
-
-class _Broken(AssertionError):
-    """A check that does not hold; its text says what was seen."""
 
 
 @dataclass
@@ -160,7 +158,7 @@ def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -
 def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding:
     try:
         return Finding(name, "ok", function(bench))
-    except _Broken as error:
+    except Broken as error:
         return Finding(name, "failed", str(error))
     except TrimtabError as error:
         return Finding(name, "refused", str(error))
@@ -170,7 +168,7 @@ def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding
         )
 
 
-# The checks: each returns a remark, raises _Broken where it does not hold, or lets a refusal through
+# The checks: each returns a remark, raises Broken where it does not hold, or lets a refusal through
 
 
 def _read(bench: _Bench) -> str:
@@ -200,14 +198,14 @@ def _read(bench: _Bench) -> str:
                 f"Not a causal model: later tokens change what layer {layer} holds for earlier ones, by {later:.1g}."
             )
         if not torch.equal(whole[layer], hooked[layer]):
-            raise _Broken(f"what is read at layer {layer} is not what a hook there is given")
+            raise Broken(f"what is read at layer {layer} is not what a hook there is given")
     if states is None or len(states) != adapter.n_layers + 1:
         return "no hidden_states to compare with"
     inner = range(adapter.n_layers - 1)  # the last entry is after the final norm
     for offset in (1, 0):  # with the embeddings in front; some models (Mamba) leave them out
         if all(torch.equal(whole[layer], states[layer + offset]) for layer in inner):
             return f"layer i is hidden_states[i{' + 1' if offset else ''}]"
-    raise _Broken("the layers are not the entries of hidden_states")
+    raise Broken("the layers are not the entries of hidden_states")
 
 
 def _write(bench: _Bench) -> str:
@@ -225,11 +223,11 @@ def _write(bench: _Bench) -> str:
             wanted = turned.addend(1.0).to(added)
             worst = max(worst, float((added - wanted).norm(dim=-1).max() / wanted.norm()))
             if any(not torch.equal(reading.acts[below], base[below]) for below in range(layer)):
-                raise _Broken(f"a knob at layer {layer} changes a layer below it")
+                raise Broken(f"a knob at layer {layer} changes a layer below it")
             if torch.equal(logits, base_logits):
-                raise _Broken(f"a knob at layer {layer} does not reach the logits")
+                raise Broken(f"a knob at layer {layer} does not reach the logits")
     if worst > bench.tolerance:
-        raise _Broken(f"steered minus base is off by {worst:.1g} of the addend")
+        raise Broken(f"steered minus base is off by {worst:.1g} of the addend")
     return f"off by {worst:.0e}"
 
 
@@ -240,7 +238,7 @@ def _zero(bench: _Bench) -> str:
     turned = bench.knob(bench.middle)
     with steer(bench.adapter, {turned: 0.0}):
         if not torch.equal(bench.logits([bench.rows[0]])[0], base):
-            raise _Broken("strength 0 is not bitwise the base model")
+            raise Broken("strength 0 is not bitwise the base model")
     try:
         with steer(bench.adapter, {turned: 1.0}):
             bench.logits([bench.rows[0]])
@@ -248,58 +246,78 @@ def _zero(bench: _Bench) -> str:
     except KeyboardInterrupt:
         pass
     if _hooks(bench.model) != hooks or not torch.equal(bench.logits([bench.rows[0]])[0], base):
-        raise _Broken("something stays on the model after steering")
+        raise Broken("something stays on the model after steering")
     return "bitwise"
 
 
 def _positions(bench: _Bench) -> str:
-    """The same absolute positions are steered with and without cache, at either padding side, in a batch or alone,
-    in beams, and in a second turn."""
-    layer, turns = bench.middle, 0
-    lengths = list(LENGTHS)
-    eight = [bench.rows[i % 3] for i in range(8)]
-    second = [row + bench.new[i].tolist() + bench.rows[0][:2] for i, row in enumerate(bench.rows)]
-    for where in ("all", "prompt", "context", "completion"):
-        turned = bench.knob(layer, where)
+    """The same absolute positions are steered, however the tokens come: each of `_ways`, for every `where`."""
+    layer, count = bench.middle, 0
+    ways = _ways(bench)
+    missing = [name for name, way in ways.items() if not _possible(way)]
+    for where, (name, way) in product(("all", "prompt", "context", "completion"), ways.items()):
+        if name in missing:
+            continue
+        mask = _mask([len(row) for row in way.rows], way.side)
+        setting = {bench.knob(layer, where): 1.0}
+        with steer(bench.adapter, setting, prompt_lengths=way.lengths), tracing(bench.adapter, layer, mask) as trace:
+            way.run()
+        expected = [_span(where, length, total) for length, total in zip(way.lengths, way.totals, strict=True)]
+        if trace.positions() != expected:
+            raise Broken(f"where={where!r}, {name}: steered {trace.positions()}, not {expected}")
+        count += 1
+    return f"{count} ways" + (f"; the model itself cannot do: {', '.join(missing)}" if missing else "")
 
-        def wanted(length: int, total: int, where: str = where) -> list[int]:
-            spans = {"all": (0, total), "prompt": (0, length), "context": (0, length - 1)}
-            return list(range(*spans.get(where, (length - 1, total))))
 
-        ways: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
-            "cache": (bench.rows, {}),
-            "no cache": (bench.rows, {"use_cache": False}),
-            "alone": (bench.rows[:1], {}),
-            "batch of 8": (eight, {}),
-            "beams": (bench.rows, {"num_beams": 2}),
-            "second turn": (second, {}),
-        }
-        for way, (rows, options) in ways.items():
-            given = [len(row) for row in rows]
-            mask = _mask(given, "left")
-            with (
-                steer(bench.adapter, {turned: 1.0}, prompt_lengths=given),
-                tracing(bench.adapter, layer, mask) as trace,
-            ):
-                bench.generate(rows, **options)
-            # the last new token is never fed back
-            expected = [wanted(length, length + NEW - 1) for length in given]
-            if trace.positions() != expected:
-                raise _Broken(f"where={where!r}, {way}: steered {trace.positions()}, not {expected}")
-            turns += 1
-        for side in ("left", "right"):
-            whole = [row + bench.new[i].tolist() for i, row in enumerate(bench.rows)]
-            mask = _mask([len(row) for row in whole], side)
-            with (
-                steer(bench.adapter, {turned: 1.0}, prompt_lengths=lengths),
-                tracing(bench.adapter, layer, mask) as trace,
-            ):
-                bench.logits(whole, side)
-            expected = [wanted(length, length + NEW) for length in lengths]
-            if trace.positions() != expected:
-                raise _Broken(f"where={where!r}, {side} padding: steered {trace.positions()}, not {expected}")
-            turns += 1
-    return f"{turns} ways"
+class _Way(NamedTuple):
+    """A way to bring the same tokens to the model."""
+
+    run: Callable[[], object]
+    rows: list[list[int]]  # what is padded at first
+    lengths: list[int]  # tokens of each prompt
+    totals: list[int]  # tokens of each row that the model sees
+    side: str = "left"
+
+
+def _ways(bench: _Bench) -> dict[str, _Way]:
+    eight = [bench.rows[i % len(LENGTHS)] for i in range(8)]
+    forced = [row + bench.new[i].tolist() for i, row in enumerate(bench.rows)]
+    second = [row + bench.rows[0][:2] for row in forced]  # what a second turn brings along
+
+    def generated(rows: list[list[int]], **options: Any) -> _Way:
+        lengths = [len(row) for row in rows]
+        # the last new token is never fed back
+        return _Way(partial(bench.generate, rows, **options), rows, lengths, [n + NEW - 1 for n in lengths])
+
+    def whole(side: str) -> _Way:
+        totals = [len(row) for row in forced]
+        return _Way(partial(bench.logits, forced, side), forced, list(LENGTHS), totals, side)
+
+    return {
+        "KV cache": generated(bench.rows),
+        "no KV cache": generated(bench.rows, use_cache=False),
+        "alone": generated(bench.rows[:1]),
+        "batch of 8": generated(eight),
+        "beams": generated(bench.rows, num_beams=2),
+        "second turn": generated(second),
+        "prompt in pieces": generated(bench.rows[:2], prefill_chunk_size=3),
+        "left padding": whole("left"),
+        "right padding": whole("right"),
+    }
+
+
+def _possible(way: _Way) -> bool:
+    """Tell whether the model itself, without any knob, can run this way."""
+    try:
+        way.run()
+    except Exception:  # noqa: BLE001  # whatever somebody's model raises
+        return False
+    return True
+
+
+def _span(where: Where, prompt: int, total: int) -> list[int]:
+    spans = {"all": (0, total), "prompt": (0, prompt), "context": (0, prompt - 1)}
+    return list(range(*spans.get(where, (prompt - 1, total))))
 
 
 def _cache(bench: _Bench) -> str:
@@ -360,7 +378,7 @@ def _rows(bench: _Bench) -> str:
         with steer(bench.adapter, setting, prompt_lengths=lengths):
             worst = max(worst, _apart(mixed[i], bench.logits(rows)[i]))
     if worst > bench.tolerance:
-        raise _Broken(f"a row's logits are off by {worst:.1g} when others in the batch have other knobs")
+        raise Broken(f"a row's logits are off by {worst:.1g} when others in the batch have other knobs")
     return f"off by {worst:.0e}"
 
 
@@ -390,7 +408,7 @@ def _verdict(found: float, base: float, bench: _Bench, how: str) -> str:
     if base > bench.tolerance:
         return f"as the base model, whose own logits differ by {base:.1g} {how}"
     if found > bench.tolerance:
-        raise _Broken(f"steered logits differ by {found:.1g} {how}, the base model's by {base:.1g}")
+        raise Broken(f"steered logits differ by {found:.1g} {how}, the base model's by {base:.1g}")
     return f"off by {found:.0e}"
 
 
@@ -415,4 +433,4 @@ def _next(out: Any, token: Tensor, past: int, bench: _Bench) -> dict[str, Any]:
 
 
 def _hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return sum(len(vars(m)["_forward_hooks"]) + len(vars(m)["_forward_pre_hooks"]) for m in model.modules())

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter, CallInfo, Reading
-from trimtab.errors import AdapterError
+
+
+class Broken(AssertionError):
+    """A check that does not hold; its text says what was seen."""
 
 
 class Trace:
     """What `tracing` saw: `steered[row][position]` says whether that token was changed at the layer.
 
     Positions count a row's real tokens from 0, padding not counted. Tokens that come several times (without a KV cache
-    every call brings all of them) must be treated alike each time: `AdapterError` otherwise.
+    every call brings all of them) must be treated alike each time: `Broken` otherwise.
     """
 
     def __init__(self, layer: int, prompt_mask: Tensor, reading: Reading) -> None:
@@ -30,17 +33,19 @@ class Trace:
         """Return the steered positions of each row, in order."""
         return [sorted(position for position, steered in row.items() if steered) for row in self.steered]
 
-    def _call(self, call: CallInfo) -> None:
-        self._finish()
+    def call(self, call: CallInfo) -> None:
+        """Note a forward that begins."""
+        self.finish()
         # Counted here, since recurrent states do not tell how many tokens they hold.
         self._start = 0 if call.cache is None else self._stop
         self._stop = self._start + call.tokens
 
-    def _keep(self, hidden: Tensor) -> Tensor:
+    def keep(self, hidden: Tensor) -> Tensor:
+        """Keep a block's own output."""
         self._before = hidden.clone()
         return hidden
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Compare what the block gave with what the latest call went on with."""
         if self._before is None:
             return
@@ -56,9 +61,9 @@ class Trace:
                 place = places[row][column]
                 if not real[row, column]:
                     if flag:
-                        raise AdapterError(f"Padding was steered: row {row}, column {column}.")
+                        raise Broken(f"Padding was steered: row {row}, column {column}.")
                 elif self.steered[row].setdefault(place, flag) != flag:
-                    raise AdapterError(f"Position {place} of row {row} was steered in one call and not in another.")
+                    raise Broken(f"Position {place} of row {row} was steered in one call and not in another.")
 
 
 @contextmanager
@@ -69,6 +74,6 @@ def tracing(adapter: Adapter, layer: int, prompt_mask: Tensor) -> Generator[Trac
     """
     with adapter.read([layer]) as reading:  # what the knobs have made of the block's output
         trace = Trace(layer, prompt_mask, reading)
-        with adapter.write({layer: trace._keep}, before=trace._call):  # entered last: sees that output first
+        with adapter.write({layer: trace.keep}, before=trace.call):  # entered last: sees that output first
             yield trace
-            trace._finish()
+            trace.finish()

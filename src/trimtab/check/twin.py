@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from trimtab.errors import AdapterError, unknown_name
+from trimtab.errors import AdapterError, UnknownName
+from trimtab.render import model_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -53,7 +55,11 @@ def default_config(model_type: str) -> PretrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
-        raise unknown_name("architecture", model_type, CONFIG_MAPPING)
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise UnknownName(
+            f"{model_type!r} is no folder, no hub name (they have a slash) and no architecture of transformers.{hint}"
+        )
     return CONFIG_MAPPING[model_type]()
 
 
@@ -66,15 +72,11 @@ def twin(
     caps; made small are widths, depth, vocabulary and context. Towers for images and sound get `vision_layers`, more
     than the text part; `changes` go to that. Raises `AdapterError` where the architecture cannot be made small.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     try:
         small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS, vision_layers))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            text_only = type(small) in cast(Any, AutoModelForCausalLM)._model_mapping
-            factory = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
-            model = cast("PreTrainedModel", factory.from_config(small)).float().eval()
+            model = cast("PreTrainedModel", model_class(small).from_config(small)).float().eval()
             _fill_biases(model)
     except Exception as error:  # whatever somebody's configuration and model code may raise
         kind = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -144,6 +146,8 @@ def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
             for name, value in rope.items()
         }
     kept = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+    if "mrope_section" in rope:  # time, height and width share half of a head's 8 channels
+        kept["mrope_section"] = [2, 1, 1]
     return {"rope_theta": 10000.0, **kept, "rope_type": "default"}
 
 

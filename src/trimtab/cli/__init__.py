@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, demo, generate, inspect, learn, tune
+from trimtab.cli import chat, check, demo, generate, inspect, learn, tune
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import Terminal, as_options, plain_warnings
 from trimtab.errors import OptionError, TrimtabError, unknown_name
@@ -20,20 +20,22 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "chat": chat,
     "inspect": inspect,
+    "check": check,
     "demo": demo,
 }
-"""Each has `add_options(parser)` and `run(args, terminal)`; the first line of its docstring is its help."""
+"""Each has `add_options(parser)` and `run(args, terminal)`; the first line of its docstring is its help. What `run`
+returns is the exit status, None being 0."""
 
 MENDABLE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 2 for a mistake that a user can mend, 130 when interrupted."""
+    """Run one verb and return the exit status: 0, 1 for a check that is not ok, 2 for a mistake to mend, 130."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with plain_warnings():
             try:
-                _run(words)
+                status = _run(words)
             finally:
                 sys.stdout.flush()  # a closed pipe must show here, and not when Python exits
     except TrimtabError as error:
@@ -49,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None or error.strerror is None:
             raise
         return _fail(f"{error.strerror}: {str(error.filename)!r}.")
-    return 0
+    return status
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     parsers, top = _parsers()
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb.startswith("-"):
@@ -67,7 +69,7 @@ def _run(words: list[str]) -> None:
     args, extra = parsers[verb].parse_known_intermixed_args(rest)
     if extra:
         _refuse(parsers[verb], extra[0])
-    VERBS[verb].run(args, Terminal(json=args.json))
+    return VERBS[verb].run(args, Terminal(json=args.json)) or 0
 
 
 def _parsers() -> tuple[dict[str, Parser], Parser]:
