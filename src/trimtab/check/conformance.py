@@ -325,7 +325,7 @@ def _cache(bench: _Bench) -> str:
 
     def off(setting: dict[Knob, float], given: list[int] | None) -> float:
         worst = 0.0
-        for i, row in enumerate(bench.rows[:2]):  # some models go wrong on prompts of one token by themselves
+        for i, row in enumerate(bench.rows):
             forced = row + bench.new[i].tolist()
             with steer(bench.adapter, setting, prompt_lengths=[given[i]] if given else None):
                 whole = bench.logits([forced])[0][len(row) - 1 :]
@@ -423,12 +423,14 @@ def _next(out: Any, token: Tensor, past: int, bench: _Bench) -> dict[str, Any]:
     name = next((key for key in ("past_key_values", "cache_params") if out.get(key) is not None), None)
     if name is None:
         raise AdapterError("The model returns no KV cache (past_key_values or cache_params) to go on with.")
-    step = {
+    step: dict[str, Any] = {
         "input_ids": token,
         "attention_mask": torch.ones(1, past + 1, dtype=torch.long, device=token.device),
         "position_ids": torch.tensor([[past]], device=token.device),
         "use_cache": True,
     }
+    if name == "cache_params":  # a state space has taken in its padding, and takes a mask of its own tokens only
+        del step["attention_mask"]
     return {name: out[name], **{key: value for key, value in step.items() if key in bench.parameters}}
 
 
