@@ -1,13 +1,16 @@
 # make demo | test | check | bench: each one installs what it needs into .venv, once.
 # make test-peers: compares vectors with repeng's and steering-vectors' (in .venv-peers) and writes docs/parity.md.
+# make conformance: checks every architecture under the oldest transformers (in .venv-oldest) and the newest, and writes
+# docs/conformance.md. make test-oldest: the test suite under the oldest transformers.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+OLDEST := .venv-oldest
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-peers check bench tree clean
+.PHONY: demo test test-peers test-oldest conformance check bench tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -22,6 +25,16 @@ test-peers: $(VENV)/.runtime $(PEERS)/.peers
 	rm -rf build/peers
 	$(BIN)/python peers/ours.py build/peers
 	$(PEERS)/bin/python peers/theirs.py build/peers
+
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
+conformance: export OMP_NUM_THREADS = 1
+conformance: $(VENV)/.dev $(OLDEST)/.dev
+	$(BIN)/python scripts/conformance.py --run
+	$(OLDEST)/bin/python scripts/conformance.py --run
+	$(BIN)/python scripts/conformance.py
 
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 check: $(VENV)/.dev
@@ -39,7 +52,7 @@ tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist out .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(OLDEST) build dist out .pytest_cache .ruff_cache .import_linter_cache
 
 # --- installation: a stamp per step; editing pyproject.toml or constraints.txt makes them run again ---------------------
 
@@ -59,6 +72,13 @@ $(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
+
+# The oldest transformers that pyproject.toml allows, everything else as it comes.
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c constraints.txt torch
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c constraints.txt -e ".[dev]" "transformers==5.16.*"
+	@touch $@
 
 # The peers need an older transformers and numpy than Trimtab, hence an environment of their own.
 $(PEERS)/.peers: peers/constraints.txt
