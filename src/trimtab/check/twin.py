@@ -107,6 +107,8 @@ def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int
             value = {new: entries[old] for new, old in enumerate(kept) if old in entries}
         elif isinstance(value, int) and not isinstance(value, bool):
             value = _small_number(name, value, heads, layers)
+        elif value is None and name in ("head_dim", "num_experts_per_tok"):  # some models cannot do without them
+            value = SMALL[name]
         small[name] = value
     if {"expand", "num_heads", "head_dim", "state_size"} <= small.keys():  # Mamba 2 calls its own heads so
         small["head_dim"] = WIDTH * small["expand"] // HEADS
@@ -145,7 +147,7 @@ def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
             name: _plain_rope(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value
             for name, value in rope.items()
         }
-    kept = {name: value for name, value in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if rope.get(name) is not None}
     if "mrope_section" in rope:  # time, height and width share half of a head's 8 channels
         kept["mrope_section"] = [2, 1, 1]
     return {"rope_theta": 10000.0, **kept, "rope_type": "default"}
