@@ -64,8 +64,10 @@ def stepwise(lm: PreTrainedModel, rows: list[list[int]], new: Tensor, side: Side
     logits = [out.logits[torch.arange(len(rows)), last]]
     for token in new[:, :-1].T:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        cache = {key: out[key] for key in ("past_key_values", "cache_params") if key in out}
-        out = lm(input_ids=token[:, None], attention_mask=mask, position_ids=position, use_cache=True, **cache)
+        # a state space has taken in its padding, and takes a mask of its own tokens only
+        state = {"cache_params": out["cache_params"]} if "cache_params" in out else {"attention_mask": mask}
+        cache = {"past_key_values": out["past_key_values"]} if "past_key_values" in out else {}
+        out = lm(input_ids=token[:, None], position_ids=position, use_cache=True, **state, **cache)
         position = position + 1
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
