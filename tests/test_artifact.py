@@ -8,7 +8,7 @@ import os
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -352,6 +352,17 @@ def test_identity_does_not_depend_on_precision_and_does_on_the_configuration() -
     base = model_identity(pico.model())["config_hash"]
     assert model_identity(pico.model(dtype=torch.bfloat16))["config_hash"] == base
     assert model_identity(pico.model(rms_norm_eps=1e-3))["config_hash"] != base
+    quick = model_identity(pico.model(), pico.tokenizer(), hashes=False)
+    assert (quick["config_hash"], quick["tokenizer_hash"]) == (None, None)
+    assert quick["template_hash"] is not None
+
+
+def test_a_kind_of_knob_that_does_not_exist_yet_is_refused() -> None:
+    one, other = pico.knob(), cast(Any, "delta")
+    with pytest.raises(UnknownName, match=r"Unknown kind of knob 'delta'\. Known: steering"):
+        Knob(
+            name="a", method="m", vectors=one.vectors, norms=one.norms, site=one.site, gain=1.0, kind=cast(Any, "delta")
+        )
 
 
 def test_knob_fits_the_model_it_was_learned_on_without_a_word() -> None:

@@ -420,7 +420,7 @@ def test_progress_reaches_the_number_of_texts(model: PreTrainedModel, tokenizer:
 
 
 @pytest.mark.parametrize("option", [name for name in inspect.signature(learn).parameters if name not in APART])
-def test_every_public_parameter_is_exercised(
+def test_every_option_changes_the_knob_or_its_provenance(
     option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def outcome(**options: Any) -> tuple[object, ...]:

@@ -559,6 +559,9 @@ def test_a_cached_prefix_made_under_other_knobs_is_refused(copied: bool) -> None
     assert [goes_on({one: 1.0}, under) for under in ({one: 0.5}, {two: 1.0}, {one: 1.0, two: 1.0}, {})] == [False] * 4
     assert [goes_on(made, {one: 1.0}) for made in (None, {}, {one: 0.0})] == [False] * 3
     assert goes_on(None, {})
+    cache = prefix(lm, {one: 1.0})
+    with steer(lm, {two: 1.0}, check_cache=False):
+        lm(last, past_key_values=cache)
 
 
 @torch.no_grad()
