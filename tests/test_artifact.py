@@ -358,7 +358,7 @@ def test_identity_does_not_depend_on_precision_and_does_on_the_configuration() -
 
 
 def test_a_kind_of_knob_that_does_not_exist_yet_is_refused() -> None:
-    one, other = pico.knob(), cast(Any, "delta")
+    one = pico.knob()
     with pytest.raises(UnknownName, match=r"Unknown kind of knob 'delta'\. Known: steering"):
         Knob(
             name="a", method="m", vectors=one.vectors, norms=one.norms, site=one.site, gain=1.0, kind=cast(Any, "delta")
