@@ -592,7 +592,7 @@ def test_the_demo_prints_its_report_or_its_summary(run: Run, files: Path, monkey
 
 
 MISTAKES = [
-    ("lern a b", "Unknown verb 'lern'. Known: chat, demo, generate, inspect, learn, tune. Did you mean 'learn'?"),
+    ("lern a b", "Unknown verb 'lern'. Known: chat, check, demo, generate, inspect, learn, tune. Did you mean 'learn'?"),
     ("learn MODEL pairs.jsonl", "required: --out. See trimtab learn --help."),
     ("learn", "required: --out"),
     ("inspect", "required: FILE. See trimtab inspect --help."),
@@ -744,7 +744,7 @@ def test_without_a_verb_the_help_is_shown_as_a_mistake(run: Run) -> None:
     out = run()
     assert (out.status, out.out) == (2, "")
     assert all(re.search(rf"^ +{verb} ", out.err, re.MULTILINE) for verb in VERBS)
-    assert out.err.splitlines()[-1] == "trimtab: Pass a verb: learn, tune, generate, chat, inspect, demo."
+    assert out.err.splitlines()[-1] == "trimtab: Pass a verb: learn, tune, generate, chat, inspect, check, demo."
 
 
 @pytest.mark.quick
