@@ -32,6 +32,7 @@ test-oldest: $(OLDEST)/.dev
 
 conformance: export OMP_NUM_THREADS = 1
 conformance: $(VENV)/.dev $(OLDEST)/.dev
+	rm -rf build/conformance
 	$(BIN)/python scripts/conformance.py --run
 	$(OLDEST)/bin/python scripts/conformance.py --run
 	$(BIN)/python scripts/conformance.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from pico import ARCHITECTURES, EXPERTS, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter
@@ -501,7 +502,7 @@ def test_thoughts_need_markers_token_ids_and_rows_that_stay_in_place() -> None:
     with steer(lm, {turned: 1.0}, thinking=([10], [11])):
         with pytest.raises(OptionError, match="cannot follow beam search"):
             greedy(lm, inputs, num_beams=2)
-        with pytest.raises(OptionError, match="was given embeddings"):
+        with pytest.raises(OptionError, match="the decoder got embeddings"):
             lm(inputs_embeds=torch.zeros(1, 4, WIDTH), use_cache=True)
 
 
@@ -622,6 +623,94 @@ def test_a_draft_model_changes_the_speed_and_not_the_tokens() -> None:
         greedy(lm, inputs, assistant_model=draft)
     with steer(lm, {part: 1.0}, prompt_lengths=[7]):
         assert torch.equal(greedy(lm, inputs, assistant_model=draft), greedy(lm, inputs))
+
+
+@torch.no_grad()
+def test_tokens_taken_back_are_refused_where_they_matter() -> None:
+    lm, ids = model(), torch.tensor(prompts([12]))
+
+    def goes_on(turned: Knob, **options: Any) -> None:
+        with steer(lm, {turned: 1.0}, **options):
+            cache = lm(ids[:, :10], use_cache=True).past_key_values
+            cache.crop(-5)
+            lm(ids[:, 5:8], past_key_values=cache)
+
+    goes_on(knob(1))
+    goes_on(knob(1, where="completion"), prompt_lengths=[8])
+    with pytest.raises(OptionError, match=r"the prompt may end elsewhere\. Pass prompt_lengths"):
+        goes_on(knob(1, where="completion"))
+    with pytest.raises(CacheError, match="what is known of thoughts"):
+        goes_on(knob(1, where="thinking"), prompt_lengths=[8], thinking=([10], [11]))
+
+
+@torch.no_grad()
+def test_rows_that_leave_a_cache_are_refused() -> None:
+    lm, turned, ids = model(), knob(1, where="completion"), torch.tensor(prompts([5, 5, 5]))
+    for check_cache in (True, False):
+        with steer(lm, {turned: 1.0}, check_cache=check_cache):
+            cache = lm(ids, use_cache=True).past_key_values
+            cache.batch_select_indices(torch.tensor([0, 2]))
+            with pytest.raises(CacheError, match="a KV cache of 3 rows with 2"):
+                lm(ids[:2, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_guidance_and_unknown_masks_are_refused() -> None:
+    lm, inputs = model(), pad(prompts([6]))
+    refused = pytest.raises(OptionError, match="guidance_scale runs a second prompt")
+    with steer(lm, {knob(1, where="completion"): 1.0}, prompt_lengths=[6]), refused:
+        greedy(lm, inputs, guidance_scale=2.0)
+    with steer(lm, {knob(1): 1.0}):
+        greedy(lm, inputs, guidance_scale=2.0)
+        with pytest.raises(AdapterError, match=r"attention mask of this kind: a tensor of shape \(1, 6, 6\)"):
+            lm(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 6, 6))
+
+
+@torch.no_grad()
+def test_a_static_cache_with_padding_is_not_taken_over_blindly() -> None:
+    lm, inputs, turned = model(), pad(prompts([6, 3])), knob(1, where="completion")
+    cache = StaticCache(config=lm.config, max_cache_len=16)
+    lm(**inputs, past_key_values=cache, use_cache=True)
+    square = torch.ones(2, 1, 1, 16, dtype=torch.bool)
+    with steer(lm, {turned: 1.0}, prompt_lengths=[8, 8]), pytest.raises(OptionError, match="does not show the padding"):
+        lm(input_ids=torch.tensor([[9], [9]]), attention_mask=square, past_key_values=cache)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@torch.no_grad()
+def test_nested_contexts_act_together_and_leave_in_turn(where: Where) -> None:
+    lm, inputs = model(), pad(prompts([6, 3]))
+    one, two = knob(1, where=where), knob(1, name="two", seed=5)
+    with steer(lm, {one: 1.0, two: -1.0}):
+        wanted = greedy(lm, inputs)
+    with steer(lm, {one: 1.0}):
+        alone = greedy(lm, inputs)
+        with steer(lm, {two: -1.0}):
+            assert torch.equal(greedy(lm, inputs), wanted)
+            cache = lm(**inputs, use_cache=True).past_key_values
+        assert torch.equal(greedy(lm, inputs), alone)
+        with pytest.raises(CacheError, match="nested in this one"):
+            lm(torch.tensor([[9], [9]]), past_key_values=cache)
+
+
+def test_a_model_is_steered_in_one_thread_at_a_time() -> None:
+    lm, errors = model(), list[str]()
+
+    def other() -> None:
+        try:
+            with steer(lm, {knob(1): 1.0}):
+                pass
+        except AdapterError as error:
+            errors.append(str(error))
+
+    with steer(lm, {knob(1): 1.0}):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1
+    assert "is being steered in another thread" in errors[0]
+    other()
+    assert len(errors) == 1
 
 
 # --- padding and rows ------------------------------------------------------------------------------------------------

@@ -153,6 +153,12 @@ class Adapter:
         devices = (p.device for p in self.blocks[self.layer(layer)].parameters())
         return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
+    @property
+    def input_device(self) -> torch.device:
+        """The device that the model takes its tokens on; where its weights are off-loaded, that of the first block."""
+        own = getattr(self.model, "device", None)
+        return own if isinstance(own, torch.device) and own.type != "meta" else self.device(0)
+
     def layer(self, index: int) -> int:
         """Resolve a layer number, counting from the end if negative; the only place where that is done."""
         if not -self.n_layers <= index < self.n_layers:
@@ -192,10 +198,11 @@ class Adapter:
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
         with ExitStack() as exits, _compiled_code_sees_hooks():
             if before is not None:
-                hook = partial(_announce, before)
+                hook = _never_compiled(partial(_announce, before))
                 exits.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if after is not None:
-                exits.callback(self._decoder.register_forward_hook(partial(_hand_over, after)).remove)
+                hook = _never_compiled(partial(_hand_over, after))
+                exits.callback(self._decoder.register_forward_hook(hook).remove)
             for layer, function in resolved.items():
                 hook = partial(_replace, layer, self.hidden_size, function)
                 # prepend: hooks that only look, ours or those behind output_hidden_states, see the new stream
@@ -349,7 +356,13 @@ def _one_mask(mask: object) -> Tensor | None:
     if isinstance(mask, Mapping):
         kinds = cast(Mapping[str, object], mask)
         mask = kinds.get("full_attention", next(iter(kinds.values()), None))
-    return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
+        return mask
+    got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise AdapterError(
+        f"Cannot tell padding from an attention mask of this kind: {got}. Pass one of shape [batch, tokens], or choose "
+        'another attention, as in model.set_attn_implementation("sdpa").'
+    )
 
 
 class Generating(NamedTuple):
@@ -361,6 +374,8 @@ class Generating(NamedTuple):
     """The prompt comes in pieces."""
     beams: bool
     """Rows change places between calls."""
+    guided: bool
+    """A second prompt runs beside the first (classifier-free guidance)."""
 
 
 def generating() -> Generating | None:
@@ -369,6 +384,8 @@ def generating() -> Generating | None:
     A forward call cannot tell its prompt from guesses that follow it, nor a piece of a prompt from all of it; only the
     settings of the generation say so, and they are nowhere but in that frame.
     """
+    if torch.compiler.is_compiling():  # the first compilation of all, inside `steer`: no frames to look at
+        return None
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
@@ -381,6 +398,7 @@ def generating() -> Generating | None:
                 assisted=str(getattr(mode, "value", mode)) == "assisted_generation",
                 pieces=getattr(config, "prefill_chunk_size", None) is not None,
                 beams=(getattr(config, "num_beams", None) or 1) > 1,
+                guided=(getattr(config, "guidance_scale", None) or 1) != 1,
             )
         frame = frame.f_back
     return None
@@ -402,6 +420,12 @@ def _compiled_code_sees_hooks() -> Generator[None]:
         yield
     finally:
         _check_hooks_in_compiled_code()  # the first compilation may have happened meanwhile
+
+
+def _never_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Run a hook as Python in compiled code: what it looks at (caches, masks, the caller) is no part of a graph."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return hook if dynamo is None else dynamo.disable(hook)
 
 
 def _check_hooks_in_compiled_code() -> None:

@@ -106,7 +106,7 @@ def capture(
         },
     )
     done = 0
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for number, batch in enumerate(_batches(texts, token_budget)):
             run.keep(batch, kept.tensors(f"batch {number}", partial(run.forward, batch)))
             done += len(batch)
@@ -338,7 +338,8 @@ def _shift(span: slice, by: int) -> slice:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Switch dropout and the like off; afterwards every module is in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            with contextlib.suppress(OSError):  # what nobody else may read stays so
+                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode))
             os.replace(part, path)
         except BaseException:  # Ctrl-C too
             with contextlib.suppress(OSError):
@@ -109,8 +112,7 @@ def _parts(value: Any) -> Iterable[Any]:
 def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(fields)
     if len(found) != len(fields):
-        names = [name for name, _ in fields]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in fields).items() if count > 1)
         raise ValueError(f"it has two fields {twice[:40]!r} in one object")
     return found
 

@@ -43,8 +43,8 @@ def read_file(path: str | Path) -> list[Placed]:
                 known = ", ".join(sorted(READERS))
                 raise PairsError(f"Cannot tell what {str(path)!r} holds: it has {got}. Known: {known}. Rename it.")
             data = stream.read()
-    except OSError as error:
-        raise PairsError(f"Cannot read pairs from {str(path)!r}: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+        raise PairsError(f"Cannot read pairs from {str(path)!r}: {getattr(error, 'strerror', error)}.") from None
     try:
         return reader(data)
     except PairsError as error:

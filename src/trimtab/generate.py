@@ -116,7 +116,7 @@ def generate(
             lengths = [len(ids[i]) for i in chunk]
             with steer(adapter, [doses[i] for i in chunk], prompt_lengths=lengths, thinking=markers):
                 run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
-                inputs, mask = (tensor.to(model.device) for tensor in (batch.input_ids, batch.attention_mask))
+                inputs, mask = (tensor.to(adapter.input_device) for tensor in (batch.input_ids, batch.attention_mask))
                 out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
             new = out[:, batch.input_ids.shape[1] :].tolist()
             for i, answer in zip(chunk, new, strict=True):

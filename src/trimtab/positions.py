@@ -109,13 +109,18 @@ class Follower:
             return {"all": real, "completion": real}
         notes = _notes(call.cache)
         history = notes.get(self._level)
-        past = call.past(history.columns if history else None if self._scoped else 0)
+        past = call.past(history.columns if history else self._unknown(call))
         self._settle_old_levels(notes, past)
+        if past and history is not None and past < history.columns:
+            self._refuse_cropped(history)
         if past == 0:
             history = self._begin(call)
-        elif history is None or history.follower is not self or len(history.doses) != call.batch:
-            history = self._take_over(history, call, past)
-        elif past > history.columns:  # tokens came in outside of this context
+        elif (
+            history is None
+            or history.follower is not self
+            or len(history.doses) != call.batch
+            or past > history.columns
+        ):
             history = self._take_over(history, call, past)
         masks = self._place(history, call, past)
         history.columns = past + call.tokens
@@ -136,6 +141,22 @@ class Follower:
             raise CacheError(
                 f"Cannot follow a KV cache of type {type(cache).__name__} from call to call, which a knob needs that "
                 "steers a part of the tokens. Use where='all', or use_cache=False and prompt_lengths."
+            )
+
+    def _unknown(self, call: CallInfo) -> int | None:
+        """Return the length to take for a cache that tells none and that we have not seen: it does not matter if 0."""
+        return None if self._scoped or hasattr(call.cache, "get_seq_length") else 0
+
+    def _refuse_cropped(self, history: _History) -> None:
+        if history.thoughts is not None:
+            raise CacheError(
+                "Tokens were taken back from this KV cache, and with them what is known of thoughts (where='thinking' "
+                "or 'answer'). Pass the whole prompt, without guesses."
+            )
+        if history.prompt is not None and not history.prompt.given:
+            raise OptionError(
+                "Tokens were taken back from this KV cache, so that the prompt may end elsewhere. Pass prompt_lengths "
+                "to steer()."
             )
 
     def _doses(self, batch: int) -> list[RowDose]:
@@ -159,6 +180,7 @@ class Follower:
     def _begin(self, call: CallInfo) -> _History:
         history = _History(self, self._doses(call.batch))
         if self._scoped:
+            _refuse_guidance()
             if self._lengths is None:
                 _refuse_what_hides_the_prompt(call)
             history.prompt = self._start_prompt(call, 0)
@@ -169,15 +191,15 @@ class Follower:
     def _take_over(self, old: _History | None, call: CallInfo, past: int) -> _History:
         """Go on with tokens that another setting, or none, has made; refuse where they would be others under ours."""
         history = _History(self, self._doses(call.batch), past)
+        if old is not None and call.batch % len(old.doses):
+            raise CacheError(
+                f"This call continues a KV cache of {len(old.doses)} rows with {call.batch}. Pass the whole prompts."
+            )
         if self._scoped:
             known = old.prompt if old is not None and self._lengths is None else None
             history.prompt = known.repeat(call.batch) if known else self._start_prompt(call, past)
         if self._check:
             theirs = old.doses if old is not None else [RowDose()]
-            if call.batch % len(theirs):
-                raise CacheError(
-                    f"This call continues a KV cache of {len(theirs)} rows with {call.batch}. Pass the whole prompts."
-                )
             theirs = [dose for dose in theirs for _ in range(call.batch // len(theirs))]
             gap = old is not None and past > old.columns  # the cache has grown outside of that setting
             was = old.prompt.repeat(call.batch) if old is not None and old.prompt is not None else None
@@ -222,6 +244,11 @@ class Follower:
             lengths = torch.full_like(pads, call.tokens) if real is None else real.sum(1)
             return _Prompt(lengths, pads, call.tokens, given=False)
         mask, end = call.attention_mask, max(self._lengths)
+        if past and mask is not None and mask.dim() != 2:
+            raise OptionError(
+                "This call continues a KV cache made elsewhere, with an attention mask that does not show the padding "
+                "in it (static caches have such). Pass the whole prompt, or stay in the steer() that began it."
+            )
         if past and mask is not None and mask.dim() == 2 and mask.shape[1] > past:
             pads = (mask[:, :past] == 0).sum(1)
             end += int(pads.max())
@@ -254,10 +281,9 @@ class Follower:
 
     def _start_thoughts(self, call: CallInfo) -> _Thoughts:
         around = generating()
-        if around is not None and around.beams:
-            raise OptionError(
-                "where='thinking' and 'answer' cannot follow beam search, which moves rows. Sample instead."
-            )
+        if around is not None and (around.beams or around.assisted):
+            what = "beam search, which moves rows" if around.beams else "guesses, which are taken back"
+            raise OptionError(f"where='thinking' and 'answer' cannot follow {what}. Sample, or decode greedily.")
         width = max(map(len, self._markers)) - 1
         off = torch.zeros(call.batch, dtype=torch.bool, device=call.device)
         return _Thoughts(off, torch.full((call.batch, width), -1, device=call.device))
@@ -265,7 +291,7 @@ class Follower:
     def _think(self, thoughts: _Thoughts, call: CallInfo, past: int) -> Tensor:
         """Tell which tokens of a call are thoughts, `[B, T]` bool, by the last marker up to each of them."""
         if call.ids is None:
-            raise OptionError("where='thinking' and 'answer' need token ids; this model was given embeddings.")
+            raise OptionError("where='thinking' and 'answer' need token ids; the decoder got embeddings.")
         joined = torch.cat([thoughts.tail, call.ids], 1)
         width, events = thoughts.tail.shape[1], torch.zeros_like(call.ids)
         for event, marker in enumerate(self._markers, 1):
@@ -282,6 +308,16 @@ def _notes(cache: object) -> dict[int, _History]:
     """Return what is known of a KV cache, by the level of the context that made it."""
     note = read_note(cache)
     return cast(dict[int, _History], note) if isinstance(note, dict) else {}
+
+
+def _refuse_guidance() -> None:
+    """Refuse the second branch of classifier-free guidance, which sees another prompt and has a cache of its own."""
+    around = generating()
+    if around is not None and around.guided:
+        raise OptionError(
+            "guidance_scale runs a second prompt beside the first, and a knob that steers a part of the tokens cannot "
+            "see where it ends. Use where='all', or no guidance."
+        )
 
 
 def _refuse_what_hides_the_prompt(call: CallInfo) -> None:

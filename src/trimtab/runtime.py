@@ -137,7 +137,7 @@ class Steering:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
         masks = follower.masks(call)
-        self._unmasked = masks is EVERY_TOKEN or masks == EVERY_TOKEN
+        self._unmasked = masks == EVERY_TOKEN
         dtype = self._adapter.dtype
         self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
 
@@ -200,13 +200,14 @@ def steer(
     holds the token ids that open and those that close a model's thoughts, for `where` "thinking" and "answer".
 
     A KV cache that was made under other knobs, or under none, would silently mix them: it raises `CacheError` unless
-    its tokens are the same under these knobs. `check_cache=False` accepts it.
+    its tokens are the same under these knobs. `check_cache=False` accepts it. Rows that are moved within a cache by
+    hand (`batch_select_indices`) are not seen.
 
     Contexts may be nested on one model: their knobs act together, the inner ones first. Two threads cannot steer one
     model (`AdapterError`), and whatever another thread computes on a steered model is steered too. Gradients flow
     through knobs; with checkpointing of activations, call `backward` inside the context and before the next forward.
 
-    A model compiled by `torch.compile` is compiled again when hooks come or go, a few times at most.
+    A model compiled by `torch.compile` is compiled again when hooks come or go.
 
     Example: `with steer(model, {knob: 1.0}): model.generate(**inputs)`.
     """
@@ -250,6 +251,8 @@ def _build(adapter: Adapter, rows: Sequence[Mapping[Knob, float]], uniform: bool
         if knob.operation == "ablate" and any(strengths):
             device = adapter.device(layer)
             strength = torch.tensor(strengths[0] if uniform else [[s] for s in strengths], device=device)
+            if not bool(strength.isfinite().all()):
+                raise OptionError(f"A strength is too large for float32; got {[*map(_named, rows)]}.")
             ablation = _Ablation(knob.where, knob.direction.to(device), strength)
             tables.setdefault(layer, _Layer()).ablations.append(ablation)
     for table in tables.values():

@@ -1,21 +1,25 @@
 """The checks of one model: blocks, reading, writing, positions, padding, rows, and that nothing stays behind.
 
-Everything is compared with the plain model, run here without Trimtab's runtime, on random token ids: no tokenizer.
+They run on random token ids, without a tokenizer, and compare the steered model with itself unsteered.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from trimtab import runtime
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
+from trimtab.capture import evaluating
 from trimtab.check.trace import Broken, tracing
 from trimtab.errors import AdapterError, TrimtabError
 from trimtab.runtime import steer
@@ -59,6 +63,10 @@ class Report:
         return "failed" if "failed" in verdicts else "refused" if "refused" in verdicts else "ok"
 
 
+class _Inside(Exception):
+    """Raised inside `steer` to see what it leaves behind."""
+
+
 @dataclass
 class _Bench:
     """A model with what every check needs."""
@@ -94,13 +102,15 @@ class _Bench:
             ids[i, columns], mask[i, columns] = torch.tensor(row), 1
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         known = self.parameters
-        return {name: value.to(self.adapter.device(0)) for name, value in inputs.items() if name in known}
+        return {name: value.to(self.adapter.input_device) for name, value in inputs.items() if name in known}
 
     @property
     def parameters(self) -> set[str]:
         import inspect
 
-        return set(inspect.signature(self.model.forward).parameters)
+        names = set(inspect.signature(self.model.forward).parameters)
+        # what wraps a model may hand everything on
+        return names if "input_ids" in names else {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
     def logits(self, rows: Sequence[Sequence[int]], side: str = "left") -> list[Tensor]:
         """Logits of whole rows without a cache, `[T, V]` float32 each, padding left out."""
@@ -129,29 +139,25 @@ def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -
     config: Any = getattr(model, "config", None)
     architecture = str(getattr(config, "model_type", type(model).__name__))
     name = name or type(model).__name__
-    training = model.training
-    model.eval()
     try:
         adapter = Adapter(model, layers_path=layers_path)
     except TrimtabError as error:
         return Report(name, architecture, findings=(Finding("blocks", "refused", str(error)),))
-    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 100))
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = int(getattr(text, "vocab_size", 100))
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
         return torch.randint(min(10, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
 
     rows, new = [draw(length) for length in LENGTHS], torch.tensor([draw(NEW) for _ in LENGTHS])
-    bench = _Bench(adapter, cast("PreTrainedModel", model), rows, new.to(adapter.device(0)))
+    bench = _Bench(adapter, cast("PreTrainedModel", model), rows, new.to(adapter.input_device))
     findings = [Finding("blocks", "ok", f"{adapter.path} ({adapter.n_layers})")]
-    try:
-        with torch.no_grad():
-            for label, function in CHECKS.items():
-                findings.append(_run(label, function, bench))
-                if (label, findings[-1].verdict) == ("read", "refused"):
-                    break  # nothing else can be said of it
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model):
+        for label, function in CHECKS.items():
+            findings.append(_run(label, function, bench))
+            if (label, findings[-1].verdict) == ("read", "refused"):
+                break  # nothing else can be said of it
     return Report(name, architecture, adapter.path, adapter.n_layers, tuple(findings))
 
 
@@ -162,10 +168,12 @@ def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding
         return Finding(name, "failed", str(error))
     except TrimtabError as error:
         return Finding(name, "refused", str(error))
-    except Exception as error:  # noqa: BLE001  # the model's own code: whatever it raises makes it unusable here
-        return Finding(
-            name, "refused", f"the model itself: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        )
+    except Exception as error:  # noqa: BLE001  # whatever somebody's model raises
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(innermost).is_relative_to(Path(runtime.__file__).parent):
+            return Finding(name, "failed", f"Trimtab itself: {said}")
+        return Finding(name, "refused", f"the model itself: {said}")
 
 
 # The checks: each returns a remark, raises Broken where it does not hold, or lets a refusal through
@@ -221,7 +229,10 @@ def _write(bench: _Bench) -> str:
                 logits = bench.logits([row])[0]
             added = (reading.acts[layer].float() - base[layer].float())[0]
             wanted = turned.addend(1.0).to(added)
-            worst = max(worst, float((added - wanted).norm(dim=-1).max() / wanted.norm()))
+            # a token of huge norm (a norm sink) is rounded by more than the addend is long
+            rounding = torch.finfo(adapter.dtype).eps * base[layer][0].float().norm(dim=-1)
+            off = ((added - wanted).norm(dim=-1) - 2 * rounding).clamp(min=0).max()
+            worst = max(worst, float(off / wanted.norm()))
             if any(not torch.equal(reading.acts[below], base[below]) for below in range(layer)):
                 raise Broken(f"a knob at layer {layer} changes a layer below it")
             if torch.equal(logits, base_logits):
@@ -242,8 +253,8 @@ def _zero(bench: _Bench) -> str:
     try:
         with steer(bench.adapter, {turned: 1.0}):
             bench.logits([bench.rows[0]])
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
+            raise _Inside
+    except _Inside:
         pass
     if _hooks(bench.model) != hooks or not torch.equal(bench.logits([bench.rows[0]])[0], base):
         raise Broken("something stays on the model after steering")
@@ -405,8 +416,8 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 def _verdict(found: float, base: float, bench: _Bench, how: str) -> str:
     """Judge a difference of steered runs by rounding, or by that of the unsteered model where it is larger."""
-    if base > bench.tolerance:
-        return f"as the base model, whose own logits differ by {base:.1g} {how}"
+    if base > bench.tolerance and found < 3 * base:
+        return f"no worse than the base model, whose own logits differ by {base:.1g} {how}"
     if found > bench.tolerance:
         raise Broken(f"steered logits differ by {found:.1g} {how}, the base model's by {base:.1g}")
     return f"off by {found:.0e}"

@@ -36,8 +36,10 @@ class Trace:
     def call(self, call: CallInfo) -> None:
         """Note a forward that begins."""
         self.finish()
-        # Counted here, since recurrent states do not tell how many tokens they hold.
-        self._start = 0 if call.cache is None else self._stop
+        # Counted here, since recurrent states do not tell how many tokens they hold. Without a cache, or with one that
+        # is not seen, a call either begins again and brings the whole prompt, or goes on.
+        again = call.cache is None and call.tokens >= self._mask.shape[1]
+        self._start = 0 if again else self._stop
         self._stop = self._start + call.tokens
 
     def keep(self, hidden: Tensor) -> Tensor:

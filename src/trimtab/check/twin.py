@@ -80,7 +80,9 @@ def twin(
             _fill_biases(model)
     except Exception as error:  # whatever somebody's configuration and model code may raise
         kind = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise AdapterError(f"Cannot build a small twin of {config.model_type!r}: {kind}") from error
+        raise AdapterError(
+            f"Cannot build a small twin of {config.model_type!r}: {kind}. Check a model of this kind itself."
+        ) from error
     return model
 
 

@@ -16,7 +16,7 @@ from trimtab.cli import options
 from trimtab.cli.sources import WORLD, open_model, quiet_transformers
 from trimtab.cli.tables import columns
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import TrimtabError
+from trimtab.errors import OptionError
 
 if TYPE_CHECKING:
     from trimtab.check import Report
@@ -49,15 +49,15 @@ def _report(args: Namespace, terminal: Terminal) -> Report:
             from trimtab.check import check
 
             return check(loaded.model, name=args.model, layers_path=args.layers_path)
+    ignored = [f"--{name}" for name in ("dtype", "device") if getattr(args, name) is not None]
+    if ignored:
+        raise OptionError(f"A twin is float32 and on the CPU; leave {' and '.join(ignored)} out.")
     with terminal.working("Building a twin"):
         from trimtab.check import check, default_config, twin
         from trimtab.render import load_config
 
         with quiet_transformers():
             config = load_config(args.model) if known else default_config(args.model)
-            try:
-                model = twin(config)
-            except TrimtabError as error:
-                raise type(error)(f"{error}. Check the model itself, without --twin.") from None
+            model = twin(config)
     with terminal.working("Checking"), quiet_transformers():
         return check(model, name=f"random twin of {args.model}", layers_path=args.layers_path)
