@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -534,11 +535,15 @@ def test_compiled_models_are_steered_and_let_go(compiled: str) -> None:
 
 def prefix(lm: Any, setting: Mapping[Knob, float] | None, **options: Any) -> Any:
     """A KV cache of five tokens, made under a setting, or outside of any."""
-    ids = torch.tensor(prompts([5]))
     if setting is None:
-        return lm(ids, use_cache=True).past_key_values
+        return prefix_inside(lm)
     with steer(lm, setting, **options):
-        return lm(ids, use_cache=True).past_key_values
+        return prefix_inside(lm)
+
+
+def prefix_inside(lm: Any) -> Any:
+    """A KV cache of five tokens, made under whatever is on."""
+    return lm(torch.tensor(prompts([5])), use_cache=True).past_key_values
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -578,6 +583,17 @@ def test_a_prefix_serves_every_knob_that_leaves_its_tokens_alone() -> None:
     refused = pytest.raises(CacheError, match="5 tokens were computed under the same knobs with another end of the")
     with refused, steer(lm, {later: 1.0}, prompt_lengths=[7]):
         lm(ids[:, 5:], past_key_values=short)
+
+
+@torch.no_grad()
+def test_a_cache_can_be_copied_and_pickled_inside_the_context() -> None:
+    lm, turned, last = model(), knob(1), torch.tensor([[9]])
+    with steer(lm, {turned: 1.0}):
+        cache = prefix_inside(lm)
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        wanted = lm(last, past_key_values=cache).logits
+        for copied in copies:
+            assert torch.equal(lm(last, past_key_values=copied).logits, wanted)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Steer a live model: knobs at strengths, per row of a batch, at no cost that can be measured.
 
 Everything that depends on the knobs is computed when they are set: one addend per steered layer and row. A forward
-adds it to the block's output, and a decode step does nothing else. Positions are absolute, so runs with and without a
-KV cache agree; padding is never steered; nothing is left on the model.
+adds it to the block's output, and a decode step computes nothing else. Positions are absolute, so runs with and without
+a KV cache agree; padding is never steered; nothing is left on the model.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Steering:
         self._check_cache = check_cache
         self._hooks = ExitStack()
         self._thread = threading.get_ident()
-        self._level, self._active = 0, {0: self}  # alone on the model, until it is counted among others
+        self._level, self._active = 0, {0: self._thread}  # alone on the model, until it is counted among others
         self._rows: int | None = None
         self._tables: dict[int, _Layer] = {}
         self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
@@ -118,14 +118,14 @@ class Steering:
         """
         with _COUNTING:
             active = _ACTIVE.setdefault(self._adapter.blocks[0], {})
-            if any(other._thread != self._thread for other in active.values()):
+            if any(thread != self._thread for thread in active.values()):
                 raise AdapterError(
                     f"This {type(self._adapter.model).__name__} is being steered in another thread, and knobs act on "
                     "the whole model: each would act on the other's text too. Take turns, steer one batch with a "
                     "setting per row, or use a copy of the model."
                 )
             self._level, self._active = max(active, default=-1) + 1, active
-            active[self._level] = self
+            active[self._level] = self._thread
         try:
             yield
         finally:
@@ -173,8 +173,11 @@ class Steering:
         return hidden
 
 
-_ACTIVE: WeakKeyDictionary[nn.Module, dict[int, Steering]] = WeakKeyDictionary()
-"""The settings that steer a model, outer ones first, by its first block: wrappers of a model share that."""
+_ACTIVE: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+"""The threads that steer a model, by level and by its first block, which wrappers of a model share.
+
+Numbers and nothing else: notes on KV caches reach this, and a cache is copied and pickled without its model.
+"""
 _COUNTING = threading.Lock()
 
 
