@@ -120,6 +120,7 @@ class Adapter:
     """
 
     def __init__(self, model: nn.Module, *, layers_path: str | None = None) -> None:
+        _refuse_virtual_tokens(model)
         self.model = model
         self.path = layers_path if layers_path is not None else _find_blocks(model)
         self.blocks: list[nn.Module] = list(_module_list(model, self.path))
@@ -139,9 +140,12 @@ class Adapter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the blocks' parameters, which their outputs normally share."""
+        """Floating dtype of the blocks' outputs: that of their parameters (never one of eight bits), or float32."""
+        if getattr(_text_config(self.model), "residual_in_fp32", False):  # Mamba, whatever its parameters are
+            return torch.float32
         parameters = (p for block in self.blocks for p in block.parameters())
-        return next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+        dtypes = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+        return next(dtypes, torch.get_default_dtype())
 
     def device(self, layer: int) -> torch.device:
         """Return the device a block computes on; off-loaded blocks count as CPU until they have run."""
@@ -214,6 +218,17 @@ class Adapter:
 
 
 # Finding the blocks
+
+
+def _refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse the prompt, prefix and P-tuning of PEFT: positions would count tokens that no text has."""
+    config = cast(Any, getattr(model, "active_peft_config", None))  # of a PeftModel
+    if getattr(config, "is_prompt_learning", False):
+        kind, count = getattr(config.peft_type, "value", config.peft_type), config.num_virtual_tokens
+        raise AdapterError(
+            f"This {type(model).__name__} puts {count} virtual tokens before every prompt ({kind}), so that positions "
+            "are not those of the text. Use model.get_base_model(), or an adapter that adds no tokens, such as LoRA."
+        )
 
 
 def _text_config(model: nn.Module) -> Any:

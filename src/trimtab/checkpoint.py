@@ -142,11 +142,19 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return {
         **{IDENTITY[key]: value for key, value in model_identity(model, tokenizer).items()},
         "weights": digest(chain(model.named_parameters(), model.named_buffers())),
+        "adapters": fingerprint(_adapters(model)),
         "dtype": str(adapter.dtype),
         "device": adapter.device(0).type,
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         **{f"version of {name}": number for name, number in versions().items()},
     }
+
+
+def _adapters(model: PreTrainedModel) -> list[object]:
+    """List what the layers of PEFT adapters do with their weights: which are active, how much they count."""
+    states = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    layers = (module for module in model.modules() if hasattr(module, "active_adapters"))
+    return [[getattr(layer, state, None) for state in states] for layer in layers]
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

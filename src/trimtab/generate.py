@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from trimtab.adapter import Adapter
@@ -104,9 +104,7 @@ def generate(
             knob.check(model, tokenizer, strict=strict, hashes=False)
     markers = _markers(renderer, doses, thinking)
     ends = _end_ids(model, tokenizer)
-    # A view of the model with decoding settings of its own, or transformers would mix in the model's preferences.
-    view = copy.copy(model)
-    view.generation_config = _decoding(max_new_tokens, temperature, top_p, ends, renderer.pad_id)
+    view = _view(model, _decoding(max_new_tokens, temperature, top_p, ends, renderer.pad_id))
     stream = None if on_text is None else _Stream(renderer, ends, on_text)
     results: dict[int, Generation] = {}
     longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -240,6 +238,20 @@ def _decoding(max_new_tokens: int, temperature: float, top_p: float, ends: list[
     if temperature > 0:
         config.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     return config
+
+
+def _view(model: nn.Module, decoding: GenerationConfig) -> PreTrainedModel:
+    """Return a copy of the model's shell with decoding settings of its own; its modules and weights are the model's.
+
+    Settings passed to `generate` would be mixed with the model's preferences. What wraps a model (PEFT,
+    `torch.compile`) generates with the settings of the model inside, which gets a view as well.
+    """
+    view = copy.copy(model)
+    if not isinstance(model, GenerationMixin):
+        inside = {name: _view(m, decoding) if hasattr(m, "generate") else m for name, m in model.named_children()}
+        view.__dict__["_modules"] = {**model.__dict__["_modules"], **inside}
+    view.generation_config = decoding  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return cast("PreTrainedModel", view)
 
 
 class _Stream(BaseStreamer):

@@ -1,14 +1,15 @@
 """Which tokens of a forward call each `where` means, in absolute positions, from one call to the next.
 
 What was computed so far lies in a KV cache. What must be known of it, the prompt's end and the knobs it was made
-under, lies as a note on the cache itself, so that copies, several caches in turn and later contexts agree.
+under, lies as a note on the cache itself, so that copies, several caches in turn and later contexts agree. Contexts
+may be nested: each leaves its own note, under its level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class Follower:
 
     `rows` holds what is done to each row, once for all rows where there is a single entry; `wheres` are the tokens
     meant by any of it; `lengths` are the rows' prompt lengths, None to read them off the first call; `markers` open and
-    close thoughts; `check` refuses caches made under other knobs.
+    close thoughts; `check` refuses caches made under other knobs. `level` is the depth of this setting among those that
+    steer the same model, `active` the levels in use at any time.
     """
 
     def __init__(
@@ -85,8 +87,11 @@ class Follower:
         lengths: Sequence[int] | None,
         markers: Markers | None,
         check: bool,
+        level: int,
+        active: Collection[int],
     ) -> None:
         self._rows, self._lengths, self._check = rows, lengths, check
+        self._level, self._active = level, active
         self._scoped = bool(wheres - {"all"})
         self._thinks = bool(wheres & THOUGHTS)
         if self._thinks and markers is None:
@@ -102,30 +107,47 @@ class Follower:
         if not self._scoped and not self._check:
             real = None if call.tokens == 1 else call.real_tokens(call.past())
             return {"all": real, "completion": real}
-        note = read_note(call.cache) if call.cache is not None else None
-        history = note if isinstance(note, _History) else None
+        notes = _notes(call.cache)
+        history = notes.get(self._level)
         past = call.past(history.columns if history else None if self._scoped else 0)
+        self._settle_old_levels(notes, past)
         if past == 0:
             history = self._begin(call)
         elif history is None or history.follower is not self or len(history.doses) != call.batch:
             history = self._take_over(history, call, past)
+        elif past > history.columns:  # tokens came in outside of this context
+            history = self._take_over(history, call, past)
         masks = self._place(history, call, past)
         history.columns = past + call.tokens
-        if call.cache is not None:
-            write_note(call.cache, history)
+        if call.cache is not None and _notes(call.cache).get(self._level) is not history:
+            write_note(call.cache, {**notes, self._level: history})
         self._new = history
         return masks
 
     def keep(self, cache: object) -> None:
         """Remember the latest call's tokens as those of a cache which that call has made."""
-        if self._new is not None and read_note(cache) is not self._new:
-            write_note(cache, self._new)
+        notes = _notes(cache)
+        if self._new is not None and notes.get(self._level) is not self._new:
+            write_note(cache, {**notes, self._level: self._new})
         self._new = None
 
     def _doses(self, batch: int) -> list[RowDose]:
         return [row for row in self._rows for _ in range(batch // len(self._rows))]
 
     # Caches
+
+    def _settle_old_levels(self, notes: dict[int, _History], past: int) -> None:
+        """Refuse tokens made inside an inner context that is no more; forget such contexts where they did nothing."""
+        if self._level != min(self._active):
+            return
+        for level in [level for level in notes if level not in self._active]:
+            old = notes.pop(level)
+            ends = _ends(old.prompt, len(old.doses))
+            if past and self._check and not all(map(_untouched, old.doses, ends, [past] * len(ends))):
+                raise CacheError(
+                    f"This call continues a KV cache whose {past} tokens were computed under the knobs of another "
+                    "steer() as well, nested in this one. Pass the whole prompt, or nest it again."
+                )
 
     def _begin(self, call: CallInfo) -> _History:
         history = _History(self, self._doses(call.batch))
@@ -150,22 +172,25 @@ class Follower:
                     f"This call continues a KV cache of {len(theirs)} rows with {call.batch}. Pass the whole prompts."
                 )
             theirs = [dose for dose in theirs for _ in range(call.batch // len(theirs))]
+            gap = old is not None and past > old.columns  # the cache has grown outside of that setting
             was = old.prompt.repeat(call.batch) if old is not None and old.prompt is not None else None
             now = history.prompt
             rows = zip(history.doses, theirs, *(_ends(p, call.batch) for p in (was, now)), strict=True)
             for row, (ours, other, then, end) in enumerate(rows):
                 cached = past if now is None else past - int(now.pads[row % len(now.pads)])
-                alike = ours == other and (not ours.digest or then == end or min(then, end) > cached)
+                same_end = not gap and (then == end or min(then, end) > cached)
+                alike = ours == other and (not ours.digest or same_end)
                 if not alike and not (_untouched(ours, end, cached) and _untouched(other, then, cached)):
                     made = "under other knobs or strengths" if other.digest else "without knobs"
                     made = made if ours != other else "under the same knobs with another end of the prompt"
+                    made = made if not gap else "in part outside of this steer()"
                     raise CacheError(
                         f"This call continues a KV cache whose {cached} tokens were computed {made} (row {row}): under "
                         "these knobs they would have been others. Pass the whole prompt, make the prefix under the "
                         "same knobs, or accept the mixture with steer(..., check_cache=False)."
                     )
         if self._thinks:
-            if old is None or old.thoughts is None or len(old.thoughts.open) != call.batch:
+            if old is None or old.thoughts is None or len(old.thoughts.open) != call.batch or past > old.columns:
                 raise CacheError(
                     "This call continues a KV cache, and whether its last tokens are thoughts is not known "
                     "(where='thinking' or 'answer'). Pass the whole prompt."
@@ -244,6 +269,12 @@ class Follower:
         thinking = torch.where(last < 0, thoughts.open[:, None], events.gather(1, last.clamp(min=0)) == 1)
         thoughts.open, thoughts.tail = thinking[:, -1], joined[:, joined.shape[1] - width :]
         return thinking
+
+
+def _notes(cache: object) -> dict[int, _History]:
+    """Return what is known of a KV cache, by the level of the context that made it."""
+    note = read_note(cache)
+    return cast(dict[int, _History], note) if isinstance(note, dict) else {}
 
 
 def _refuse_what_hides_the_prompt(call: CallInfo) -> None:

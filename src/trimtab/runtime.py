@@ -8,17 +8,19 @@ KV cache agree; padding is never steered; nothing is left on the model.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.artifact import Knob
-from trimtab.errors import KnobError, OptionError
+from trimtab.errors import AdapterError, KnobError, OptionError
 from trimtab.positions import EVERY_TOKEN, Follower, Masks, RowDose
 from trimtab.types import LATER, Markers, Where, check_strength
 
@@ -70,6 +72,8 @@ class Steering:
         self._markers = None if thinking is None else _check_markers(thinking)
         self._check_cache = check_cache
         self._hooks = ExitStack()
+        self._thread = threading.get_ident()
+        self._level, self._active = 0, {0: self}  # alone on the model, until it is counted among others
         self._rows: int | None = None
         self._tables: dict[int, _Layer] = {}
         self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
@@ -97,7 +101,7 @@ class Steering:
         self._expanded = (1, self._tables)
         wheres = frozenset[Where]().union(*(layer.wheres() for layer in self._tables.values()))
         doses = _row_doses(self._adapter, rows)
-        follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache)
+        follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache, self._level, self._active)
         if self._tables or self._check_cache:  # at strength 0 no block is touched, but a steered cache is a mistake
             functions = {layer: partial(self._apply, layer) for layer in self._tables}
             self._hooks.enter_context(self._adapter.write(functions, partial(self._before, follower), follower.keep))
@@ -105,6 +109,29 @@ class Steering:
     def clear(self) -> None:
         """Take every hook off the model."""
         self._hooks.close()
+
+    @contextmanager
+    def counted(self) -> Generator[None]:
+        """Take the next level among the settings that steer this model; all of them belong to one thread.
+
+        Raises `AdapterError` while another thread steers it.
+        """
+        with _COUNTING:
+            active = _ACTIVE.setdefault(self._adapter.blocks[0], {})
+            if any(other._thread != self._thread for other in active.values()):
+                raise AdapterError(
+                    f"This {type(self._adapter.model).__name__} is being steered in another thread, and knobs act on "
+                    "the whole model: each would act on the other's text too. Take turns, steer one batch with a "
+                    "setting per row, or use a copy of the model."
+                )
+            self._level, self._active = max(active, default=-1) + 1, active
+            active[self._level] = self
+        try:
+            yield
+        finally:
+            self.clear()
+            with _COUNTING:
+                del active[self._level]
 
     def _before(self, follower: Follower, call: CallInfo) -> None:
         """Work out, once per forward, which tokens each knob may touch."""
@@ -146,6 +173,11 @@ class Steering:
         return hidden
 
 
+_ACTIVE: WeakKeyDictionary[nn.Module, dict[int, Steering]] = WeakKeyDictionary()
+"""The settings that steer a model, outer ones first, by its first block: wrappers of a model share that."""
+_COUNTING = threading.Lock()
+
+
 @contextmanager
 def steer(
     model: nn.Module | Adapter,
@@ -170,17 +202,19 @@ def steer(
     A KV cache that was made under other knobs, or under none, would silently mix them: it raises `CacheError` unless
     its tokens are the same under these knobs. `check_cache=False` accepts it.
 
+    Contexts may be nested on one model: their knobs act together, the inner ones first. Two threads cannot steer one
+    model (`AdapterError`), and whatever another thread computes on a steered model is steered too. Gradients flow
+    through knobs; with checkpointing of activations, call `backward` inside the context and before the next forward.
+
     A model compiled by `torch.compile` is compiled again when hooks come or go, a few times at most.
 
     Example: `with steer(model, {knob: 1.0}): model.generate(**inputs)`.
     """
     adapter = model if isinstance(model, Adapter) else Adapter(model)
     steering = Steering(adapter, prompt_lengths, thinking, check_cache)
-    try:
+    with steering.counted():
         steering.set(settings)
         yield steering
-    finally:
-        steering.clear()
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:
