@@ -152,6 +152,12 @@ class Adapter:
         devices = (p.device for p in self.blocks[self.layer(layer)].parameters())
         return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
+    @property
+    def input_device(self) -> torch.device:
+        """Device of the first parameter, where inputs belong; that of the CPU if the whole model is off-loaded."""
+        devices = (p.device for p in self.model.parameters())
+        return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
     def layer(self, index: int) -> int:
         """Resolve a layer number, counting from the end if negative; the only place where that is done."""
         if not -self.n_layers <= index < self.n_layers:

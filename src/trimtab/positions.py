@@ -113,9 +113,12 @@ class Follower:
         self._settle_old_levels(notes, past)
         if past == 0:
             history = self._begin(call)
-        elif history is None or history.follower is not self or len(history.doses) != call.batch:
-            history = self._take_over(history, call, past)
-        elif past > history.columns:  # tokens came in outside of this context
+        elif (
+            history is None
+            or history.follower is not self
+            or len(history.doses) != call.batch
+            or past > history.columns  # tokens came in outside of this context
+        ):
             history = self._take_over(history, call, past)
         masks = self._place(history, call, past)
         history.columns = past + call.tokens

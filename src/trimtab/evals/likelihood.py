@@ -142,9 +142,9 @@ def _forward(
     settings, thinking = [knobs for _, knobs in batch], renderer.thinking()
     with torch.no_grad(), steer(adapter, settings, prompt_lengths=lengths, thinking=thinking):
         logits = model(
-            input_ids=inputs.input_ids.to(model.device),
-            attention_mask=inputs.attention_mask.to(model.device),
-            position_ids=inputs.position_ids.to(model.device),
+            input_ids=inputs.input_ids.to(adapter.input_device),
+            attention_mask=inputs.attention_mask.to(adapter.input_device),
+            position_ids=inputs.position_ids.to(adapter.input_device),
             use_cache=False,
         ).logits
     for row, (text, _) in enumerate(batch):
