@@ -155,9 +155,9 @@ class Adapter:
 
     @property
     def input_device(self) -> torch.device:
-        """The device that the model takes its tokens on; where its weights are off-loaded, that of the first block."""
-        own = getattr(self.model, "device", None)
-        return own if isinstance(own, torch.device) and own.type != "meta" else self.device(0)
+        """Device of the first parameter, where inputs belong; that of the CPU if the whole model is off-loaded."""
+        devices = (p.device for p in self.model.parameters())
+        return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
     def layer(self, index: int) -> int:
         """Resolve a layer number, counting from the end if negative; the only place where that is done."""

@@ -294,7 +294,7 @@ class _Run:
 
     def _forward(self, batch: list[_Text]) -> dict[str, Tensor]:
         padded = self.renderer.pad([text.ids for text in batch], side=self.padding)
-        device = self.adapter.device(0)
+        device = self.adapter.input_device
         inputs = {name: value.to(device) for name, value in padded._asdict().items()}
         with self.adapter.read(self.layers) as reading:
             self.adapter.run_to(max(self.layers), **inputs)

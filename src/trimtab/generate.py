@@ -103,12 +103,12 @@ def generate(
         for knob in {knob for dose in doses for knob in dose}:
             knob.check(model, tokenizer, strict=strict, hashes=False)
     markers = _markers(renderer, doses, thinking)
-    ends = _end_ids(model, tokenizer)
+    ends, device = _end_ids(model, tokenizer), adapter.input_device
     view = _view(model, _decoding(max_new_tokens, temperature, top_p, ends, renderer.pad_id))
     stream = None if on_text is None else _Stream(renderer, ends, on_text)
     results: dict[int, Generation] = {}
     longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(ids), batch_size):
             chunk = longest_first[start : start + batch_size]
@@ -116,7 +116,7 @@ def generate(
             lengths = [len(ids[i]) for i in chunk]
             with steer(adapter, [doses[i] for i in chunk], prompt_lengths=lengths, thinking=markers):
                 run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
-                inputs, mask = (tensor.to(adapter.input_device) for tensor in (batch.input_ids, batch.attention_mask))
+                inputs, mask = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask))
                 out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
             new = out[:, batch.input_ids.shape[1] :].tolist()
             for i, answer in zip(chunk, new, strict=True):
