@@ -255,7 +255,7 @@ def test_a_cache_of_unknown_kind_is_refused_when_its_length_matters() -> None:
 
 @torch.no_grad()
 def test_the_text_stack_is_taken_when_the_vision_tower_has_as_many_layers() -> None:
-    lm = vision_language_model()
+    lm = vision_language_model(vision_layers=LAYERS)
     adapter = Adapter(lm)
     assert "vision" not in adapter.path
     assert type(adapter.blocks[0]).__name__ == "LlamaDecoderLayer"

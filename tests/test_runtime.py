@@ -94,16 +94,20 @@ def test_two_layers_get_their_own_vectors(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_steered_minus_base_equals_strength_times_direction(name: str) -> None:
-    lm, inputs = model(name), pad(prompts([6, 4]))
+    lm = model(name)
     adapter, turned = Adapter(lm), knob(1, norm=4.0, gain=0.5)
-    with adapter.read([0, 1]) as base:
-        lm(**inputs)
-    with adapter.read([0, 1]) as steered, steer(adapter, {turned: -1.5}):
-        lm(**inputs)
-    assert torch.equal(steered.acts[0], base.acts[0])
-    difference = (steered.acts[1] - base.acts[1])[inputs["attention_mask"].bool()]
-    expected = -1.5 * 0.5 * 4.0 * turned.direction
-    torch.testing.assert_close(difference, expected.expand_as(difference), atol=1e-5, rtol=1e-5)
+    for lengths in ([6, 4], [5, 5]):  # with padding and without: two ways of adding
+        inputs = pad(prompts(lengths))
+        with adapter.read([0, 1]) as base:
+            lm(**inputs)
+        with adapter.read([0, 1]) as steered, steer(adapter, {turned: -1.5}):
+            lm(**inputs)
+        assert torch.equal(steered.acts[0], base.acts[0])
+        real = inputs["attention_mask"].bool()
+        difference = (steered.acts[1] - base.acts[1])[real]
+        expected = -1.5 * 0.5 * 4.0 * turned.direction
+        torch.testing.assert_close(difference, expected.expand_as(difference), atol=1e-5, rtol=1e-5)
+        assert torch.equal(steered.acts[1][~real], base.acts[1][~real])  # padding
 
 
 @torch.no_grad()
@@ -738,6 +742,15 @@ def test_a_model_is_steered_in_one_thread_at_a_time() -> None:
 def test_padding_side_does_not_change_vector_or_output(name: str, where: Where) -> None:
     lm, rows = model(name), prompts([7, 4, 1])
     turned = knob(1, where=where)
+    adapter = Adapter(lm)
+    for side in SIDES:  # nothing attends to padding, so logits would not tell
+        inputs = pad(rows, side)
+        padding = inputs["attention_mask"] == 0
+        with adapter.read([1]) as base:
+            lm(**inputs, use_cache=False)
+        with steer(adapter, {turned: 1.0}, prompt_lengths=[4, 3, 1]), adapter.read([1]) as steered:
+            lm(**inputs, use_cache=False)
+        assert torch.equal(steered.acts[1][padding], base.acts[1][padding])
     with steer(lm, {turned: 1.0}, prompt_lengths=[4, 3, 1]):
         left, right = (lm(**pad(rows, side), use_cache=False).logits for side in SIDES)
     for index, row in enumerate(rows):
