@@ -493,3 +493,13 @@ def test_reading_pairs_never_raises_anything_else(write: Write) -> None:
                     outcomes.append(False)
         assert len(outcomes) > 50
         assert any(outcomes) == (suffix in ("jsonl", "csv", "parquet"))
+
+
+def test_tune_does_not_write_over_the_knob_that_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    knob = tmp_path / "a.knob.safetensors"
+    pico.knob().save(knob)
+    before = knob.read_bytes()
+    given = ["--knob", str(knob), "--pairs", "prefworld:math", "--out", str(tmp_path / "." / knob.name)]
+    assert main(["tune", "prefworld", *given]) == 2
+    assert "is the knob itself" in capsys.readouterr().err
+    assert knob.read_bytes() == before

@@ -16,6 +16,7 @@ from trimtab.cli.options import given, input_file, output_file
 from trimtab.cli.sources import load_pairs, load_task, open_model
 from trimtab.cli.tables import facts, tuning_text
 from trimtab.cli.terminal import Terminal
+from trimtab.errors import OptionError
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
@@ -64,6 +65,8 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace, terminal: Terminal) -> None:
     """Tune, save, and print the tables that decided."""
     out = output_file(args.out)
+    if out.resolve() == Path(args.knob).resolve():
+        raise OptionError(f"--out {args.out!r} is the knob itself, whose other sites would be lost. Name another file.")
     file = input_file(args.knob, "a knob file")
     with terminal.working("Preparing"):
         from trimtab.artifact import Knob
