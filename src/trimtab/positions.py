@@ -124,7 +124,7 @@ class Follower:
             history = self._take_over(history, call, past)
         masks = self._place(history, call, past)
         history.columns = past + call.tokens
-        if call.cache is not None and _notes(call.cache).get(self._level) is not history:
+        if call.cache is not None and notes.get(self._level) is not history:
             self._note(call.cache, {**notes, self._level: history})
         self._new = history
         return masks
