@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from trimtab.adapter import CACHE_NAMES
 from trimtab.artifact import Knob
 from trimtab.check import default_config, twin
 from trimtab.check.twin import LAYERS, WIDTH
@@ -70,8 +72,11 @@ VISION = ("llava", "gemma3", "smolvlm", "qwen3_vl", "mistral3", "idefics3", "int
 EXPERTS = ("deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe", "jamba", "qwen3_next")
 """Mixtures of experts compute on the tokens sent to them, from all rows: other shapes, other bits."""
 
-STATE_SPACES = ("mamba", "falcon_mamba", "mamba2", "jamba", "falcon_h1", "qwen3_next", "lfm2")
-"""Architectures with recurrent states: padding on the right would run through the states that come after it."""
+PURE_STATES = ("mamba", "falcon_mamba", "mamba2")
+"""Architectures of recurrent states alone: these have taken in their padding, and take a mask of new tokens only."""
+
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaForCausalLM.forward).parameters)
+"""What this version of transformers calls a KV cache, as an argument and in results."""
 
 _CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},  # as Llama 3 has it

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pico import ARCHITECTURES, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
+from pico import ARCHITECTURES, CACHE, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.errors import AdapterError
 
@@ -140,7 +140,7 @@ def test_blocks_above_the_wanted_layer_and_the_head_never_run() -> None:
     assert all(torch.equal(partial.acts[layer], full.acts[layer]) for layer in (0, 1))
     caches = list[object]()
     adapter.blocks[0].register_forward_pre_hook(
-        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+        lambda module, args, kwargs: caches.append(kwargs[CACHE]), with_kwargs=True
     )
     adapter.run_to(-1, **inputs)
     adapter.run_to(-1, **inputs, use_cache=True)
@@ -175,7 +175,7 @@ def test_every_hook_is_gone_after_errors_inside_and_while_entering(monkeypatch: 
     lm = model()
     adapter, before = Adapter(lm), hooks(lm)
     with adapter.write({0: shift(1)}, lambda call: None), adapter.read([0]):
-        assert hooks(lm) == before + 3
+        assert hooks(lm) == before + 4  # a block's two, and on the decoder and the model what looks at their arguments
     with pytest.raises(IndexError), adapter.write({0: shift(1)}, lambda call: None), adapter.read([0]):
         lm(torch.tensor([[10**6]]))
     assert hooks(lm) == before
@@ -197,7 +197,7 @@ def test_before_is_called_once_per_forward_with_what_the_model_was_given() -> No
     inputs = pad(prompts([6, 3]))
     adapter = Adapter(lm)
     with adapter.write({}, calls.append):
-        cache = lm(**inputs, use_cache=True).past_key_values
+        cache = lm(**inputs, use_cache=True)[CACHE]
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
         # positional arguments, and the caller's default of use_cache, which does not count as asking for a cache
         lm(torch.tensor([[9], [9]]), cache, attention_mask=mask)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from pico import PAD, knob, model, pad, prompts, tokenizer
+from pico import CACHE, PAD, knob, model, pad, prompts, tokenizer
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.check.trace import tracing
@@ -79,7 +79,7 @@ def test_the_cache_of_the_turn_before_goes_on_under_the_same_knob_and_no_other()
         cache, said = DynamicCache(config=lm.config), list[Tensor]()
         for turn, setting in zip(TURNS, settings, strict=True):
             with steer(lm, setting):
-                said.append(answer(lm, pad([turn]), past_key_values=cache))
+                said.append(answer(lm, pad([turn]), **{CACHE: cache}))
             cache.crop(1 - STEPS)  # what the user sees of an answer is rendered anew in the next prompt
         return said
 
@@ -157,11 +157,11 @@ def test_a_static_cache_that_was_reset_takes_a_new_prompt_and_other_knobs(where:
     cache = StaticCache(config=lm.config, max_cache_len=32)
     for turned, inputs in ((knob(1, where=where), long), (knob(1, where=where), short), (knob(0, where=where), long)):
         with steer(lm, {turned: 1.0}):
-            assert torch.equal(answer(lm, inputs, past_key_values=cache), answer(lm, inputs))
+            assert torch.equal(answer(lm, inputs, **{CACHE: cache}), answer(lm, inputs))
         cache.reset()
     nest = [{knob(1, where=where): 1.0}, {knob(0, name="inner", where=where): 1.0}]
     with steer(lm, nest[0]):
         with steer(lm, nest[1]):
-            answer(lm, long, past_key_values=cache)
+            answer(lm, long, **{CACHE: cache})
         cache.reset()
-        assert torch.equal(answer(lm, short, past_key_values=cache), answer(lm, short))
+        assert torch.equal(answer(lm, short, **{CACHE: cache}), answer(lm, short))

@@ -35,8 +35,8 @@ BEYOND_RUNTIME = {"capture", "evals", "learn", "tune", "train", "prefworld", "me
 
 # The one module that may use a name, so that what it stands for is done in one way.
 ONLY_IN = {
-    "register_forward_hook": "adapter.py",
-    "register_forward_pre_hook": "adapter.py",
+    "register_forward_hook": "adapter/stream.py",
+    "register_forward_pre_hook": "adapter/stream.py",
     "apply_chat_template": "render.py",
 }
 

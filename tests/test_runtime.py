@@ -16,8 +16,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, StaticCache
 
-from pico import ARCHITECTURES, EXPERTS, LAYERS, PAD, WIDTH, HomeMade, knob, model, pad, prompts, vision_language_model
-from trimtab.adapter import Adapter
+from pico import (
+    ARCHITECTURES,
+    CACHE,
+    EXPERTS,
+    LAYERS,
+    PAD,
+    PURE_STATES,
+    WIDTH,
+    HomeMade,
+    knob,
+    model,
+    pad,
+    prompts,
+    vision_language_model,
+)
+from trimtab.adapter import CACHE_NAMES, Adapter
 from trimtab.artifact import Knob
 from trimtab.errors import AdapterError, CacheError, KnobError, OptionError
 from trimtab.runtime import steer
@@ -66,10 +80,9 @@ def stepwise(lm: PreTrainedModel, rows: list[list[int]], new: Tensor, side: Side
     logits = [out.logits[torch.arange(len(rows)), last]]
     for token in new[:, :-1].T:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        # a state space has taken in its padding, and takes a mask of its own tokens only
-        state = {"cache_params": out["cache_params"]} if "cache_params" in out else {"attention_mask": mask}
-        cache = {"past_key_values": out["past_key_values"]} if "past_key_values" in out else {}
-        out = lm(input_ids=token[:, None], position_ids=position, use_cache=True, **state, **cache)
+        cache = {name: value for name, value in out.items() if name in CACHE_NAMES and value is not None}
+        seen = {} if lm.config.model_type in PURE_STATES else {"attention_mask": mask}
+        out = lm(input_ids=token[:, None], position_ids=position, use_cache=True, **seen, **cache)
         position = position + 1
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
@@ -258,9 +271,9 @@ def test_ablation_touches_the_tokens_of_its_where_and_no_others(where: Where) ->
     lm, inputs = model(), pad(prompts([6]))
     adapter, turned = Adapter(lm), knob(1, operation="ablate", where=where)
     with adapter.read([1]) as seen, steer(lm, {turned: 1.0}):
-        cache = lm(**inputs, use_cache=True).past_key_values
+        cache = lm(**inputs, use_cache=True)[CACHE]
         along = (seen.acts[1] @ turned.direction)[0].abs()
-        lm(input_ids=torch.tensor([[9]]), past_key_values=cache)
+        lm(input_ids=torch.tensor([[9]]), **{CACHE: cache})
         new = (seen.acts[1] @ turned.direction)[0].abs()
     removed = [length < 1e-5 for length in [*along.tolist(), *new.tolist()]]
     steered = {"all": range(7), "prompt": range(6), "context": range(5), "completion": range(5, 7)}[where]
@@ -305,7 +318,7 @@ def trace(
                     input_ids=ids[:, columns],
                     attention_mask=mask[:, : start + width],
                     position_ids=positions[:, columns],
-                    past_key_values=cache,
+                    **{CACHE: cache},
                 )
             seen.append(reading.acts[0])
             start += width
@@ -442,9 +455,9 @@ def test_a_cache_made_outside_needs_prompt_lengths_and_tokens_that_the_knob_leav
         return {**part, "attention_mask": whole["attention_mask"][:, :stop]}
 
     def continued(which: Knob, lengths: list[int] | None, **options: bool) -> Tensor:
-        cache = lm(**columns(0, 4), use_cache=True).past_key_values
+        cache = lm(**columns(0, 4), use_cache=True)[CACHE]
         with steer(lm, {which: 1.0}, prompt_lengths=lengths, **options):
-            pieces = [lm(**columns(*span), past_key_values=cache).logits for span in ((4, 6), (6, 7), (7, 8))]
+            pieces = [lm(**columns(*span), **{CACHE: cache}).logits for span in ((4, 6), (6, 7), (7, 8))]
         return torch.cat(pieces, 1)
 
     turned = knob(1, where="completion")
@@ -547,7 +560,7 @@ def prefix(lm: Any, setting: Mapping[Knob, float] | None, **options: Any) -> Any
 
 def prefix_inside(lm: Any) -> Any:
     """A KV cache of five tokens, made under whatever is on."""
-    return lm(torch.tensor(prompts([5])), use_cache=True).past_key_values
+    return lm(torch.tensor(prompts([5])), use_cache=True)[CACHE]
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -560,7 +573,7 @@ def test_a_cached_prefix_made_under_other_knobs_is_refused(copied: bool) -> None
         cache = prefix(lm, made)
         cache = copy.deepcopy(cache) if copied else cache
         with steer(lm, under), contextlib.suppress(CacheError):
-            lm(last, past_key_values=cache)
+            lm(last, **{CACHE: cache})
             return True
         return False
 
@@ -571,7 +584,7 @@ def test_a_cached_prefix_made_under_other_knobs_is_refused(copied: bool) -> None
     assert goes_on(None, {})
     cache = prefix(lm, {one: 1.0})
     with steer(lm, {two: 1.0}, check_cache=False):
-        lm(last, past_key_values=cache)
+        lm(last, **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -582,11 +595,11 @@ def test_a_prefix_serves_every_knob_that_leaves_its_tokens_alone() -> None:
         own = prefix(lm, {later: 1.0}, prompt_lengths=[7])
     for cache in (prefix(lm, None), prefix(lm, {}), prefix(lm, {later: 2.0}, prompt_lengths=[9]), own):
         with steer(lm, {later: 1.0}, prompt_lengths=[7]):
-            torch.testing.assert_close(lm(ids[:, 5:], past_key_values=cache).logits, wanted)
+            torch.testing.assert_close(lm(ids[:, 5:], **{CACHE: cache}).logits, wanted)
     short = prefix(lm, {later: 1.0}, prompt_lengths=[3])
     refused = pytest.raises(CacheError, match="5 tokens were computed under the same knobs with another end of the")
     with refused, steer(lm, {later: 1.0}, prompt_lengths=[7]):
-        lm(ids[:, 5:], past_key_values=short)
+        lm(ids[:, 5:], **{CACHE: short})
 
 
 @torch.no_grad()
@@ -595,9 +608,9 @@ def test_a_cache_can_be_copied_and_pickled_inside_the_context() -> None:
     with steer(lm, {turned: 1.0}):
         cache = prefix_inside(lm)
         copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
-        wanted = lm(last, past_key_values=cache).logits
+        wanted = lm(last, **{CACHE: cache}).logits
         for copied in copies:
-            assert torch.equal(lm(last, past_key_values=copied).logits, wanted)
+            assert torch.equal(lm(last, **{CACHE: copied}).logits, wanted)
 
 
 @torch.no_grad()
@@ -606,10 +619,10 @@ def test_two_caches_in_turn_keep_their_own_prompts() -> None:
     rows, new = prompts([9, 3]), torch.tensor(prompts([3])[0])
     with steer(lm, {turned: 1.0}):
         alone = [stepwise(lm, [row], new[None]) for row in rows]
-        caches = [lm(torch.tensor([row]), use_cache=True).past_key_values for row in rows]
+        caches = [lm(torch.tensor([row]), use_cache=True)[CACHE] for row in rows]
         for step in range(2):
             for index, cache in enumerate(caches):
-                logits = lm(new[None, step : step + 1], past_key_values=cache).logits
+                logits = lm(new[None, step : step + 1], **{CACHE: cache}).logits
                 torch.testing.assert_close(logits[0, -1], alone[index][0, step + 1])
 
 
@@ -628,9 +641,9 @@ def test_what_hides_the_end_of_the_prompt_is_refused_without_prompt_lengths() ->
             with steer(lm, {turned: 1.0}, prompt_lengths=lengths):
                 assert torch.equal(greedy(lm, repeating, **options), greedy(lm, repeating))
     with steer(lm, {part: 1.0}):  # pieces by hand: the first is taken for the prompt, and the second is a surprise
-        cache = lm(repeating["input_ids"][:, :9], use_cache=True).past_key_values
+        cache = lm(repeating["input_ids"][:, :9], use_cache=True)[CACHE]
         with pytest.raises(OptionError, match="brings 7 more tokens after a prompt of 9"):
-            lm(repeating["input_ids"][:, 9:], past_key_values=cache)
+            lm(repeating["input_ids"][:, 9:], **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -651,9 +664,9 @@ def test_tokens_taken_back_are_refused_where_they_matter() -> None:
 
     def goes_on(turned: Knob, **options: Any) -> None:
         with steer(lm, {turned: 1.0}, **options):
-            cache = lm(ids[:, :10], use_cache=True).past_key_values
+            cache = lm(ids[:, :10], use_cache=True)[CACHE]
             cache.crop(-5)
-            lm(ids[:, 5:8], past_key_values=cache)
+            lm(ids[:, 5:8], **{CACHE: cache})
 
     goes_on(knob(1))
     goes_on(knob(1, where="completion"), prompt_lengths=[8])
@@ -668,10 +681,10 @@ def test_rows_that_leave_a_cache_are_refused() -> None:
     lm, turned, ids = model(), knob(1, where="completion"), torch.tensor(prompts([5, 5, 5]))
     for check_cache in (True, False):
         with steer(lm, {turned: 1.0}, check_cache=check_cache):
-            cache = lm(ids, use_cache=True).past_key_values
+            cache = lm(ids, use_cache=True)[CACHE]
             cache.batch_select_indices(torch.tensor([0, 2]))
             with pytest.raises(CacheError, match="a KV cache of 3 rows with 2"):
-                lm(ids[:2, :1], past_key_values=cache)
+                lm(ids[:2, :1], **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -690,10 +703,10 @@ def test_guidance_and_unknown_masks_are_refused() -> None:
 def test_a_static_cache_with_padding_is_not_taken_over_blindly() -> None:
     lm, inputs, turned = model(), pad(prompts([6, 3])), knob(1, where="completion")
     cache = StaticCache(config=lm.config, max_cache_len=16)
-    lm(**inputs, past_key_values=cache, use_cache=True)
+    lm(**inputs, **{CACHE: cache}, use_cache=True)
     square = torch.ones(2, 1, 1, 16, dtype=torch.bool)
     with steer(lm, {turned: 1.0}, prompt_lengths=[8, 8]), pytest.raises(OptionError, match="does not show the padding"):
-        lm(input_ids=torch.tensor([[9], [9]]), attention_mask=square, past_key_values=cache)
+        lm(input_ids=torch.tensor([[9], [9]]), attention_mask=square, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -707,10 +720,10 @@ def test_nested_contexts_act_together_and_leave_in_turn(where: Where) -> None:
         alone = greedy(lm, inputs)
         with steer(lm, {two: -1.0}):
             assert torch.equal(greedy(lm, inputs), wanted)
-            cache = lm(**inputs, use_cache=True).past_key_values
+            cache = lm(**inputs, use_cache=True)[CACHE]
         assert torch.equal(greedy(lm, inputs), alone)
         with pytest.raises(CacheError, match="nested in this one"):
-            lm(torch.tensor([[9], [9]]), past_key_values=cache)
+            lm(torch.tensor([[9], [9]]), **{CACHE: cache})
 
 
 def test_a_model_is_steered_in_one_thread_at_a_time() -> None:
@@ -899,7 +912,7 @@ def test_a_decode_step_costs_one_addition_per_steered_layer(where: Where, rows: 
         out = lm(**inputs, use_cache=True)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
         with CountOps() as counter:
-            lm(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, past_key_values=out.past_key_values)
+            lm(input_ids=torch.ones(2, 1, dtype=torch.long), attention_mask=mask, **{CACHE: out[CACHE]})
         return counter.names
 
     plain = step()
@@ -918,9 +931,9 @@ def test_a_decode_step_after_a_steered_prompt_costs_nothing(where: Where) -> Non
     lm, inputs = model(), pad(prompts([6, 6]))
 
     def step() -> list[str]:
-        cache = lm(**inputs, use_cache=True).past_key_values
+        cache = lm(**inputs, use_cache=True)[CACHE]
         with CountOps() as counter:
-            lm(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+            lm(input_ids=torch.ones(2, 1, dtype=torch.long), **{CACHE: cache})
         return [name for name in counter.names if name != "detach"]
 
     plain = step()

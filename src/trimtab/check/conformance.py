@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab import runtime
-from trimtab.adapter import Adapter
+from trimtab.adapter import CACHE_NAMES, Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import evaluating
 from trimtab.check.trace import Broken, tracing
@@ -431,18 +431,12 @@ def _mask(lengths: Sequence[int], side: str) -> Tensor:
 
 def _next(out: Any, token: Tensor, past: int, bench: _Bench) -> dict[str, Any]:
     """Return the arguments of a decode step after an output."""
-    name = next((key for key in ("past_key_values", "cache_params") if out.get(key) is not None), None)
-    if name is None:
-        raise AdapterError("The model returns no KV cache (past_key_values or cache_params) to go on with.")
-    step: dict[str, Any] = {
-        "input_ids": token,
-        "attention_mask": torch.ones(1, past + 1, dtype=torch.long, device=token.device),
-        "position_ids": torch.tensor([[past]], device=token.device),
-        "use_cache": True,
-    }
-    if name == "cache_params":  # a state space has taken in its padding, and takes a mask of its own tokens only
-        del step["attention_mask"]
-    return {name: out[name], **{key: value for key, value in step.items() if key in bench.parameters}}
+    cache = next(((name, value) for name, value in out.items() if name in CACHE_NAMES and value is not None), None)
+    if cache is None:
+        raise AdapterError(f"The model returns no KV cache ({', '.join(CACHE_NAMES)}) to go on with.")
+    step: dict[str, Any] = {"input_ids": token, "position_ids": torch.tensor([[past]], device=token.device)}
+    step = {name: value for name, value in step.items() if name in bench.parameters}
+    return {**step, cache[0]: cache[1], "use_cache": True}
 
 
 def _hooks(model: nn.Module) -> int:

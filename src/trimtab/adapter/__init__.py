@@ -1,0 +1,19 @@
+"""Find the decoder blocks of any causal language model, and read and write the residual stream there.
+
+The only part that registers hooks, knows paths of layers, or looks into the outputs of blocks and the caches of models.
+"""
+
+from trimtab.adapter.calls import CACHE_NAMES, CallInfo, Generating, generating, read_note, write_note
+from trimtab.adapter.stream import Adapter, Reading, WriteFn
+
+__all__ = [
+    "CACHE_NAMES",
+    "Adapter",
+    "CallInfo",
+    "Generating",
+    "Reading",
+    "WriteFn",
+    "generating",
+    "read_note",
+    "write_note",
+]

@@ -1,0 +1,85 @@
+"""Find the list of decoder blocks in the text part of any causal language model, or refuse to guess."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from trimtab.errors import AdapterError
+
+
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Refuse the prompt, prefix and P-tuning of PEFT: positions would count tokens that no text has."""
+    config = cast(Any, getattr(model, "active_peft_config", None))  # of a PeftModel
+    if getattr(config, "is_prompt_learning", False):
+        kind, count = getattr(config.peft_type, "value", config.peft_type), config.num_virtual_tokens
+        raise AdapterError(
+            f"This {type(model).__name__} puts {count} virtual tokens before every prompt ({kind}), so that positions "
+            "are not those of the text. Use model.get_base_model(), or an adapter that adds no tokens, such as LoRA."
+        )
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the model's text part, or None if the model has no configuration."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return cast(Any, config).get_text_config()
+    except ValueError as error:
+        raise AdapterError(f"The configuration of {type(model).__name__} has several text parts: {error}") from error
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Return the path of the only `ModuleList` in the text part that has one entry per hidden layer."""
+    name = type(model).__name__
+    config = text_config(model)
+    count = getattr(config, "num_hidden_layers", None)
+    lists = _outer_lists(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise AdapterError(f"{name} is an encoder-decoder model; Trimtab works on decoder-only models.")
+    get_decoder = getattr(model, "get_decoder", None)
+    text = get_decoder() if callable(get_decoder) else model
+    inside = {id(module) for module in text.modules()} if isinstance(text, nn.Module) else set[int]()
+    if not any(id(blocks) in inside for blocks in lists.values()):  # some call the LM head their decoder
+        inside = {id(blocks) for blocks in lists.values()}
+    fitting = [path for path, blocks in lists.items() if len(blocks) == count and id(blocks) in inside]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(f"{path} ({len(blocks)})" for path, blocks in lists.items()) or "none"
+    problem = "Cannot find" if not fitting else "Cannot choose"
+    wanted = f" of {count} blocks" if isinstance(count, int) else ""
+    raise AdapterError(f'{problem} the decoder layers{wanted} in {name}. Candidates: {found}. Pass layers_path="...".')
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return every `ModuleList` with its path, those nested in another left out (the experts of a block, say)."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():  # parents come before their children
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists[path] = module
+    return lists
+
+
+def module_list(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    """Return the blocks at a path; raises `AdapterError` with the lists that there are."""
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
+        known = ", ".join(_outer_lists(model)) or "none"
+        raise AdapterError(f"{type(model).__name__} has no list of layers at {path!r}. Lists: {known}.")
+    return blocks
+
+
+def caller_of(model: nn.Module, path: str) -> nn.Module:
+    """Return the innermost module above the blocks that has a `forward`: the decoder that runs them."""
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        # containers such as ModuleDict have none of their own
+        if type(module).forward is not nn.Module.forward:
+            return module
+    return model

@@ -1,0 +1,197 @@
+"""What a forward call of the decoder says of itself: its tokens, its mask, its KV cache, and what runs around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """One forward call of the decoder, as its arguments describe it.
+
+    `attention_mask` is `[B, total]` with 1 for real tokens, or the `[B, 1, T, total]` form that static caches use.
+    `ids` are the tokens `[B, T]`, None where the model was given embeddings. `caching` says whether the caller handed
+    in a KV cache or asked for one; a default of the model does not count.
+    """
+
+    batch: int
+    tokens: int
+    device: torch.device
+    attention_mask: Tensor | None = None
+    ids: Tensor | None = None
+    cache: Any = None
+    caching: bool = False
+
+    def past(self, known: int | None = None) -> int:
+        """Count the columns already in the KV cache, padding included; `known` serves caches that do not count."""
+        if self.cache is None:
+            return 0
+        if not hasattr(self.cache, "get_seq_length"):
+            if known is not None:
+                return known
+            raise AdapterError(f"Cannot tell the length of a KV cache of type {type(self.cache).__name__}.")
+        try:
+            length = self.cache.get_seq_length()
+        except ValueError:  # states of linear attention and nothing else: they have no length
+            if not self.cache.has_previous_state():
+                return 0
+            if known:
+                return known
+            kind = type(self.cache).__name__
+            raise AdapterError(
+                f"Cannot tell the length of a {kind} of recurrent states made elsewhere. Make it inside steer()."
+            ) from None
+        if isinstance(length, Tensor) and length.device.type != "cpu" and self.tokens == 1 and known is not None:
+            return known  # reading the length would wait for the accelerator at every token
+        return int(length)
+
+    def real_tokens(self, past: int) -> Tensor | None:
+        """Mark the tokens of this call that are not padding, `[B, T]` bool; None if all of them are real.
+
+        Looks at the values of the mask, which on an accelerator waits for it: once per prefill, not per token.
+        """
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        if mask.dim() == 2:
+            real = mask[:, past : past + self.tokens] if mask.shape[1] > self.tokens else mask
+            real = real != 0
+        else:  # a token always attends to itself, unless it is padding: read the diagonal
+            own = mask[:, 0].diagonal(past, -2, -1)
+            real = own if own.dtype == torch.bool else own == 0
+        if real.shape[-1] != self.tokens:
+            raise AdapterError(
+                f"Cannot find the {self.tokens} new tokens, after {past} cached ones, in an attention mask of shape "
+                f"{tuple(mask.shape)}. Pass a mask of shape [batch, {past + self.tokens}]."
+            )
+        return None if bool(real.all()) else real.expand(self.batch, -1)
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call the cache or the states that they are given and give back."""
+_NOTE = "_trimtab_note"
+
+
+def read_note(cache: object) -> object:
+    """Return what `write_note` left on a KV cache, or None; a copy of the cache has it too."""
+    return getattr(cache, _NOTE, None)
+
+
+def write_note(cache: object, note: object) -> bool:
+    """Leave a note on a KV cache; returns False where it takes none, as a list of states does."""
+    try:
+        object.__setattr__(cache, _NOTE, note)
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Return the names of the parameters of a module's `forward`."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of `module` by their names."""
+    return {**(dict(zip(parameters(module), args, strict=False)) if args else {}), **kwargs}
+
+
+def describe_call(named: Mapping[str, Any], outer_mask: object = None) -> CallInfo:
+    """Describe a call of the decoder from its arguments by name.
+
+    `outer_mask` is the attention mask that the model around it was given, for decoders that are handed none (RWKV).
+    """
+    first = next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
+    if first is None:  # a home-made decoder
+        first = next((value for value in named.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
+    if first is None:
+        raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
+    cache, ids, mask = _cache_in(named), named.get("input_ids"), named.get("attention_mask")
+    return CallInfo(
+        batch=int(first.shape[0]),
+        tokens=int(first.shape[1]),
+        device=first.device,
+        attention_mask=_one_mask(outer_mask if mask is None else mask),
+        ids=ids if isinstance(ids, Tensor) else None,
+        cache=cache,
+        caching=cache is not None or named.get("use_cache") is True,
+    )
+
+
+def returned_cache(output: object) -> object:
+    """Return the KV cache in a decoder's output, a `ModelOutput` or a tuple; None where there is none."""
+    if isinstance(output, Mapping):
+        return _cache_in(cast(Mapping[str, object], output))
+    parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
+    return next((part for part in parts if hasattr(part, "get_seq_length")), None)
+
+
+def _cache_in(named: Mapping[str, object]) -> Any:
+    """Return the KV cache or recurrent states among arguments or results, by name or by what a cache can do.
+
+    Names change: what was `past_key_values` or `cache_params` is `cache` from transformers 5.24 on. Of a cache that is
+    not seen, every call would be steered as the beginning of a prompt.
+    """
+    some = ((name, value) for name, value in named.items() if value is not None)
+    return next((value for name, value in some if name in CACHE_NAMES or hasattr(value, "get_seq_length")), None)
+
+
+def _one_mask(mask: object) -> Tensor | None:
+    """Return the mask of full attention where a model keeps one mask per kind of attention."""
+    if isinstance(mask, Mapping):
+        kinds = cast(Mapping[str, object], mask)
+        mask = kinds.get("full_attention", next(iter(kinds.values()), None))
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
+        return mask
+    got = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise AdapterError(
+        f"Cannot tell padding from an attention mask of this kind: {got}. Pass one of shape [batch, tokens], or choose "
+        'another attention, as in model.set_attn_implementation("sdpa").'
+    )
+
+
+class Generating(NamedTuple):
+    """What `generate` of transformers is doing around a forward call."""
+
+    assisted: bool
+    """Guesses, of a draft model or looked up in the prompt, come in the same call as the prompt."""
+    pieces: bool
+    """The prompt comes in pieces."""
+    beams: bool
+    """Rows change places between calls."""
+    guided: bool
+    """A second prompt runs beside the first (classifier-free guidance)."""
+
+
+def generating() -> Generating | None:
+    """Look up the stack for the `generate` of transformers that is running; None outside of it.
+
+    A forward call cannot tell its prompt from guesses that follow it, nor a piece of a prompt from all of it; only the
+    settings of the generation say so, and they are nowhere but in that frame.
+    """
+    if torch.compiler.is_compiling():  # the first compilation of all, inside `steer`: no frames to look at
+        return None
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__") == "transformers.generation.utils":
+            found = frame.f_locals
+            config = found.get("generation_config")
+            if config is None:
+                return None
+            mode = config.get_generation_mode(found.get("assistant_model"))
+            return Generating(
+                assisted=str(getattr(mode, "value", mode)) == "assisted_generation",
+                pieces=getattr(config, "prefill_chunk_size", None) is not None,
+                beams=(getattr(config, "num_beams", None) or 1) > 1,
+                guided=(getattr(config, "guidance_scale", None) or 1) != 1,
+            )
+        frame = frame.f_back
+    return None

@@ -1,0 +1,234 @@
+"""The residual stream of one model, read and written by hooks that are gone when their context ends.
+
+Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it is read and written at that same point.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapter.blocks import caller_of, find_blocks, module_list, refuse_virtual_tokens, text_config
+from trimtab.adapter.calls import CallInfo, describe_call, named_arguments, parameters, returned_cache
+from trimtab.errors import AdapterError
+
+WriteFn = Callable[[Tensor], Tensor]
+"""Takes a block's output `[B, T, D]` and returns its replacement; must not edit its argument in place."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass early; never leaves `Adapter.run_to`."""
+
+
+@dataclass
+class Reading:
+    """What `Adapter.read` saw in the latest forward: `acts[layer]` is `[B, T, D]`, detached, in the model's dtype."""
+
+    acts: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+
+class Adapter:
+    """The residual stream of one model.
+
+    Finds the `ModuleList` of `num_hidden_layers` blocks in the text part of `model`, and refuses to guess: if none or
+    several fit, it raises `AdapterError` with the candidates, one of which can be passed as `layers_path`.
+    """
+
+    def __init__(self, model: nn.Module, *, layers_path: str | None = None) -> None:
+        refuse_virtual_tokens(model)
+        self.model = model
+        self.path = layers_path if layers_path is not None else find_blocks(model)
+        self.blocks: list[nn.Module] = list(module_list(model, self.path))
+        self._decoder = caller_of(model, self.path)
+        config = text_config(model)
+        width = getattr(config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise AdapterError(f"The configuration of {type(model).__name__} has no hidden_size; got {width!r}.")
+        self.hidden_size = width
+        window = getattr(config, "max_position_embeddings", None)
+        self.context_length = window if isinstance(window, int) and window > 0 else None
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the blocks' outputs: that of their parameters (never one of eight bits), or float32."""
+        if getattr(text_config(self.model), "residual_in_fp32", False):  # Mamba, whatever its parameters are
+            return torch.float32
+        parameters = (p for block in self.blocks for p in block.parameters())
+        dtypes = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+        return next(dtypes, torch.get_default_dtype())
+
+    def device(self, layer: int) -> torch.device:
+        """Return the device a block computes on; off-loaded blocks count as CPU until they have run."""
+        devices = (p.device for p in self.blocks[self.layer(layer)].parameters())
+        return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+    @property
+    def input_device(self) -> torch.device:
+        """Device of the first parameter, where inputs belong; that of the CPU if the whole model is off-loaded."""
+        devices = (p.device for p in self.model.parameters())
+        return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+    def layer(self, index: int) -> int:
+        """Resolve a layer number, counting from the end if negative; the only place where that is done."""
+        if not -self.n_layers <= index < self.n_layers:
+            raise AdapterError(
+                f"There is no layer {index}: {type(self.model).__name__} has {self.n_layers} layers, "
+                f"0 to {self.n_layers - 1} (or -{self.n_layers} to -1)."
+            )
+        return index % self.n_layers
+
+    @contextmanager
+    def read(self, layers: Iterable[int]) -> Generator[Reading]:
+        """Record the outputs of some blocks; sees what `write` left there, in whatever order the two are entered.
+
+        Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before.
+        """
+        reading = Reading()
+        with ExitStack() as exits, _compiled_code_sees_hooks():
+            for layer in {self.layer(index) for index in layers}:
+                hook = partial(_record, reading.acts, layer)
+                exits.callback(self.blocks[layer].register_forward_hook(hook).remove)
+            yield reading
+
+    @contextmanager
+    def write(
+        self,
+        functions: Mapping[int, WriteFn],
+        before: Callable[[CallInfo], None] | None = None,
+        after: Callable[[object], None] | None = None,
+    ) -> Generator[None]:
+        """Replace the outputs of some blocks by functions of them, until the context ends, however it ends.
+
+        `before` is called once per forward of the decoder, ahead of every function; `after` once it is through, with
+        the KV cache that the decoder returns, if it returns one.
+        """
+        resolved = {self.layer(index): function for index, function in functions.items()}
+        if len(resolved) != len(functions):
+            raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
+        with ExitStack() as exits, _compiled_code_sees_hooks():
+            if before is not None:
+                given: list[object] = []
+                if self.model is not self._decoder:
+                    hook = _never_compiled(partial(_keep_mask, given))
+                    exits.callback(self.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hook = _never_compiled(partial(_announce, before, given))
+                exits.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if after is not None:
+                hook = _never_compiled(partial(_hand_over, after))
+                exits.callback(self._decoder.register_forward_hook(hook).remove)
+            for layer, function in resolved.items():
+                hook = partial(_replace, layer, self.hidden_size, function)
+                # prepend: hooks that only look, ours or those behind output_hidden_states, see the new stream
+                exits.callback(self.blocks[layer].register_forward_hook(hook, prepend=True).remove)
+            yield
+
+    def run_to(self, layer: int, **inputs: object) -> None:
+        """Run the model on `inputs` up to and including block `layer`; the blocks above and the LM head never run.
+
+        Use it inside `read`. No KV cache is made unless `inputs` say so. Gradients are recorded if torch does.
+        """
+        if "use_cache" in parameters(self.model):
+            inputs.setdefault("use_cache", False)
+        handle = self.blocks[self.layer(layer)].register_forward_hook(_stop)
+        try:
+            self.model(**inputs)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+
+
+# The hooks
+
+
+@contextmanager
+def _compiled_code_sees_hooks() -> Generator[None]:
+    """Make models compiled by `torch.compile` run the hooks that are there, and no others, in this context and after.
+
+    By default torch's compiled code does not look whether hooks came or went since it was compiled, so that steering a
+    compiled model would do nothing, or would never end. The check is switched on for the process, once; code compiled
+    before that is dropped and compiled again at its next call.
+    """
+    _check_hooks_in_compiled_code()
+    try:
+        yield
+    finally:
+        _check_hooks_in_compiled_code()  # the first compilation may have happened meanwhile
+
+
+def _never_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Run a hook as Python in compiled code: what it looks at (caches, masks, the caller) is no part of a graph."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return hook if dynamo is None else dynamo.disable(hook)
+
+
+def _check_hooks_in_compiled_code() -> None:
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
+    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
+
+
+def _keep_mask(given: list[object], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the attention mask that the whole model is called with: some hand their decoder none."""
+    given[:] = [named_arguments(module, args, kwargs).get("attention_mask")]
+
+
+def _announce(
+    before: Callable[[CallInfo], None],
+    given: list[object],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    # popped: a later call of the decoder alone has nothing to do with this mask
+    before(describe_call(named_arguments(module, args, kwargs), given.pop() if given else None))
+
+
+def _hand_over(after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:
+    cache = returned_cache(output)
+    if cache is not None:
+        after(cache)
+
+
+def _hidden(output: object) -> Tensor:
+    """Return the hidden states of a block's output: a tensor in most models, the first of a tuple or list in others."""
+    hidden = cast(Sequence[object], output)[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        got = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(output).__name__
+        several = " (several residual streams side by side?)" if isinstance(hidden, Tensor) else ""
+        raise AdapterError(f"A decoder block must return hidden states [batch, tokens, width]; got {got}{several}.")
+    return hidden
+
+
+def _record(acts: dict[int, Tensor], layer: int, module: nn.Module, args: object, output: object) -> None:
+    acts[layer] = _hidden(output).detach()
+
+
+def _stop(module: nn.Module, args: object, output: object) -> None:
+    raise _Stop
+
+
+def _replace(layer: int, width: int, function: WriteFn, module: nn.Module, args: object, output: object) -> object:
+    hidden = _hidden(output)
+    new = function(hidden)
+    if new.shape != hidden.shape or hidden.shape[-1] != width:
+        raise AdapterError(
+            f"The residual stream at layer {layer} has shape {tuple(hidden.shape)} and its replacement "
+            f"{tuple(new.shape)}; both must be [batch, tokens, {width}]."
+        )
+    if not isinstance(output, tuple | list):
+        return new
+    return type(output)((new, *cast(Sequence[object], output)[1:]))
