@@ -200,9 +200,9 @@ def test_bytes_that_are_not_utf_8_are_named_by_line_and_byte(write: Write, suffi
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "txt", ""])
 def test_a_folder_and_a_missing_file_are_said_to_be_that(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
-    assert f"Cannot read pairs from {str(path)!r}: No such file" in complaint(path)
+    assert f"Cannot read {str(path)!r}: No such file" in complaint(path)
     path.mkdir()
-    assert f"Cannot read pairs from {str(path)!r}: Is a directory." in complaint(path)
+    assert f"Cannot read {str(path)!r}: Is a directory." in complaint(path)
 
 
 @pytest.mark.quick
@@ -474,7 +474,7 @@ def test_a_task_that_is_nested_too_deeply_is_a_mistake_and_no_traceback(
     pico.knob().save("k.safetensors")
     words = ["tune", str(model), "--knob", "k.safetensors", "--pairs", "a.jsonl", "--task", "deep.jsonl"]
     assert main([*words, "--out", "x.safetensors"]) == 2
-    assert "'deep.jsonl' holds JSON that is nested too deeply" in capsys.readouterr().err
+    assert "deep.jsonl: Line 1 cannot be read: it is nested too deeply" in capsys.readouterr().err
 
 
 @pytest.mark.quick

@@ -482,7 +482,7 @@ def test_a_chat_shows_its_knobs_and_commands_and_survives_mistakes(run: Run, mod
     lines = ["/knob", "/kob", "/knob mth=1", "/knob math=x", "/knob math=nan", "/knob math=3", "/undo", "/help", "Hi"]
     out = chat(run, model, lines, "--knob", KNOB)
     assert out.status == 0
-    assert re.search(r"^math +1 +-0.5 to 1 +1/last$", out.err, re.MULTILINE)
+    assert re.search(r"^math +1 +-0.5 to 1 \(no guardrail\) +1/last$", out.err, re.MULTILINE)
     for message in (
         "Did you mean '/knob'?",
         "Unknown knob 'mth'. Known: math. Did you mean 'math'?",
@@ -632,20 +632,20 @@ MISTAKES = [
     ("learn MODEL pairs.jsonl --out pairs.jsonl/x", "'pairs.jsonl' is a file"),
     ("learn pairs.jsonl pairs.jsonl --out x", "'pairs.jsonl' is a file; a model is loaded from its folder."),
     ("learn ./none pairs.jsonl --out x", "There is no folder './none'"),
-    ("learn MODEL pairs.jsonl --out x --device tpu9", "Cannot use --device 'tpu9'"),
+    ("learn MODEL pairs.jsonl --out x --device tpu9", "Cannot use --device tpu9: Invalid device"),
     ("learn MODEL pairs.jsonl --out x --dtype int3", "Unknown dtype 'int3'. Known: auto"),
     ("tune MODEL --knob none --pairs held_out.jsonl --out x", "There is no file 'none'; expected a knob file."),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains 1,b", "expected numbers as in 0.2,0.5"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains -1,2", "expected one argument"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains=-1,2", "Gains must be positive numbers"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact", "Unknown grader 'exact'. "),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task bad.jsonl", "a task line is JSON"),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task KNOB", "is not UTF-8 text"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task bad.jsonl", "bad.jsonl: Line 2 is not JSON"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task KNOB", "it has the suffix '.safetensors'. Known: .csv"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact_answer", "must hold a number"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --guardrail none", "There is no file 'none'"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --budget nan", "Budgets are finite and not negative"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --finalists 0", "must be at least 1; got finalists 0."),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task blank.jsonl", "blank.jsonl:1: the answer is empty."),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task blank.jsonl", "blank.jsonl: Line 1: the answer is empty."),
     ("generate MODEL Hi --knob KNOB --strength nan", "The strength must be finite; got 'nan'."),
     ("generate MODEL Hi --knob KNOB --strength much", "The strength must be a number; got 'much'."),
     ("generate MODEL Hi --knob KNOB --set mth=1", "Unknown knob 'mth'. Known: math. Did you mean 'math'?"),
@@ -719,7 +719,7 @@ def test_a_mistake_is_one_line_on_stderr(run: Run, model: Path, files: Path, lin
         ('{"prompt": "a\\ud800"}', "stdin, line 2 is not Unicode text"),
         ('{"prompt": "a", "knobs": 1}', 'stdin, line 2, knobs: a setting is written {"math": 0.8} or "math=0.8"'),
         ('{"prompt": "a", "knobs": {"math": "x"}}', "stdin, line 2, knobs: The strength of 'math' must be a number"),
-        ('{"prompt": "a", "knobs": {"math": NaN}}', "stdin, line 2, knobs: The strength of 'math' must be finite"),
+        ('{"prompt": "a", "knobs": {"math": NaN}}', "stdin, line 2 is not JSON: NaN is not a finite number"),
         ('{"prompt": "a", "knobs": {"mth": 1}}', "stdin, line 2: Unknown knob 'mth'. Known: math."),
         ('{"prompt": "a", "knobs": "math"}', "stdin, line 2, knobs: A knob setting is written"),
         ('{"prompt": "a", "knob": {"math": 1}}', "stdin, line 2 has a field 'knob'"),

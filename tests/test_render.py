@@ -268,7 +268,7 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path, tmp_path: Path)
 def test_bundled_model_is_found_in_the_package_or_its_absence_explained(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(render.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(render.loading.resources, "files", lambda _: tmp_path)
     with pytest.raises(OptionError, match="not in this installation"):
         render.load("prefworld")
     (tmp_path / "prefworld").mkdir()
@@ -280,7 +280,7 @@ def test_bundled_model_is_found_in_the_package_or_its_absence_explained(
 def test_spreading_over_devices_without_accelerate_prints_the_install_command(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(render, "find_spec", lambda _: None)
+    monkeypatch.setattr(render.loading, "find_spec", lambda _: None)
     with pytest.raises(MissingDependency, match="pip install accelerate"):
         render.load(folder, device="auto")
 

@@ -37,7 +37,7 @@ BEYOND_RUNTIME = {"capture", "evals", "learn", "tune", "train", "prefworld", "me
 ONLY_IN = {
     "register_forward_hook": "adapter/stream.py",
     "register_forward_pre_hook": "adapter/stream.py",
-    "apply_chat_template": "render.py",
+    "apply_chat_template": "render/renderer.py",
 }
 
 

@@ -321,7 +321,7 @@ def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     for line in ('{"prompt": "x"}', '{"prompt": 5, "answer": "x"}', "prompt"):
         bad.write_text(line)
-        with pytest.raises(OptionError, match=r"bad\.jsonl:1"):
+        with pytest.raises(OptionError, match=r"bad\.jsonl: Line 1"):
             load_task(bad)
     with pytest.raises(KeyError, match="Known: contains"):
         load_task(good, grader="exact")

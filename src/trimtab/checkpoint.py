@@ -26,7 +26,7 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.artifact.identity import IDENTITY, model_identity
 from trimtab.errors import OptionError, TrimtabWarning
-from trimtab.files import write_atomically
+from trimtab.files import parse_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class Checkpoint:
         """
 
         def read(path: Path) -> T:
-            record = json.loads(path.read_bytes())
+            record = json.loads(path.read_bytes())  # what we wrote ourselves may hold NaN: not the strict reader
             if record["sha256"] != _sha256(self._job, key, json.dumps(record["value"])):
                 raise ValueError("the checksum differs")
             return record["value"]
@@ -221,8 +221,8 @@ _WAY_OUT = "Pass another folder, or remove this one to begin anew."
 def _stored_job(folder: Path) -> dict[str, Any] | None:
     """Return the job that the folder keeps; None without a `job.json` that can be read."""
     try:
-        record: object = json.loads((folder / JOB).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        record: object = parse_json((folder / JOB).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     if not isinstance(record, dict):
         return None

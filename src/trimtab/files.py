@@ -41,6 +41,16 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     return data
 
 
+def is_knob_file(path: str | Path) -> bool:
+    """Tell a knob by its start, which is that of a safetensors file with Trimtab's header; an empty file counts too."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return not start or (start[8:9] == b"{" and b'"trimtab"' in start)
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write a file such that a reader, or whoever looks after a crash, sees the old file or the new, never a part.
 

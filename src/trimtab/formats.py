@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from trimtab.errors import MissingDependency, PairsError
+from trimtab.errors import MissingDependency, PairsError, brief
 from trimtab.files import parse_json
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -43,21 +43,14 @@ def read_file(path: str | Path) -> list[Placed]:
                 known = ", ".join(sorted(READERS))
                 raise PairsError(f"Cannot tell what {str(path)!r} holds: it has {got}. Known: {known}. Rename it.")
             data = stream.read()
+    except PairsError:
+        raise
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
-        raise PairsError(f"Cannot read pairs from {str(path)!r}: {getattr(error, 'strerror', error)}.") from None
+        raise PairsError(f"Cannot read {str(path)!r}: {getattr(error, 'strerror', error)}.") from None
     try:
         return reader(data)
     except PairsError as error:
         raise PairsError(f"{path}: {error}") from None
-
-
-def short(text: str) -> str:
-    """Quote the start of a text for a message.
-
-    >>> short("2 + 2?")
-    "'2 + 2?'"
-    """
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def kind(value: object) -> str:
@@ -115,7 +108,7 @@ def _json(data: bytes) -> list[Placed]:
         return []
     records = _parse(text, "The file")
     if not isinstance(records, list):
-        raise PairsError(f"The file holds {kind(records)}; a .json file of pairs holds a list of records.")
+        raise PairsError(f"The file holds {kind(records)}; a .json file of records holds a list of them.")
     return [Placed(f"Item {n}", record) for n, record in enumerate(cast(list[object], records), 1)]
 
 
@@ -180,10 +173,10 @@ def _table(text: str, delimiter: str, named: str) -> list[Placed]:
 def _header(cells: Sequence[str], place: str, named: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if len(names) == 1:
-        raise PairsError(f"{place} has one column, {short(names[0])}; columns are separated by {named}.")
+        raise PairsError(f"{place} has one column, {brief(names[0])}; columns are separated by {named}.")
     twice = _first_repeated(names)
     if twice is not None:
-        raise PairsError(f"{place} has two columns {short(twice)}. Rename one of them.")
+        raise PairsError(f"{place} has two columns {brief(twice)}. Rename one of them.")
     return names
 
 

@@ -24,6 +24,7 @@ from trimtab.types import (
     Message,
     Setting,
     Where,
+    check_seed,
     check_strength,
     check_where,
     is_unicode,
@@ -132,8 +133,7 @@ def _check_options(
     for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(number, int) or number < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"{name} is a whole number, 1 or more; got {number!r}.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"The seed is a whole number from 0 to 2**63 - 1; got {seed!r}.")
+    check_seed(seed)
     if check_strength(temperature, "temperature") < 0:
         raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
     if not 0 < check_strength(top_p, "top_p") <= 1:

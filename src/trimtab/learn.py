@@ -15,11 +15,11 @@ from trimtab.capture import FORMATS, Format, capture, expand_positions
 from trimtab.checkpoint import versions
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
 from trimtab.methods import METHODS, Method
-from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, regress_out_lengths
+from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, lengths_vary, regress_out_lengths
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.selection import doubts, rank_sites
-from trimtab.types import Site, Where, check_where
+from trimtab.types import Site, Where, check_seed, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def learn(
     if not isinstance(pairs, Pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs; got {type(pairs).__name__}. Pass Pairs.from_records(...).")
     plan = _plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
-    _check_options(scale, where, length_match)
+    _check_options(scale, where, length_match, seed)
     own = {**plan.method.defaults, **({"seed": seed} if "seed" in plan.method.defaults else {})}
     own.update(plan.method.check({} if options is None else options))
 
@@ -102,8 +102,13 @@ def learn(
     best = ranking[0].site
 
     lengths, width = evidence.lengths.double().mean(dim=0).tolist(), chosen.shape[-1]
-    unmatched = lengths if length_match == "off" else None
-    notes = [*plan.notes, *doubts(statistics[best], plan.selection, width, unmatched, len(used))]
+    alike = length_match == "regress" and lengths[0] != lengths[1] and not lengths_vary(evidence.lengths)
+    unmatched = lengths if length_match == "off" or alike else None
+    notes = [
+        *plan.notes,
+        *([_NOTHING_TO_REGRESS] if alike else ()),
+        *doubts(statistics[best], plan.selection, width, unmatched, len(used)),
+    ]
     for note in notes:
         warnings.warn(note, TrimtabWarning, stacklevel=2)
     settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}
@@ -245,7 +250,7 @@ def layers_between(n_layers: int, first: float, last: float) -> list[int]:
     return kept
 
 
-def _check_options(scale: str, where: str, length_match: str) -> None:
+def _check_options(scale: str, where: str, length_match: str, seed: int) -> None:
     for what, got, known in (
         ("scale", scale, get_args(Scale)),
         ("length_match", length_match, get_args(LengthMatch)),
@@ -253,6 +258,13 @@ def _check_options(scale: str, where: str, length_match: str) -> None:
         if got not in known:
             raise unknown_name(what, str(got), known)
     check_where(where)
+    check_seed(seed)
+
+
+_NOTHING_TO_REGRESS = (
+    "length_match='regress' changed nothing: the chosen answers are all equally long, and so are the rejected ones, so "
+    "that no line in length can be drawn within either side."
+)
 
 
 def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float = 1.25) -> Pairs:

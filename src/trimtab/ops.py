@@ -268,6 +268,15 @@ def describe_site(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> dict[st
     }
 
 
+def lengths_vary(lengths: Tensor) -> bool:
+    """Tell whether `lengths [N, 2]` of chosen and rejected answers differ within either side.
+
+    >>> lengths_vary(torch.tensor([[9, 4], [9, 4]]))
+    False
+    """
+    return bool((lengths != lengths[:1]).any())
+
+
 def regress_out_lengths(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Remove the part of `chosen` and `rejected` `[N, S, D]` that a straight line in length explains.
 
@@ -277,9 +286,9 @@ def regress_out_lengths(chosen: Tensor, rejected: Tensor, lengths: Tensor) -> tu
     """
     x = lengths.double()
     deviation = x - x.mean(dim=0)  # [N, 2], within each side
-    spread = float(deviation.square().sum())
-    if spread == 0:
+    if not lengths_vary(lengths):
         return chosen, rejected
+    spread = float(deviation.square().sum())
     covariance = torch.einsum("n,nsd->sd", deviation[:, 0], chosen.double())
     covariance += torch.einsum("n,nsd->sd", deviation[:, 1], rejected.double())
     slope = covariance / spread  # [S, D] per token

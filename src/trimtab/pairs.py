@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, overload
 
-from trimtab.errors import OptionError, PairsError
+from trimtab.errors import OptionError, PairsError, brief
 from trimtab.files import reason, write_atomically
-from trimtab.formats import FIELDS, kind, read_file, short
+from trimtab.formats import FIELDS, kind, read_file
 from trimtab.records import check_roles, read_pair
 from trimtab.types import Message, Pair, is_unicode
 
@@ -196,9 +196,9 @@ def _check(pair: object, place: str) -> None:
     _check_prompt(pair.prompt, place)
     for text in (*(message.content for message in pair.prompt), pair.chosen, pair.rejected):
         if not is_unicode(text):
-            raise PairsError(f"{place} holds half of a surrogate pair, which is no character: {short(ascii(text))}.")
+            raise PairsError(f"{place} holds half of a surrogate pair, which is no character: {brief(ascii(text))}.")
     if pair.chosen.strip() == pair.rejected.strip():
-        raise PairsError(f"{place}: chosen and rejected are the same answer, {short(pair.chosen)}.")
+        raise PairsError(f"{place}: chosen and rejected are the same answer, {brief(pair.chosen)}.")
     taken = [name for name in FIELDS if name in pair.meta]
     if taken:
         raise PairsError(f"{place}: its meta has a field {taken[0]!r}, which is the pair's own. Rename it.")
@@ -231,7 +231,7 @@ def _from_records(records: Sequence[object], places: Sequence[str], duplicates: 
         if duplicates == "error":
             hint = 'Pass duplicates="drop" to leave it out.'
             if _key(pair) in seen:
-                raise PairsError(f"{place} repeats {seen[_key(pair)].lower()}: {short(pair.chosen)}. {hint}")
+                raise PairsError(f"{place} repeats {seen[_key(pair)].lower()}: {brief(pair.chosen)}. {hint}")
             if _key(_swap(pair)) in seen:
                 raise PairsError(
                     f"{place} contradicts {seen[_key(_swap(pair))].lower()}: the same two answers to the same prompt, "

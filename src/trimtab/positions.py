@@ -243,6 +243,8 @@ class Follower:
             real = call.real_tokens(past)
             lengths = torch.full_like(pads, call.tokens) if real is None else real.sum(1)
             return _Prompt(lengths, pads, call.tokens, given=False)
+        if not past and not call.caching:
+            self._refuse_short_rows(call)
         mask, end = call.attention_mask, max(self._lengths)
         if past and mask is not None and mask.dim() != 2:
             raise OptionError(
@@ -254,6 +256,20 @@ class Follower:
             end += int(pads.max())
         lengths = torch.tensor(self._lengths, device=call.device).repeat_interleave(call.batch // len(self._lengths))
         return _Prompt(lengths, pads, end, given=True)
+
+    def _refuse_short_rows(self, call: CallInfo) -> None:
+        """Refuse rows that end before their prompt does, in a call that has no successor."""
+        assert self._lengths is not None
+        real = call.real_tokens(0)
+        counts = [call.tokens] * call.batch if real is None else real.sum(1).tolist()
+        times = call.batch // len(self._lengths)
+        for row, count in enumerate(counts):
+            if count < self._lengths[row // times]:
+                raise OptionError(
+                    f"Row {row} has {count} tokens, and prompt_lengths says that its prompt has "
+                    f"{self._lengths[row // times]}. Count real tokens, without padding; if the rest of the prompt "
+                    "follows, pass use_cache=True to the model."
+                )
 
     def _place(self, history: _History, call: CallInfo, past: int) -> Masks:
         prompt = history.prompt

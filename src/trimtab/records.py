@@ -7,8 +7,8 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
-from trimtab.errors import PairsError
-from trimtab.formats import FIELDS, kind, short
+from trimtab.errors import PairsError, brief
+from trimtab.formats import FIELDS, kind
 from trimtab.types import ROLES, Message, Pair
 
 _OTHER_NAMES = {
@@ -34,7 +34,7 @@ def read_pair(record: object, place: str) -> Pair:
             raise PairsError(f"{place}: {name} is null; it must be text or a list of messages.")
     missing = [name for name in ("chosen", "rejected") if name not in fields]
     if missing:
-        names = [short(str(name))[1:-1] for name in fields]
+        names = [brief(str(name))[1:-1] for name in fields]
         shown = ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])]) or "nothing"
         raise PairsError(f"{place} has no {' and no '.join(missing)}; it has {shown}.{_renaming(fields)}")
     chosen, chosen_context = _answer(fields["chosen"], f"{place}, chosen")
@@ -68,7 +68,7 @@ def check_roles(roles: Iterable[str], place: str) -> None:
         hint = f" Rename it to {meant!r}." if meant in ROLES else ""
         if role in _TOOL_ROLES:
             hint = " Pairs are learned without tools: leave this one out."
-        raise PairsError(f"{place}: role {short(role)} is not one of {', '.join(ROLES)}.{hint}")
+        raise PairsError(f"{place}: role {brief(role)} is not one of {', '.join(ROLES)}.{hint}")
 
 
 def _renaming(fields: Mapping[str, object]) -> str:
@@ -93,7 +93,7 @@ def _answer(value: object, place: str) -> _Answer:
         return _Answer(value, ())
     turns = _messages(value, place)
     if not turns or turns[-1].role != "assistant":
-        last = f"it is of role {short(turns[-1].role)}" if turns else "the list is empty"
+        last = f"it is of role {brief(turns[-1].role)}" if turns else "the list is empty"
         raise PairsError(f"{place}: the last message must be the assistant's; {last}.")
     return _Answer(turns[-1].content, turns[:-1])
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.artifact import Knob
-from trimtab.errors import AdapterError, KnobError, OptionError
+from trimtab.errors import AdapterError, KnobError, OptionError, brief
 from trimtab.positions import EVERY_TOKEN, Follower, Masks, RowDose
 from trimtab.types import LATER, Markers, Where, check_strength
 
@@ -69,7 +69,7 @@ class Steering:
     ) -> None:
         self._adapter = adapter
         self._lengths = None if prompt_lengths is None else _check_lengths(prompt_lengths)
-        self._markers = None if thinking is None else _check_markers(thinking)
+        self._markers = None if thinking is None else _check_markers(thinking, adapter.vocabulary)
         self._check_cache = check_cache
         self._hooks = ExitStack()
         self._thread = threading.get_ident()
@@ -78,6 +78,7 @@ class Steering:
         self._tables: dict[int, _Layer] = {}
         self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
         self._masks: Masks = {}
+        self._tokens = 0  # of this call
         self._unmasked = False  # every token of this call takes the addends of "all" and "completion", whole
 
     def set(self, settings: Dose | Sequence[Dose]) -> None:
@@ -137,7 +138,7 @@ class Steering:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
         masks = follower.masks(call)
-        self._unmasked = masks == EVERY_TOKEN
+        self._tokens, self._unmasked = call.tokens, masks == EVERY_TOKEN
         dtype = self._adapter.dtype
         self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
 
@@ -156,6 +157,11 @@ class Steering:
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Steer a block's output `[B, T, D]`; the hot path is the one addition of a decode step."""
+        if not torch.compiler.is_compiling() and hidden.shape[1] != self._tokens:
+            raise AdapterError(
+                f"Layer {layer} holds {hidden.shape[1]} tokens in a call of {self._tokens}, so that their positions "
+                "are not known: this model adds tokens of its own, or goes on with its states wrongly."
+            )
         table = self._expanded[1][layer]
         for ablation in table.ablations:
             if ablation.where in self._masks:
@@ -228,11 +234,19 @@ def _check_lengths(lengths: Sequence[int]) -> list[int]:
     return list(lengths)
 
 
-def _check_markers(markers: Markers) -> Markers:
+def _check_markers(markers: Markers, vocabulary: int | None) -> Markers:
     pair = isinstance(markers, Sequence) and len(markers) == 2  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not pair or not all(len(ids) and all(type(i) is int for i in ids) for ids in markers):
-        raise OptionError(f"thinking holds the ids that open and those that close thoughts; got {markers!r}.")
+    if not pair or not all(map(_are_ids, markers)):
+        wanted = "the ids that open and those that close thoughts, as in ([5], [6])"
+        raise OptionError(f"thinking holds {wanted}; got {brief(markers)}.")
+    stray = next((i for ids in markers for i in ids if vocabulary is not None and not 0 <= i < vocabulary), None)
+    if stray is not None:
+        raise OptionError(f"thinking holds the token id {stray}; this model's vocabulary has {vocabulary} tokens.")
     return markers
+
+
+def _are_ids(ids: object) -> bool:
+    return isinstance(ids, Sequence) and len(ids) > 0 and all(type(i) is int for i in ids)
 
 
 def _check_dose(dose: Dose) -> dict[Knob, float]:

@@ -19,7 +19,8 @@ from trimtab.evals.judge import KL_ITEMS, Judge, safe_range
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
 from trimtab.pairs import Pairs
-from trimtab.types import WHERE, Site, Where, check_strength, check_where
+from trimtab.render import Renderer
+from trimtab.types import THOUGHTS, WHERE, Site, Where, check_strength, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,6 +98,11 @@ def tune(
             "Tune on pairs whose prompts learning has not seen.",
             TrimtabWarning,
             stacklevel=2,
+        )
+    if set(wheres) & THOUGHTS and Renderer(tokenizer).thinking() is None:
+        raise OptionError(
+            f"Tokens of {', '.join(sorted(set(wheres) & THOUGHTS))} cannot be told here: this tokenizer has none of "
+            "the known tokens that open and close thoughts. Choose other tokens to steer."
         )
     _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens), strengths)
     begun = time.perf_counter()

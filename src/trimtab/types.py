@@ -115,6 +115,13 @@ def check_strength(value: float, name: str = "strength") -> float:
     return number
 
 
+def check_seed(value: object) -> int:
+    """Return `value` if it can seed torch's generators, or raise `OptionError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise OptionError(f"The seed is a whole number from 0 to 2**63 - 1; got {value!r}.")
+    return value
+
+
 def check_where(value: object) -> Where:
     """Return `value` if it names tokens to steer, or raise `UnknownName` with the names there are."""
     if value not in WHERE:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter.blocks import caller_of, find_blocks, module_list, refuse_virtual_tokens, text_config
 from trimtab.adapter.calls import CallInfo, describe_call, named_arguments, parameters, returned_cache
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, brief
 
 WriteFn = Callable[[Tensor], Tensor]
 """Takes a block's output `[B, T, D]` and returns its replacement; must not edit its argument in place."""
@@ -42,6 +42,8 @@ class Adapter:
     """
 
     def __init__(self, model: nn.Module, *, layers_path: str | None = None) -> None:
+        if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AdapterError(f"A model is a torch module, such as trimtab.load(...).model; got {brief(model)}.")
         refuse_virtual_tokens(model)
         self.model = model
         self.path = layers_path if layers_path is not None else find_blocks(model)
@@ -52,6 +54,8 @@ class Adapter:
         if not isinstance(width, int):
             raise AdapterError(f"The configuration of {type(model).__name__} has no hidden_size; got {width!r}.")
         self.hidden_size = width
+        vocabulary = getattr(config, "vocab_size", None)
+        self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         window = getattr(config, "max_position_embeddings", None)
         self.context_length = window if isinstance(window, int) and window > 0 else None
 

@@ -6,6 +6,7 @@ was altered.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trimtab.errors import KnobError, brief, printable
-from trimtab.files import parse_json, read_bytes, reason, write_atomically
+from trimtab.files import is_knob_file, parse_json, read_bytes, reason, write_atomically
 from trimtab.types import check_strength
 
 FORMAT_VERSION = 1
@@ -49,8 +50,8 @@ class KnobFile(NamedTuple):
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write float32 tensors and header, atomically: a reader sees the old file or the new one, never half of one.
 
-    Missing folders are made. Raises `KnobError` for what could not be read back, and where writing fails; the old file
-    is then as it was. See `write_atomically` for what a killed process leaves.
+    Missing folders are made. Raises `KnobError` for what could not be read back, where writing fails, and where another
+    kind of file stands; that file is then as it was. See `write_atomically` for what a killed process leaves.
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
@@ -65,6 +66,9 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
         raise KnobError(
             f"Nothing is written to {brief(str(path), 240)}, for it could not be read back: {error}"
         ) from None
+    with contextlib.suppress(OSError, ValueError):  # writing says what is wrong
+        if Path(path).is_file() and not is_knob_file(path):
+            raise KnobError(f"{brief(str(path), 240)} exists and is no knob, so it is not replaced. Take another name.")
     save_bytes(path, data)
 
 

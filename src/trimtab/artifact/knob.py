@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from trimtab.artifact.card import describe
 from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
 from trimtab.artifact.identity import IDENTITY, check_identity, said
-from trimtab.errors import KnobError, brief, printable, unknown_name
-from trimtab.ops import multiplier_from_alpha, palrs_from_alpha, unit
+from trimtab.errors import KnobError, brief, unknown_name
+from trimtab.ops import unit
 from trimtab.types import WHERE, Site, Where, check_strength, check_where, is_knob_name
 
 if TYPE_CHECKING:
@@ -186,8 +187,9 @@ class Knob:
     def save(self, path: str | Path) -> None:
         """Write the knob to one safetensors file, atomically: whatever happens, the old file or the new one is there.
 
-        Missing folders are made, and a link is replaced. Raises `KnobError` for what JSON cannot hold, and where
-        writing fails. A process that is killed meanwhile may leave `.NAME.XXXXXXXX.part`, which can be deleted.
+        Missing folders are made, and a link is replaced. Raises `KnobError` for what JSON cannot hold, where writing
+        fails, and where a file stands that is no knob. A process that is killed meanwhile may leave
+        `.NAME.XXXXXXXX.part`, which can be deleted.
         """
         header = {
             "kind": self.kind,
@@ -232,48 +234,9 @@ class Knob:
         top = max(site.layer for site in self.vectors)
         check_identity(self.name, self.width, top, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
 
-    def _dose(self) -> str:
-        """Say what strength 1 adds, in our unit and in those of PaLRS and CAA."""
-        norm, length = self.norms[self.site.layer], float(self.vectors[self.site].double().norm())
-        said = f"alpha {self.gain:.4g}: length {self.gain * norm:.4g} where the mean residual norm is {norm:.4g}"
-        if length:
-            said += f"; {multiplier_from_alpha(self.gain, length, norm):.4g} times the raw vector (CAA's multiplier)"
-        sites: object = self.diagnostics.get("sites")
-        here = cast(Mapping[str, object], sites).get(str(self.site)) if isinstance(sites, Mapping) else None
-        chosen = cast(Mapping[str, object], here).get("mu_plus_norm") if isinstance(here, Mapping) else None
-        if isinstance(chosen, float) and chosen > 0:
-            said += f"; {palrs_from_alpha(self.gain, chosen, norm):.4g} in PaLRS's unit (Eq. 4)"
-        return said
-
     def card(self) -> str:
         """Describe the knob in a few readable lines."""
-        known = self.provenance
-        layers = sorted({site.layer for site in self.vectors})
-        options: object = known.get("options")
-        lines = {
-            "knob": f"{self.name} ({self.kind}, {self.method})",
-            "site": f"{self.site}, one of {len(self.vectors)} in layers {layers[0]} to {layers[-1]}",
-            "strength 1": self._dose() if self.operation == "add" else "removes the component along the direction",
-            "where": f"{self.operation} at {self.where} tokens",
-            "safe range": "not tuned" if self.safe_range is None else "{:g} to {:g}".format(*self.safe_range),
-            **{IDENTITY[key]: known.get(key) for key in IDENTITY},
-            "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}"
-            if known.get("pairs_hash")
-            else None,
-            "paper": known.get("paper"),
-            "options": _pairs(options),
-            **{key: known.get(key) for key in ("licence", "created", "tool")},
-        }
-        rows = [f"{key:<22}{printable(str(value))}" for key, value in lines.items() if value not in (None, "")]
-        notes: object = self.diagnostics.get("warnings")
-        for note in cast(list[object], notes) if isinstance(notes, list) else []:
-            rows.append(f"{'warning':<22}{printable(str(note))}")
-        return "\n".join(rows)
-
-
-def _pairs(options: object) -> str:
-    items = cast(Mapping[str, object], options).items() if isinstance(options, Mapping) else ()
-    return ", ".join(f"{key}={value}" for key, value in items)
+        return describe(self)
 
 
 def _from_file(file: KnobFile) -> Knob:

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 from trimtab.artifact.file import number, save_bytes
 from trimtab.artifact.knob import Knob, check_knob_name
-from trimtab.errors import KnobError, brief, unknown_name
+from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json, read_bytes, reason
 from trimtab.types import Setting, check_strength
 
@@ -25,6 +25,9 @@ class Rack(Mapping[str, Knob]):
     """
 
     def __init__(self, /, **knobs: Knob | str | Path) -> None:
+        for name, knob in knobs.items():
+            if not isinstance(knob, Knob | str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptionError(f"A rack holds knobs, or paths of knob files; {name!r} is {brief(knob)}.")
         self._knobs = {name: knob if isinstance(knob, Knob) else Knob.load(knob) for name, knob in knobs.items()}
 
     def resolve(self, setting: Setting) -> dict[Knob, float]:

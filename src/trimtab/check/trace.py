@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter, CallInfo, Reading
+from trimtab.errors import AdapterError
 
 
 class Broken(AssertionError):
@@ -51,6 +52,9 @@ class Trace:
         """Compare what the block gave with what the latest call went on with."""
         if self._before is None:
             return
+        held, brought = self._before.shape[1], self._stop - self._start
+        if held != brought:
+            raise AdapterError(f"The blocks hold {held} tokens in a call of {brought}: their positions are not known.")
         changed = (self._reading.acts[self._layer] != self._before).any(-1).tolist()  # [B, T]
         self._before = None
         times = len(changed) // len(self._mask)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from trimtab.errors import AdapterError, UnknownName
-from trimtab.render import model_class
+from trimtab.errors import AdapterError, OptionError, UnknownName, brief, unknown_name
+from trimtab.render import has_model_class, model_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,8 +70,20 @@ def twin(
 
     Kept are the kinds of layers and their order, grouped and multi-query attention, experts, windows, norms and soft
     caps; made small are widths, depth, vocabulary and context. Towers for images and sound get `vision_layers`, more
-    than the text part; `changes` go to that. Raises `AdapterError` where the architecture cannot be made small.
+    than the text part; `changes` go to that. Raises `AdapterError` where the architecture cannot be made small or is no
+    causal language model, `UnknownName` for a change of a setting that it has not.
     """
+    from transformers import PretrainedConfig
+
+    if not isinstance(config, PretrainedConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"A twin is made of a configuration, such as default_config('llama'); got {brief(config)}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise AdapterError(f"{config.model_type!r} is an encoder-decoder model; Trimtab works on decoder-only models.")
+    if not has_model_class(config):
+        raise AdapterError(f"transformers has no causal language model of the architecture {config.model_type!r}.")
+    known = next((getattr(config, name) for name in _TEXT if hasattr(config, name)), config).to_dict()
+    for name in sorted(changes.keys() - known.keys()):
+        raise unknown_name(f"setting of {config.model_type}", name, known)
     try:
         small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS, vision_layers))
         with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from trimtab.cli import chat, check, demo, generate, inspect, learn, tune
 from trimtab.cli.options import Parser
-from trimtab.cli.terminal import Terminal, as_options, plain_warnings
+from trimtab.cli.terminal import STDOUT, Terminal, as_options, plain_warnings, write
 from trimtab.errors import OptionError, TrimtabError, unknown_name
 
 VERBS: dict[str, ModuleType] = {
@@ -37,21 +37,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 status = _run(words)
             finally:
-                sys.stdout.flush()  # a closed pipe must show here, and not when Python exits
+                write("", end="")  # a closed pipe must show here, and not when Python exits
     except TrimtabError as error:
         return _fail(str(error))
     except KeyboardInterrupt as stop:
         print("\ntrimtab: " + "; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has left. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has left
+        _give_stdout_up()
         return PIPE_CLOSED
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
+        if error.filename == STDOUT:
+            _give_stdout_up()
         return _fail(f"{error.strerror}: {str(error.filename)!r}.")
     return status
+
+
+def _give_stdout_up() -> None:
+    """Send what is left for stdout nowhere: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trimtab.artifact import Rack
     from trimtab.render import Loaded
 
-CHAT = ("temperature", "top_p")
+CHAT = ("temperature", "top_p", "thinking")
 """Options that go to `trimtab.generate` under their own names."""
 
 PROMPT = "> "
@@ -129,11 +129,12 @@ class Chat:
 
     def show_knobs(self) -> None:
         """List the knobs with their strengths."""
+        from trimtab.artifact.card import describe_safe_range
+
         rows: list[list[object]] = []
         for name, knob in self._rack.items():
-            bounds = knob.safe_range
-            safe = "not tuned" if bounds is None else f"{bounds[0]:g} to {bounds[1]:g}"
-            rows.append([name, f"{self._setting.get(name, 0.0):g}", safe, str(knob.site)])
+            strength = f"{self._setting.get(name, 0.0):g}"
+            rows.append([name, strength, describe_safe_range(knob), str(knob.site)])
         self._terminal.note(
             columns(["knob", "strength", "safe range", "site"], rows) if rows else "There are no knobs."
         )

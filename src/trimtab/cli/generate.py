@@ -8,7 +8,6 @@ messages with role and content) and, optionally, `knobs` (a setting for this pro
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,17 +18,21 @@ from trimtab.cli.options import given, input_file, text_lines, unicode_text
 from trimtab.cli.sources import check_knobs, load_knobs, open_model, setting_from, warn_outside
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, UnknownName
+from trimtab.files import parse_json
 from trimtab.types import check_strength, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import Rack
     from trimtab.render import Loaded
 
-GENERATE = ("max_new_tokens", "temperature", "top_p", "batch_size")
+GENERATE = ("max_new_tokens", "temperature", "top_p", "batch_size", "thinking")
 """Options that go to `trimtab.generate` under their own names."""
 
 ROUNDS = 4
 """Batches that are answered before results are printed; prompts of similar length share a batch."""
+
+OPTIONS_OF_A_RUN = frozenset("strength set setting where knob panel temperature top_p max_new_tokens seed".split())
+"""Fields of a prompt's line that say what the user wanted, and would be ignored as those of any data set are."""
 
 Turns = list[dict[str, str]]
 
@@ -157,8 +160,8 @@ def _read(lines: Iterable[str], source: str) -> Iterator[Request]:
 
 def _record(text: str, place: str) -> Request:
     try:
-        record: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        record: object = parse_json(text)
+    except ValueError as error:
         raise OptionError(
             f"{place} is not JSON: {error}. A prompt that starts with {{ is written "
             '{"prompt": "..."}, so that it is not read as a record.'
@@ -169,6 +172,12 @@ def _record(text: str, place: str) -> Request:
     near = difflib.get_close_matches("knobs", [key for key in fields if key != "knobs"], n=1, cutoff=0.8)
     if near and "knobs" not in fields:
         raise OptionError(f"{place} has a field {near[0]!r}; the setting of a prompt is called 'knobs'.")
+    ignored = sorted(fields.keys() & OPTIONS_OF_A_RUN)
+    if ignored:
+        raise OptionError(
+            f"{place} has a field {ignored[0]!r}, which a line cannot set. A prompt brings `knobs`, as in "
+            '{"prompt": "...", "knobs": {"math": 0.8}}; everything else is an option of the command.'
+        )
     setting = fields.get("knobs")
     return Request(
         _prompt(fields["prompt"], place), None if setting is None else _setting(setting, f"{place}, knobs"), place

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trimtab.errors import OptionError
+from trimtab.files import is_knob_file
 from trimtab.types import WHERE, is_unicode
 
 
@@ -64,6 +65,12 @@ def add_knobs(parser: ArgumentParser) -> None:
     setting.add_argument("--strength", metavar="S", help="strength of every knob (default 1, or what the panel says)")
     setting.add_argument("--set", metavar="SETTING", help="strengths by name, as in math=0.8,concise=-1")
     parser.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default: as the knob says)")
+    parser.add_argument(
+        "--thinking",
+        nargs=2,
+        metavar=("OPENING", "CLOSING"),
+        help="what opens and closes thoughts, for --where thinking or answer (default: as the tokenizer has it)",
+    )
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
 
 
@@ -122,6 +129,9 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected numbers as in 0.2,0.5; got {text!r}") from None
 
 
+LAYERS_LIMIT = 10_000
+
+
 def layers(text: str) -> list[int]:
     """Read layers, alone or as ranges.
 
@@ -135,6 +145,8 @@ def layers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"expected layers as in 2,4-6; got {text!r}")
         low = int(match[1])
         high = low if match[2] is None else int(match[2])
+        if max(abs(low), high) >= LAYERS_LIMIT:
+            raise argparse.ArgumentTypeError(f"no model has so many layers; got {part!r}")
         if low > high or (low < 0 and match[2] is not None):
             raise argparse.ArgumentTypeError(f"a range of layers goes upwards from 0 or more; got {part!r}")
         found += range(low, high + 1)
@@ -168,7 +180,7 @@ def output_file(text: str) -> Path:
         raise OptionError(
             f"--out {text!r} ends in .json, which is how panels are told from knobs. Choose another name."
         )
-    if path.exists() and not _is_knob(path):
+    if path.exists() and not is_knob_file(path):
         raise OptionError(f"--out {text!r} exists and is no knob, so it is not replaced. Choose another name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,15 +189,6 @@ def output_file(text: str) -> Path:
     except OSError as error:
         raise OptionError(f"--out {text!r} cannot be written: {error.strerror}.") from None
     return path
-
-
-def _is_knob(path: Path) -> bool:
-    """Tell by the start of a safetensors file, whose header names Trimtab; an empty file may be replaced too."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(4096)
-    return not start or (start[8:9] == b"{" and b'"trimtab"' in start)
 
 
 def input_file(text: str, what: str) -> Path:

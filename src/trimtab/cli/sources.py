@@ -39,7 +39,6 @@ def open_model(args: Namespace, terminal: Terminal) -> Generator[Loaded]:
             local = args.model == WORLD or Path(args.model).expanduser().is_dir()
             # The bars of a download are for the user to see.
             stack.enter_context(quiet_transformers(bars=not local and sys.stderr.isatty()))
-            _check_device(args.device)
             loaded = load(args.model, dtype=args.dtype or "auto", device=args.device)
         yield loaded
 
@@ -62,17 +61,6 @@ def quiet_transformers(*, bars: bool = False) -> Generator[None]:
         hub.set_verbosity(levels[1])
         if had_bars:
             logging.enable_progress_bar()
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device in (None, "auto"):
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts that it has it
-        raise OptionError(f"Cannot use --device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 # Knobs
@@ -130,10 +118,22 @@ def check_knobs(rack: Rack, loaded: Loaded, *, strict: bool) -> None:
         knob.check(loaded.model, loaded.tokenizer, strict=strict)
 
 
+LARGE_ALPHA = 3.0
+"""Beyond this many mean residual norms a model reads little but the knob."""
+
+
 def warn_outside(rack: Rack, setting: Setting) -> None:
-    """Warn of strengths outside the range that tuning found safe."""
+    """Warn of strengths outside the range that tuning found safe, and of untuned knobs at those that drown the text."""
     for name, strength in setting.items():
-        bounds = rack[name].safe_range
+        knob = rack[name]
+        bounds = knob.safe_range
+        if bounds is None and knob.operation == "add" and abs(knob.alpha(strength)) > LARGE_ALPHA:
+            warnings.warn(
+                f"Strength {strength:g} of {name!r} adds {abs(knob.alpha(strength)):.3g} times the mean residual norm; "
+                "answers are likely to break. Tune the knob, or try smaller strengths.",
+                TrimtabWarning,
+                stacklevel=2,
+            )
         if bounds is not None and not bounds[0] <= strength <= bounds[1]:
             warnings.warn(
                 f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}; "
@@ -200,13 +200,8 @@ def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
         if name not in tasks.GRADERS:
             raise unknown_name("grader", name, tasks.GRADERS)
         text, grader = file, name
-    path = input_file(text, "a JSONL file with prompt and answer, or prefworld:FAMILY")
-    try:
-        task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{text!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except RecursionError:
-        raise OptionError(f"{text!r} holds JSON that is nested too deeply to be read.") from None
+    path = input_file(text, "a file with prompt and answer per item, or prefworld:FAMILY")
+    task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
     try:
         task.grade([""] * len(task))  # a true answer that the grader cannot read shows now, and not after an hour
     except ValueError as error:

@@ -16,7 +16,9 @@ from trimtab.errors import TrimtabWarning
 # the terminal, nor fail to print.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Messages speak Python; these of its keywords are options here.
-_KEYWORD = re.compile(r"""\b(duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?""")
+_KEYWORD = re.compile(
+    r"""\b(device|duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?"""
+)
 
 _OPTION = re.compile(r"\b(max_new_tokens|batch_size|length_match|token_budget|broken_budget|top_p)\b")
 
@@ -28,6 +30,7 @@ def as_options(message: str) -> str:
     'Pass --duplicates drop to leave it out.'
     """
     message = message.replace("pass strict=False", "pass --no-strict")
+    message = message.replace("thinking=(opening, closing)", "--thinking OPENING CLOSING")
 
     def as_option(found: re.Match[str]) -> str:
         other = f" or {found[4]}" if found[4] else ""
@@ -40,6 +43,19 @@ def as_options(message: str) -> str:
 def harmless(text: str) -> str:
     """Replace control characters, newline and tab excepted, and what is no character at all."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+STDOUT = "<stdout>"
+
+
+def write(text: str, *, end: str = "\n") -> None:
+    """Print on stdout at once; raises `OSError` that names it where that fails, as on a full disk."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
 @contextmanager
@@ -67,12 +83,12 @@ class Terminal:
 
     def result(self, record: Mapping[str, Any], text: str) -> None:
         """Print a result: the record as one line of JSON, or the text."""
-        print(json.dumps(record) if self.json else harmless(text), flush=True)
+        write(json.dumps(record) if self.json else harmless(text))
 
     def stream(self, piece: str) -> None:
         """Print a piece of an answer at once, unless stdout is for JSON."""
         if not self.json:
-            print(harmless(piece), end="", flush=True)
+            write(harmless(piece), end="")
 
     def note(self, text: str) -> None:
         """Print a remark on stderr."""

@@ -125,8 +125,9 @@ def _record(knob: Knob, out: Path) -> dict[str, Any]:
 
 
 def _text(knob: Knob, args: Namespace, out: Path) -> str:
+    from trimtab.artifact.card import describe_safe_range
+
     tuning = knob.tuning or {}
-    bounds = knob.safe_range
     file = shlex.quote(str(out))
     head = facts(
         {
@@ -134,7 +135,7 @@ def _text(knob: Knob, args: Namespace, out: Path) -> str:
             "site": knob.site,
             "steers": f"{knob.where} tokens",
             "gain": f"{knob.gain:g}: strength 1 is alpha {knob.gain:g}",
-            "safe range": f"strengths {bounds[0]:g} to {bounds[1]:g}" if bounds else None,
+            "safe range": f"strengths {describe_safe_range(knob)}" if knob.safe_range else None,
             "written to": out,
             "next": f'trimtab generate {shlex.quote(args.model)} "..." --knob {file}',
         }

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, unknown_name
+from trimtab.errors import OptionError, PairsError, brief, unknown_name
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
+from trimtab.formats import read_file
 from trimtab.generate import Generation, generate, read_prompt
 from trimtab.types import Message
 
@@ -105,38 +105,38 @@ def grade_answers(task: Task, answers: Sequence[str], broken: Sequence[float]) -
 
 
 def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: int = 128) -> Task:
-    """Read a task from JSON lines with `prompt` (text or messages) and `answer` (text).
+    """Read a task from records with `prompt` (text or messages) and `answer` (text or a number).
 
-    `grader` is one of `GRADERS`. Raises `OptionError` for a bad record and `UnknownName` for another grader.
+    The file is JSON lines, JSON, CSV, TSV or Parquet, by its suffix, and read as strictly as one of pairs. `grader` is
+    one of `GRADERS`. Raises `OptionError` for a bad record and `UnknownName` for another grader.
     """
     if grader not in GRADERS:
         raise unknown_name("grader", grader, GRADERS)
+    try:
+        records = read_file(path)
+    except PairsError as error:
+        raise OptionError(str(error)) from None
     prompts: list[Prompt] = []
     truths: list[str] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            prompt, answer = record["prompt"], record["answer"]
-        except (ValueError, KeyError, TypeError):
+    for place, record in records:
+        fields = cast(Mapping[str, object], record) if isinstance(record, Mapping) else {}
+        prompt, answer = fields.get("prompt"), fields.get("answer")
+        if prompt is None or isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise OptionError(
-                f"{path}:{number}: a task line is JSON with the fields prompt (text or messages) and answer; "
-                f"got {line[:80]!r}."
-            ) from None
-        if answer is None:
-            raise OptionError(f"{path}:{number}: the answer is null.")
-        truth = str(answer)
+                f"{path}: {place} needs a prompt (text or messages) and an answer (text or a number); got "
+                f"{brief(record)}."
+            )
         try:
             prompt = prompt if isinstance(prompt, str) else read_prompt(prompt)
         except OptionError as error:
-            raise OptionError(f"{path}:{number}: {error}") from None
+            raise OptionError(f"{path}: {place}: {error}") from None
+        truth = str(answer)
         if not truth.strip() or (isinstance(prompt, str) and not prompt.strip()):
-            raise OptionError(f"{path}:{number}: the {'answer' if not truth.strip() else 'prompt'} is empty.")
+            raise OptionError(f"{path}: {place}: the {'answer' if not truth.strip() else 'prompt'} is empty.")
         prompts.append(prompt)
         truths.append(truth)
     if not prompts:
-        raise OptionError(f"{path} holds no task lines.")
+        raise OptionError(f"{path} holds no items.")
     judge = GRADERS[grader]
     return Task(
         name=Path(path).stem,

@@ -1,4 +1,4 @@
-"""Chat template to token ids, response spans and read positions; the only caller of the tokenizer; loads models.
+"""Chat template to token ids, response spans and read positions.
 
 Text is rendered once and tokenised so that the ids of a prompt are always a prefix of the ids of prompt and answer:
 what is learned, evaluated and generated agrees token for token.
@@ -10,22 +10,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib import resources
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from trimtab.errors import MissingDependency, OptionError, RenderError
+from trimtab.errors import OptionError, RenderError, brief
 from trimtab.types import Markers, Message
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-BUNDLED = "prefworld"
 THINKING = (
     ("<think>", "</think>"),  # Qwen3, DeepSeek-R1 and many after them
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # GPT-OSS
@@ -34,106 +30,7 @@ THINKING = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
 )
 """What opens and closes the thoughts of models that think before they answer."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Side = Literal["left", "right"]
-
-
-class Loaded(NamedTuple):
-    """A model in evaluation mode and its tokenizer."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-
-def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | None = None) -> Loaded:
-    """Load a causal language model and its tokenizer: "prefworld", a local folder, or a hub name.
-
-    `dtype` is "auto" (as stored; the bundled model is stored in bf16 and computes in float32, which every CPU does
-    well), a name such as "bfloat16", or a torch dtype. `device` is a torch device name, or
-    "auto" to spread the model over all devices; None leaves it on the CPU. Weights are read from safetensors only, and
-    code that comes with a model is never run. Raises `OptionError` when there is no such model.
-    """
-    if not isinstance(name_or_path, str | Path) or not str(name_or_path):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"A model is named by text or a path; got {name_or_path!r}.")
-    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
-        raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, {', '.join(sorted(DTYPES))}.")
-    config = load_config(name_or_path)
-    source, local = _locate(name_or_path)
-    if str(name_or_path) == BUNDLED and dtype == "auto":
-        dtype = "float32"
-    if device == "auto" and find_spec("accelerate") is None:
-        raise MissingDependency("device='auto' needs accelerate. Install it with: pip install accelerate")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        model = model_class(config).from_pretrained(
-            source,
-            dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
-            device_map="auto" if device == "auto" else None,
-            use_safetensors=True,
-            local_files_only=local,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(name_or_path, error) from None
-    if str(name_or_path) == BUNDLED:
-        model.config.name_or_path = BUNDLED  # not the folder it happens to be installed in
-    if device not in (None, "auto"):
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
-    return Loaded(model.eval(), tokenizer)
-
-
-def load_config(name_or_path: str | Path) -> PretrainedConfig:
-    """Load the configuration of a model that `load` could load; raises `OptionError` when there is no such model."""
-    source, local = _locate(name_or_path)
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(name_or_path, error) from None
-
-
-def model_class(config: PretrainedConfig) -> Any:
-    """Return the automatic class of transformers that makes the model: of text, or of text and images."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    text: Any = AutoModelForCausalLM  # its mapping is not public, and the only list of what it takes
-    return text if type(config) in text._model_mapping else AutoModelForImageTextToText
-
-
-def _cannot_load(name_or_path: str | Path, error: Exception) -> OptionError:
-    reason = str(error).strip().split("\n")[0]
-    return OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}")
-
-
-class _Source(NamedTuple):
-    name: str
-    is_local: bool
-
-
-def _locate(name_or_path: str | Path) -> _Source:
-    text = str(name_or_path)
-    if text == BUNDLED:
-        folder = resources.files("trimtab") / "prefworld" / "model"
-        if not (folder / "config.json").is_file():
-            raise OptionError(
-                "The bundled model 'prefworld' is not in this installation. Build it with "
-                "`python -m trimtab.prefworld.build`, or load another model by its folder or hub name."
-            )
-        return _Source(str(folder), True)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise OptionError(f"The folder {text!r} holds no config.json, so it is not a saved model.")
-        return _Source(str(path), True)
-    if path.is_file():
-        raise OptionError(f"{text!r} is a file; a model is loaded from its folder.")
-    looks_like_path = isinstance(name_or_path, Path) or text.startswith(("/", ".", "~", "\\")) or text.count("/") > 1
-    if looks_like_path or not text:
-        raise OptionError(f"There is no folder {text!r}. Pass 'prefworld', a folder with config.json, or a hub name.")
-    return _Source(text, False)
 
 
 class Rendered(NamedTuple):
@@ -162,6 +59,10 @@ class Renderer:
     """Turns messages into token ids by the tokenizer's chat template, or by plain concatenation where it has none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise RenderError(
+                f"A tokenizer is one of transformers', such as trimtab.load(...).tokenizer; got {brief(tokenizer)}."
+            )
         self.tokenizer = tokenizer
 
     @property

@@ -1,0 +1,64 @@
+"""A knob as a person reads it: what it does at which strength, where it comes from, and what speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+from trimtab.artifact.identity import IDENTITY
+from trimtab.errors import printable
+from trimtab.ops import multiplier_from_alpha, palrs_from_alpha
+
+if TYPE_CHECKING:
+    from trimtab.artifact.knob import Knob
+
+
+def describe(knob: Knob) -> str:
+    """Describe a knob in a few lines, each a name and what is known under it."""
+    known = knob.provenance
+    layers = sorted({site.layer for site in knob.vectors})
+    lines = {
+        "knob": f"{knob.name} ({knob.kind}, {knob.method})",
+        "site": f"{knob.site}, one of {len(knob.vectors)} in layers {layers[0]} to {layers[-1]}",
+        "strength 1": _dose(knob) if knob.operation == "add" else "removes the component along the direction",
+        "where": f"{knob.operation} at {knob.where} tokens",
+        "safe range": describe_safe_range(knob),
+        **{IDENTITY[key]: known.get(key) for key in IDENTITY},
+        "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
+        "paper": known.get("paper"),
+        "options": _pairs(known.get("options")),
+        **{key: known.get(key) for key in ("licence", "created", "tool")},
+    }
+    rows = [f"{key:<22}{printable(str(value))}" for key, value in lines.items() if value not in (None, "")]
+    notes: object = knob.diagnostics.get("warnings")
+    for note in cast(list[object], notes) if isinstance(notes, list) else []:
+        rows.append(f"{'warning':<22}{printable(str(note))}")
+    return "\n".join(rows)
+
+
+def describe_safe_range(knob: Knob) -> str:
+    """Say which strengths tuning found safe, and whether anything but broken answers could have spoken against them."""
+    if knob.safe_range is None:
+        return "not tuned"
+    low, high = knob.safe_range
+    unguarded = not (knob.tuning or {}).get("guardrails")
+    return f"{low:g} to {high:g}" + (" (no guardrail)" if unguarded else "")
+
+
+def _dose(knob: Knob) -> str:
+    """Say what strength 1 adds, in our unit and in those of PaLRS and CAA."""
+    norm, length = knob.norms[knob.site.layer], float(knob.vectors[knob.site].double().norm())
+    said = f"alpha {knob.gain:.4g}: length {knob.gain * norm:.4g} where the mean residual norm is {norm:.4g}"
+    if length:
+        said += f"; {multiplier_from_alpha(knob.gain, length, norm):.4g} times the raw vector (CAA's multiplier)"
+    sites: object = knob.diagnostics.get("sites")
+    here = cast(Mapping[str, object], sites).get(str(knob.site)) if isinstance(sites, Mapping) else None
+    chosen = cast(Mapping[str, object], here).get("mu_plus_norm") if isinstance(here, Mapping) else None
+    if isinstance(chosen, float) and chosen > 0:
+        said += f"; {palrs_from_alpha(knob.gain, chosen, norm):.4g} in PaLRS's unit (Eq. 4)"
+    return said
+
+
+def _pairs(options: object) -> str:
+    items = cast(Mapping[str, object], options).items() if isinstance(options, Mapping) else ()
+    return ", ".join(f"{key}={value}" for key, value in items)
