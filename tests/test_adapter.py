@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +252,64 @@ def test_padding_is_found_in_every_kind_of_mask(kind: str) -> None:
 def test_a_cache_of_unknown_kind_is_refused_when_its_length_matters() -> None:
     with pytest.raises(AdapterError, match="KV cache of type dict"):
         CallInfo(1, 1, CPU, cache={}).past()
+
+
+class States:
+    """A cache as transformers may call it tomorrow."""
+
+    def get_seq_length(self) -> int:
+        return 5
+
+
+class Counting(nn.Module):
+    """A decoder that takes its cache under a name of its own, and is handed no mask by the model around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(LAYERS))
+
+    def forward(self, input_ids: Tensor, memory: States | None = None) -> dict[str, object]:
+        hidden = torch.zeros(*input_ids.shape, WIDTH)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return {"hidden": hidden, "memory": memory or States()}
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH)
+        self.decoder = Counting()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, memory: States | None = None) -> object:
+        return self.decoder(input_ids, memory=memory)
+
+
+def test_a_cache_is_known_by_what_it_can_do_whatever_its_name() -> None:
+    lm, calls, kept = Around(), list[CallInfo](), list[object]()
+    with Adapter(lm).write({}, calls.append, kept.append):
+        lm(torch.tensor([[9]]))
+        lm(torch.tensor([[9]]), memory=States())
+    assert [call.past() for call in calls] == [0, 5]
+    assert [call.caching for call in calls] == [False, True]
+    assert all(isinstance(cache, States) for cache in kept)
+    assert len(kept) == 2
+
+
+def test_the_mask_of_the_whole_model_counts_where_its_decoder_is_handed_none() -> None:
+    lm, calls = Around(), list[CallInfo]()
+    ids, mask = torch.full((2, 3), 9), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with Adapter(lm).write({}, calls.append):
+        lm(ids, mask)
+        lm(ids, attention_mask=mask)
+        lm.decoder(ids)  # a call of its own: the mask before is not its mask
+        lm(ids)
+    assert [None if real is None else real.tolist() for real in (call.real_tokens(0) for call in calls)] == [
+        mask.bool().tolist(),
+        mask.bool().tolist(),
+        None,
+        None,
+    ]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -201,6 +202,18 @@ def test_same_knob_is_written_as_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         knob().save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_file_that_is_no_knob_is_not_replaced(tmp_path: Path) -> None:
+    path, weights = tmp_path / "model.safetensors", to_bytes({"weight": torch.ones(2)})
+    path.write_bytes(weights)
+    with pytest.raises(KnobError, match=r"model\.safetensors' exists and is no knob, so it is not replaced"):
+        knob().save(path)
+    assert path.read_bytes() == weights
+    path.write_bytes(b"")  # as tempfile makes them
+    knob().save(path)
+    knob(gain=0.125).save(path)
+    assert Knob.load(path).gain == 0.125
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

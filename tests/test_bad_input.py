@@ -17,15 +17,42 @@ from pyarrow import parquet
 
 import pico
 from trimtab import formats
+from trimtab.artifact import Rack
+from trimtab.check import check
 from trimtab.cli import main
 from trimtab.errors import MissingDependency, PairsError, TrimtabError, TrimtabWarning
+from trimtab.generate import generate
 from trimtab.learn import learn
 from trimtab.pairs import Pairs
+from trimtab.render import load
+from trimtab.runtime import steer
 from trimtab.tune import tune
 from trimtab.types import Message, Pair
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 PAIR = Pair((Message("user", "Why?"),), "Because.", "No.")
+
+
+WRONG_TYPES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "check a name": (lambda lm, words: check("prefworld"), "check.. takes a loaded model, .*got 'prefworld'"),
+    "steer nothing": (lambda lm, words: steer(None, {}).__enter__(), "A model is a torch module, .*got None"),
+    "generate with a name": (lambda lm, words: generate("x", words, ["a"]), "A model is a torch module"),
+    "generate without a tokenizer": (lambda lm, words: generate(lm, None, ["a"]), "A tokenizer is one of transf.*None"),
+    "learn without a tokenizer": (lambda lm, words: learn(lm, None, Pairs([PAIR])), "A tokenizer is one of"),
+    "a rack of numbers": (lambda lm, words: Rack(a=3), "A rack holds knobs, or paths of knob files; 'a' is 3"),
+    "a device that is none": (lambda lm, words: load("prefworld", device="gpuu"), "Cannot use device='gpuu': "),
+    "a device that is a number": (lambda lm, words: load("prefworld", device=3.5), "Cannot use device=3.5"),
+    "a seed that is none": (lambda lm, words: learn(lm, words, Pairs([PAIR]), seed=2**64), r"from 0 to 2\*\*63 - 1"),
+    "a seed that is text": (lambda lm, words: generate(lm, words, ["a"], seed="1"), "got '1'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_what_is_not_of_the_right_kind_is_said_in_one_line(case: str) -> None:
+    call, message = WRONG_TYPES[case]
+    with pytest.raises(TrimtabError, match=message) as caught:
+        call(pico.model(), pico.tokenizer())
+    assert "\n" not in str(caught.value)
 
 
 def said(role: str, content: object, **more: object) -> dict[str, object]:

@@ -18,7 +18,7 @@ from trimtab.adapter import Adapter
 from trimtab.check import CHECKS, Report, check, default_config, tracing, twin
 from trimtab.check.trace import Broken
 from trimtab.cli import main
-from trimtab.errors import AdapterError, UnknownName
+from trimtab.errors import AdapterError, OptionError, UnknownName
 from trimtab.positions import Follower
 from trimtab.runtime import steer
 
@@ -145,6 +145,14 @@ def test_a_twin_that_cannot_be_built_says_why() -> None:
     config = default_config("llama")
     with pytest.raises(AdapterError, match=r"Cannot build a small twin of 'llama': .*hidden_size"):
         twin(config, hidden_size="wide")
+    with pytest.raises(UnknownName, match=r"Unknown setting of llama 'num_layers'.*mean 'num_hidden_layers'"):
+        twin(config, num_layers=2)
+    with pytest.raises(AdapterError, match="'t5' is an encoder-decoder model"):
+        twin(default_config("t5"))
+    with pytest.raises(AdapterError, match="no causal language model of the architecture 'vit'"):
+        twin(default_config("vit"))
+    with pytest.raises(OptionError, match=r"made of a configuration, such as .*; got 'qwen3'"):
+        twin("qwen3")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnknownName, match=r"'lama' is no folder.* Did you mean .*llama"):
         default_config("lama")
 

@@ -612,6 +612,8 @@ MISTAKES = [
     ("learn MODEL pairs.jsonl --out x --layers 3-1", "a range of layers goes upwards"),
     ("learn MODEL pairs.jsonl --out x --layers ,", "the list is empty"),
     ("learn MODEL pairs.jsonl --out x --layers 7", "There is no layer 7"),
+    ("learn MODEL pairs.jsonl --out x --layers 0-999999999999", "no model has so many layers; got '0-999999999999'"),
+    ("learn MODEL pairs.jsonl --out x --seed 99999999999999999999", "The seed is a whole number from 0 to 2**63 - 1"),
     ("learn MODEL pairs.jsonl --out x --duplicates some", "duplicates must be 'error', 'drop' or 'keep'"),
     ("learn MODEL none.jsonl --out x", "There is no file 'none.jsonl'"),
     ("learn MODEL . --out x", "'.' is a folder; expected a JSON or JSONL file"),
@@ -640,12 +642,18 @@ MISTAKES = [
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains=-1,2", "Gains must be positive numbers"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact", "Unknown grader 'exact'. "),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task bad.jsonl", "bad.jsonl: Line 2 is not JSON"),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task KNOB", "it has the suffix '.safetensors'. Known: .csv"),
+    (
+        "tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task KNOB",
+        "it has the suffix '.safetensors'.",
+    ),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact_answer", "must hold a number"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --guardrail none", "There is no file 'none'"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --budget nan", "Budgets are finite and not negative"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --finalists 0", "must be at least 1; got finalists 0."),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task blank.jsonl", "blank.jsonl: Line 1: the answer is empty."),
+    (
+        "tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task blank.jsonl",
+        "blank.jsonl: Line 1: the answer",
+    ),
     ("generate MODEL Hi --knob KNOB --strength nan", "The strength must be finite; got 'nan'."),
     ("generate MODEL Hi --knob KNOB --strength much", "The strength must be a number; got 'much'."),
     ("generate MODEL Hi --knob KNOB --set mth=1", "Unknown knob 'mth'. Known: math. Did you mean 'math'?"),
@@ -659,6 +667,11 @@ MISTAKES = [
     ("generate MODEL Hi --seed 99999999999999999999", "The seed is a whole number from 0 to 2**63 - 1"),
     ("generate MODEL Hi --knob pairs.jsonl", "it is not a whole safetensors file"),
     ("generate MODEL Hi --knob KNOB --where here", "Unknown where 'here'. "),
+    ("generate MODEL Hi --knob KNOB --where thinking", "Pass --thinking OPENING CLOSING, or another where."),
+    ("generate MODEL Hi --thinking <a> </a>", "Thinking markers begin and end with added tokens"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --where thinking", "Choose other tokens to steer."),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task list.jsonl", "list.jsonl: Line 1 needs a prompt"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task twice.jsonl", "has two fields 'answer'"),
     ("generate MODEL Hi --where here", "Unknown where 'here'. "),
     ("chat MODEL --knob KNOB --where here", "Unknown where 'here'. "),
     ("learn MODEL pairs.jsonl --out x --option equal_weight=False", "is true or false; got 'False'."),
@@ -691,6 +704,8 @@ def test_a_mistake_is_one_line_on_stderr(run: Run, model: Path, files: Path, lin
     Path("null.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": null}\n')
     Path("surrogate.jsonl").write_text('{"prompt": "a \\ud83d", "chosen": "b", "rejected": "c"}\n')
     Path("blank.jsonl").write_text('{"prompt": "a", "answer": " "}\n')
+    Path("list.jsonl").write_text('{"prompt": "a", "answer": ["b"]}\n')
+    Path("twice.jsonl").write_text('{"prompt": "a", "answer": "b", "answer": "c"}\n')
     Path("panel.json").write_text("{}")
     if "learn" in line and "bad" in line:  # there the first line must be a pair
         Path("bad.jsonl").write_text(Path("pairs.jsonl").read_text().splitlines()[0] + '\n{"prompt": \n')
@@ -723,6 +738,9 @@ def test_a_mistake_is_one_line_on_stderr(run: Run, model: Path, files: Path, lin
         ('{"prompt": "a", "knobs": {"mth": 1}}', "stdin, line 2: Unknown knob 'mth'. Known: math."),
         ('{"prompt": "a", "knobs": "math"}', "stdin, line 2, knobs: A knob setting is written"),
         ('{"prompt": "a", "knob": {"math": 1}}', "stdin, line 2 has a field 'knob'"),
+        ('{"prompt": "a", "strength": 0.5}', "stdin, line 2 has a field 'strength', which a line cannot set."),
+        ('{"prompt": "a", "prompt": "b"}', "stdin, line 2 is not JSON: it has two fields 'prompt' in one object"),
+        ('{"prompt": "a", "knobs": {"math": 1, "math": 0}}', "it has two fields 'math' in one object"),
     ],
 )
 def test_a_bad_line_of_prompts_is_named_before_anything_is_answered(
@@ -732,6 +750,34 @@ def test_a_bad_line_of_prompts_is_named_before_anything_is_answered(
     assert (out.status, out.out) == (2, "")
     assert message in out.err
     assert len(out.err.splitlines()) == 1
+
+
+def test_markers_of_thoughts_are_given_by_their_option(run: Run, model: Path, files: Path) -> None:
+    words = ["generate", model, "Hi", "--knob", KNOB, "--max-new-tokens", 2, "--json", "--where", "answer"]
+    out = run(*words, "--thinking", "<|system|>", "<|user|>")
+    assert out.status == 0, out.err
+    assert out.records == run(*words[:-2], "--where", "completion").records  # nothing is ever thought
+
+
+def test_a_strength_that_drowns_the_text_is_warned_of_where_nothing_was_tuned(
+    run: Run, model: Path, files: Path
+) -> None:
+    Knob.load(KNOB).with_(name="raw", gain=0.125).save("raw.safetensors")
+    words = ["generate", model, "Hi", "--knob", "raw.safetensors", "--max-new-tokens", 1, "--strength"]
+    assert "adds 1.25e+29 times the mean residual norm; answers are likely to break" in run(*words, "1e30").err
+    assert not run(*words, 1).err
+    out = chat(run, model, ["/knob raw=-80"], "--knob", "raw.safetensors")
+    assert "Strength -80 of 'raw' adds 10 times the mean residual norm" in out.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("words", [["--help"], ["check", "llama"], ["inspect", "KNOB"]], ids=lambda words: words[0])
+def test_a_full_disk_under_stdout_is_one_line(words: list[str], files: Path) -> None:
+    program = "import sys; from trimtab.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, *(word.replace("KNOB", KNOB) for word in words)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "trimtab: Cannot write to stdout: No space left on device.\n")
 
 
 def test_at_a_terminal_generate_without_a_prompt_does_not_wait(

@@ -377,6 +377,17 @@ def test_length_regression_removes_a_length_effect_and_keeps_the_preference(
     assert cosine(matched.direction, preference) > 0.99
 
 
+def test_a_regression_on_lengths_that_never_vary_says_that_it_changed_nothing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    fixed = Pairs(Pair((Message("user", f"q{i}"),), f"a long answer {i}", f"short {i}") for i in range(8))
+    with pytest.warns(TrimtabWarning) as caught:
+        knob = learn(model, tokenizer, fixed, length_match="regress", selection="max_relative_norm")
+    assert [str(w.message) for w in caught] == knob.diagnostics["warnings"]
+    assert any("length_match='regress' changed nothing" in note for note in knob.diagnostics["warnings"])
+    assert any("may steer length" in note for note in knob.diagnostics["warnings"])
+
+
 def test_massive_activations_are_a_warning_in_wide_models_only(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

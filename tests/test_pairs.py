@@ -89,7 +89,7 @@ def test_bad_record_is_an_error_that_names_its_line(tmp_path: Path, bad: object,
 
 def test_broken_json_missing_file_and_empty_file_are_pairs_errors(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    with pytest.raises(PairsError, match="Cannot read .*: No such file"):
+    with pytest.raises(PairsError, match=r"Cannot read .*: No such file"):
         Pairs.load(path)
     path.write_text('{"prompt": \n')
     with pytest.raises(PairsError, match="Line 1 is not JSON"):

@@ -23,6 +23,7 @@ from pico import (
     LAYERS,
     PAD,
     PURE_STATES,
+    VOCABULARY,
     WIDTH,
     HomeMade,
     knob,
@@ -509,14 +510,42 @@ def test_thoughts_are_steered_from_their_opening_to_their_closing_marker(side: S
 
 
 @torch.no_grad()
+def test_a_prompt_longer_than_its_row_is_refused_unless_the_rest_may_follow() -> None:
+    lm, inputs, turned = model(), pad(prompts([6, 4])), knob(1, where="completion")
+    with steer(lm, {turned: 1.0}, prompt_lengths=[6, 5]):
+        with pytest.raises(OptionError, match=r"Row 1 has 4 tokens, and prompt_lengths says that its prompt has 5\."):
+            lm(**inputs, use_cache=False)
+        with pytest.raises(OptionError, match=r"Row 2 has 4 tokens"):
+            lm(**{name: value.repeat_interleave(2, 0) for name, value in inputs.items()}, use_cache=False)
+        lm(**inputs, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rwkv", "cpmant"])
+def test_blocks_that_hold_other_tokens_than_the_call_are_refused(name: str) -> None:
+    lm, ids = model(name), torch.tensor(prompts([5, 5]))
+    with steer(lm, {knob(1): 1.0}):
+        if name == "rwkv":  # transformers mixes up the rows of a batch that goes on with their states
+            out = lm(ids, use_cache=True)
+            with pytest.raises(AdapterError, match="Layer 1 holds 2 tokens in a call of 1, so that their positions"):
+                lm(ids[:, :1], state=out.state, use_cache=True)
+        else:  # puts a prompt of its own before every text
+            with pytest.raises(AdapterError, match=r"attention mask|holds 37 tokens in a call of 5"):
+                lm(ids)
+
+
+@torch.no_grad()
 def test_thoughts_need_markers_token_ids_and_rows_that_stay_in_place() -> None:
     lm, inputs, turned = model(), pad(prompts([4])), knob(0, where="thinking")
     with pytest.raises(OptionError, match="need the tokens that open and close"), steer(lm, {turned: 1.0}):
         pass
-    for bad in ([[1]], [[], [2]], [[1], ["x"]], 3):
+    for bad in ([[1]], [[], [2]], [[1], ["x"]], 3, (1, 2)):
         refused = pytest.raises(OptionError, match="thinking holds the ids that open and those that close")
         with refused, steer(lm, {turned: 1.0}, thinking=bad):  # pyright: ignore[reportArgumentType]
             pass
+    stray = pytest.raises(OptionError, match=f"token id {VOCABULARY}; this model's vocabulary has {VOCABULARY} tokens")
+    with stray, steer(lm, {turned: 1.0}, thinking=([10], [VOCABULARY])):
+        pass
     with steer(lm, {turned: 1.0}, thinking=([10], [11])):
         with pytest.raises(OptionError, match="cannot follow beam search"):
             greedy(lm, inputs, num_beams=2)

@@ -1,8 +1,10 @@
-"""Pure tensor maths: means and norms in float64, units of strength, statistics of a set of pairs."""
+"""Pure tensor maths: padded rows, means and norms in float64, units of strength, statistics of a set of pairs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,33 @@ from trimtab.errors import OptionError
 
 TINY = 1e-6
 """A difference shorter than this share of the activations it comes from is rounding, not signal."""
+
+
+Side = Literal["left", "right"]
+
+
+class Batch(NamedTuple):
+    """Padded rows; padding has mask 0, and position ids count from each row's first real token."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64
+    position_ids: Tensor  # [B, T] int64
+
+
+def pad_rows(rows: Sequence[Sequence[int]], *, side: Side, value: int) -> Batch:
+    """Stack rows of token ids, with `value` where one side has to be filled up.
+
+    >>> pad_rows([[5, 6, 7], [8]], side="left", value=0).position_ids.tolist()
+    [[0, 1, 2], [0, 0, 0]]
+    """
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[b, span] = torch.tensor(list(row))
+        mask[b, span] = 1
+    return Batch(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0))
 
 
 def unit(vector: Tensor) -> Tensor:

@@ -66,9 +66,11 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
         raise KnobError(
             f"Nothing is written to {brief(str(path), 240)}, for it could not be read back: {error}"
         ) from None
+    stranger = False
     with contextlib.suppress(OSError, ValueError):  # writing says what is wrong
-        if Path(path).is_file() and not is_knob_file(path):
-            raise KnobError(f"{brief(str(path), 240)} exists and is no knob, so it is not replaced. Take another name.")
+        stranger = Path(path).is_file() and not is_knob_file(path)
+    if stranger:
+        raise KnobError(f"{brief(str(path), 240)} exists and is no knob, so it is not replaced. Take another name.")
     save_bytes(path, data)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from trimtab.adapter import CACHE_NAMES, Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import evaluating
 from trimtab.check.trace import Broken, tracing
-from trimtab.errors import AdapterError, TrimtabError
+from trimtab.errors import AdapterError, TrimtabError, brief
+from trimtab.ops import Side, pad_rows
 from trimtab.runtime import steer
 from trimtab.types import Site, Where
 
@@ -92,16 +93,9 @@ class _Bench:
         norms = {layer: self.norms.get(layer, 1.0)}
         return Knob(name=name, method="random", vectors={site: vector}, norms=norms, site=site, gain=gain, where=where)
 
-    def pad(self, rows: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+    def pad(self, rows: Sequence[Sequence[int]], side: Side = "left") -> dict[str, Tensor]:
         """Pad rows; positions count real tokens, as models with absolute positions need."""
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[i, columns], mask[i, columns] = torch.tensor(row), 1
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        known = self.parameters
+        inputs, known = pad_rows(rows, side=side, value=0)._asdict(), self.parameters
         return {name: value.to(self.adapter.input_device) for name, value in inputs.items() if name in known}
 
     @property
@@ -112,7 +106,7 @@ class _Bench:
         # what wraps a model may hand everything on
         return names if "input_ids" in names else {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
-    def logits(self, rows: Sequence[Sequence[int]], side: str = "left") -> list[Tensor]:
+    def logits(self, rows: Sequence[Sequence[int]], side: Side = "left") -> list[Tensor]:
         """Logits of whole rows without a cache, `[T, V]` float32 each, padding left out."""
         inputs = self.pad(rows, side)
         off = {"use_cache": False} if "use_cache" in self.parameters else {}
@@ -136,6 +130,8 @@ def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -
     "ok", "refused" (Trimtab says that it will not, and why) or "failed" (it would be silently wrong: do not use it).
     The model is left as it was.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AdapterError(f"check() takes a loaded model, such as trimtab.load(...).model; got {brief(model)}.")
     config: Any = getattr(model, "config", None)
     architecture = str(getattr(config, "model_type", type(model).__name__))
     name = name or type(model).__name__
@@ -287,7 +283,7 @@ class _Way(NamedTuple):
     rows: list[list[int]]  # what is padded at first
     lengths: list[int]  # tokens of each prompt
     totals: list[int]  # tokens of each row that the model sees
-    side: str = "left"
+    side: Side = "left"
 
 
 def _ways(bench: _Bench) -> dict[str, _Way]:
@@ -300,7 +296,7 @@ def _ways(bench: _Bench) -> dict[str, _Way]:
         # the last new token is never fed back
         return _Way(partial(bench.generate, rows, **options), rows, lengths, [n + NEW - 1 for n in lengths])
 
-    def whole(side: str) -> _Way:
+    def whole(side: Side) -> _Way:
         totals = [len(row) for row in forced]
         return _Way(partial(bench.logits, forced, side), forced, list(LENGTHS), totals, side)
 
@@ -359,7 +355,7 @@ def _cache(bench: _Bench) -> str:
 def _padding(bench: _Bench) -> str:
     """Steered rows in a padded batch give the logits they give alone, on either side."""
 
-    def off(setting: dict[Knob, float], side: str) -> float:
+    def off(setting: dict[Knob, float], side: Side) -> float:
         lengths = list(LENGTHS)
         with steer(bench.adapter, setting, prompt_lengths=lengths):
             together = bench.logits(bench.rows, side)
@@ -370,7 +366,7 @@ def _padding(bench: _Bench) -> str:
         return max(_apart(a, b) for a, b in zip(together, alone, strict=True))
 
     said: list[str] = []
-    for side in ("left", "right"):
+    for side in get_args(Side):
         turned = {bench.knob(0): 1.0, bench.knob(bench.middle, "completion", seed=1): 1.0}
         said.append(f"{side} {_verdict(off(turned, side), off({}, side), bench, f'padded on the {side}')}")
     return ", ".join(said)
@@ -423,7 +419,7 @@ def _verdict(found: float, base: float, bench: _Bench, how: str) -> str:
     return f"off by {found:.0e}"
 
 
-def _mask(lengths: Sequence[int], side: str) -> Tensor:
+def _mask(lengths: Sequence[int], side: Side) -> Tensor:
     width = max(lengths)
     columns = torch.arange(width)
     return torch.stack([columns >= width - n if side == "left" else columns < n for n in lengths])

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if error.filename == STDOUT:
             _give_stdout_up()
+            return _fail(f"Cannot write to stdout: {error.strerror}.")
         return _fail(f"{error.strerror}: {str(error.filename)!r}.")
     return status
 

@@ -10,13 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from trimtab.errors import OptionError, RenderError, brief
+from trimtab.ops import Batch, Side, pad_rows
 from trimtab.types import Markers, Message
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ THINKING = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
 )
 """What opens and closes the thoughts of models that think before they answer."""
-Side = Literal["left", "right"]
 
 
 class Rendered(NamedTuple):
@@ -39,14 +37,6 @@ class Rendered(NamedTuple):
     ids: list[int]
     response_start: int
     response_end: int
-
-
-class Batch(NamedTuple):
-    """Padded rows; padding has mask 0, and position ids count from each row's first real token."""
-
-    input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] int64
-    position_ids: Tensor  # [B, T] int64
 
 
 class _Around(NamedTuple):
@@ -147,14 +137,7 @@ class Renderer:
             raise OptionError(f"The padding side is 'left' or 'right'; got {side!r}.")
         if not rows or not all(rows):
             raise RenderError("A batch needs at least one row, and every row at least one token.")
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for b, row in enumerate(rows):
-            span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[b, span] = torch.tensor(list(row))
-            mask[b, span] = 1
-        return Batch(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0))
+        return pad_rows(rows, side=side, value=self.pad_id)
 
     @property
     def pad_id(self) -> int:
