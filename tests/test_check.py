@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mistakes import MISTAKES
 from pico import ARCHITECTURES, LAYERS, VISION, HomeMade, knob, model, pad, prompts, vision_language_model
-from trimtab import runtime
 from trimtab.adapter import Adapter
 from trimtab.check import CHECKS, Report, check, default_config, tracing, twin
-from trimtab.check.trace import Broken
+from trimtab.check.trace import Broken, watching
 from trimtab.cli import main
 from trimtab.errors import AdapterError, OptionError, UnknownName
-from trimtab.positions import Follower
 from trimtab.runtime import steer
 
 
@@ -62,49 +61,17 @@ def test_blocks_that_are_not_found_can_be_named() -> None:
     assert (report.model, report.path, report.verdict) == ("mine", "model.layers", "ok")
 
 
-def broken_runtimes() -> dict[str, tuple[Any, str, Callable[[Any], Any], str]]:
-    """Mistakes of peers, put into the runtime: what to patch, how, and the check that must see it."""
-
-    def one_layer_late(old: Any) -> Any:
-        return lambda adapter, knob: min(old(adapter, knob) + 1, adapter.n_layers - 1)
-
-    def forgets_the_mask(old: Any) -> Any:
-        return lambda self, call: {"all": None, "prompt": None, "context": None, "completion": None}
-
-    def counts_from_each_call(old: Any) -> Any:
-        return lambda prompt, past, tokens, real: old(prompt, 0, tokens, real)
-
-    def steers_padding(old: Any) -> Any:
-        return lambda self, call: {w: None for w, m in old(self, call).items()}
-
-    def first_row_for_all(old: Any) -> Any:
-        return lambda rows, layers: {key: t[:1].expand_as(t) for key, t in old(rows, layers).items()}
-
-    def twice(old: Any) -> Any:
-        return lambda self, layer, hidden: old(self, layer, old(self, layer, hidden))
-
-    return {
-        "one layer late": (runtime, "_fitting_layer", one_layer_late, "write"),
-        "the vector twice": (runtime.Steering, "_apply", twice, "write"),
-        "no mask": (Follower, "masks", forgets_the_mask, "positions"),
-        "positions of the call": (
-            __import__("trimtab.positions").positions,
-            "_compare",
-            counts_from_each_call,
-            "positions",
-        ),
-        "padding steered": (Follower, "masks", steers_padding, "positions"),
-        "one row's knob for all": (runtime, "_sum_addends", first_row_for_all, "rows"),
-    }
-
-
-@pytest.mark.parametrize("mistake", broken_runtimes())
-def test_a_mistake_in_the_runtime_fails_the_check(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, wrong, seen_by = broken_runtimes()[mistake]
-    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_fails_the_check_that_is_there_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake = MISTAKES[name]
+    monkeypatch.setattr(mistake.owner, mistake.name, mistake.wrong(getattr(mistake.owner, mistake.name)))
     report = check(model())
-    assert verdicts(report)[seen_by] != "ok", report
+    assert verdicts(report)[mistake.seen_by] == "failed", report
     assert report.verdict == "failed"
+
+
+def test_every_check_has_mistakes_to_see() -> None:
+    assert {mistake.seen_by for mistake in MISTAKES.values()} == set(CHECKS)
 
 
 @torch.no_grad()
@@ -126,6 +93,22 @@ def test_a_trace_tells_positions_and_sees_steered_padding() -> None:
         tracing(adapter, 1, inputs["attention_mask"]),
     ):
         lm(**inputs)
+
+
+@pytest.mark.parametrize("returns", ["tensor", "tuple"])
+def test_watching_notes_what_blocks_return_and_gives_them_their_forward_back(returns: Any) -> None:
+    lm = HomeMade(returns)
+    blocks = list(lm.get_submodule("tower0.h").children())
+    own = blocks[0].forward = partial(type(blocks[0]).forward, blocks[0])  # as accelerate gives blocks one of their own
+    inputs: list[Tensor] = []
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    with watching(lm, "tower0.h") as seen:
+        lm(torch.tensor(prompts([4])))
+    assert list(seen) == list(range(LAYERS))
+    assert all(seen[layer] is inputs[layer + 1] for layer in range(LAYERS - 1))
+    assert blocks[0].forward is own
+    assert all("forward" not in vars(block) for block in blocks[1:])
 
 
 def test_a_twin_keeps_what_makes_the_architecture() -> None:
@@ -164,6 +147,7 @@ def test_checking_leaves_the_model_as_it_was() -> None:
     assert check(lm).verdict == "ok"
     assert lm.training
     assert len(lm.model.layers[0]._forward_hooks) == hooks
+    assert "forward" not in vars(lm.model.layers[0])
     assert all(torch.equal(value, before[key]) for key, value in lm.state_dict().items())
 
 

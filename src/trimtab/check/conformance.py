@@ -20,7 +20,7 @@ from trimtab import runtime
 from trimtab.adapter import CACHE_NAMES, Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import evaluating
-from trimtab.check.trace import Broken, tracing
+from trimtab.check.trace import Broken, tracing, watching
 from trimtab.errors import AdapterError, TrimtabError, brief
 from trimtab.ops import Side, pad_rows
 from trimtab.runtime import steer
@@ -176,21 +176,22 @@ def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding
 
 
 def _read(bench: _Bench) -> str:
-    """What is captured is what a plain hook sees at every layer, and the stream is causal."""
+    """What is captured, and what a knob is given, is what every block itself returns; and the stream is causal."""
     adapter, row = bench.adapter, bench.rows[0]
-    seen: dict[int, Tensor] = {}
+    given: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[[Tensor], Tensor]:
         def function(hidden: Tensor) -> Tensor:
-            seen[layer] = hidden
+            given[layer] = hidden
             return hidden
 
         return function
 
-    with adapter.write({layer: keep(layer) for layer in range(adapter.n_layers)}):
+    writing = adapter.write({layer: keep(layer) for layer in range(adapter.n_layers)})
+    with watching(adapter.model, adapter.path) as returned, writing:
         with adapter.read(range(adapter.n_layers)) as reading:
             states = bench.model(**bench.pad([row]), output_hidden_states=True).hidden_states
-        whole, hooked = dict(reading.acts), dict(seen)
+        whole, kept, own = dict(reading.acts), dict(given), dict(returned)
         with adapter.read(range(adapter.n_layers)) as reading:
             bench.model(**bench.pad([row[:-2]]))
         part = dict(reading.acts)
@@ -201,8 +202,10 @@ def _read(bench: _Bench) -> str:
             raise AdapterError(
                 f"Not a causal model: later tokens change what layer {layer} holds for earlier ones, by {later:.1g}."
             )
-        if not torch.equal(whole[layer], hooked[layer]):
-            raise Broken(f"what is read at layer {layer} is not what a hook there is given")
+        if not torch.equal(whole[layer], own[layer]):
+            raise Broken(f"what is read at layer {layer} is not what the block returns")
+        if not torch.equal(kept[layer], own[layer]):
+            raise Broken(f"what a knob at layer {layer} is given is not what the block returns")
     if states is None or len(states) != adapter.n_layers + 1:
         return "no hidden_states to compare with"
     inner = range(adapter.n_layers - 1)  # the last entry is after the final norm

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapter import Adapter, CallInfo, Reading
 from trimtab.errors import AdapterError
@@ -83,3 +85,31 @@ def tracing(adapter: Adapter, layer: int, prompt_mask: Tensor) -> Generator[Trac
         with adapter.write({layer: trace.keep}, before=trace.call):  # entered last: sees that output first
             yield trace
             trace.finish()
+
+
+@contextmanager
+def watching(model: nn.Module, path: str) -> Generator[dict[int, Tensor]]:
+    """Note what each block of the list at `path` returns: without hooks and without the adapter, to judge it by.
+
+    While it lasts, each block's `forward` is one that also takes a note.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def noting(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            seen[layer] = output[0] if isinstance(output, tuple | list) else output
+            return output
+
+        return function
+
+    with ExitStack() as exits:
+        for layer, block in enumerate(cast(nn.ModuleList, model.get_submodule(path))):
+            own, forward = vars(block), block.forward
+            if "forward" in own:  # most have their class's; accelerate and torch.compile give a block one of its own
+                exits.callback(own.update, forward=forward)
+            else:
+                exits.callback(own.pop, "forward")
+            own["forward"] = noting(layer, forward)
+        yield seen
