@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import pickle
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import pytest
@@ -574,6 +577,57 @@ def test_compiled_models_are_steered_and_let_go(compiled: str) -> None:
             torch.testing.assert_close(lm(ids).logits, wanted)
             assert reading.acts
         torch.testing.assert_close(lm(ids).logits, base)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler, g++ or $CXX")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch, of itself
+@torch.no_grad()
+def test_code_that_inductor_generates_is_steered_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing that an earlier run has left
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # code past the limit of 8 would run uncompiled
+    lm, twin, inputs = model(), model(), pad(prompts([6, 4]))
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def said(lm: PreTrainedModel) -> tuple[list[list[int]], Tensor]:
+        """New tokens, and their logits `[B, T, V]`: the prompt's, then those of decode steps with a KV cache."""
+        out: Any = lm.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=4,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out.sequences.tolist(), torch.stack(out.logits, 1)
+
+    def check_same(wanted: tuple[list[list[int]], Tensor]) -> None:
+        tokens, logits = said(lm)
+        assert tokens == wanted[0]
+        torch.testing.assert_close(logits, wanted[1])
+
+    base = said(twin)
+    lm.compile()
+    check_same(base)
+    for strength, where in ((1.0, "all"), (-2.0, "completion")):
+        turned, compiled = knob(1, where=cast(Where, where)), graphs["unique_graphs"]
+        with steer(twin, {turned: strength}):
+            wanted = said(twin)
+        with steer(lm, {turned: strength}):
+            check_same(wanted)
+        assert wanted[0] != base[0]
+        assert graphs["unique_graphs"] > compiled  # it was not run uncompiled
+        check_same(base)
+    again = knob(1, seed=1)
+    with steer(twin, {again: 0.5}):
+        wanted = said(twin)
+    compiled = graphs["unique_graphs"]
+    with steer(lm, {again: 0.5}):
+        check_same(wanted)
+    assert graphs["unique_graphs"] == compiled  # another knob at that layer takes the same code
 
 
 # --- caches of other knobs -------------------------------------------------------------------------------------------
