@@ -313,6 +313,11 @@ def test_layers_count_from_the_end_and_come_in_order(
     assert found.format == "question_response"
 
 
+def test_a_model_that_puts_tokens_of_its_own_before_the_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(AdapterError, match=r"The blocks hold \d+ tokens where the texts have \d+"):
+        capture(pico.model("cpmant"), tokenizer, pairs(), positions=["last"], format="question_response")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_accelerator_reads_what_the_processor_reads(padding: Any, tokenizer: PreTrainedTokenizerFast) -> None:

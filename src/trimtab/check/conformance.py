@@ -6,34 +6,30 @@ They run on random token ids, without a tokenizer, and compare the steered model
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from trimtab import runtime
-from trimtab.adapter import CACHE_NAMES, Adapter
+from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import evaluating
+from trimtab.check.bench import LENGTHS, NEW, Bench
 from trimtab.check.trace import Broken, tracing, watching
+from trimtab.check.ways import all_ways, mask_of, possible, span
 from trimtab.errors import AdapterError, TrimtabError, brief
-from trimtab.ops import Side, pad_rows
+from trimtab.ops import Side
 from trimtab.runtime import steer
-from trimtab.types import Site, Where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Verdict = Literal["ok", "refused", "failed"]
-
-LENGTHS = (7, 4, 1)
-NEW = 3
-"""Tokens generated, or forced, after prompts of `LENGTHS` tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,61 +64,6 @@ class _Inside(Exception):
     """Raised inside `steer` to see what it leaves behind."""
 
 
-@dataclass
-class _Bench:
-    """A model with what every check needs."""
-
-    adapter: Adapter
-    model: PreTrainedModel
-    rows: list[list[int]]
-    new: Tensor  # [B, NEW]
-    norms: dict[int, float] = field(default_factory=dict[int, float])
-
-    @property
-    def middle(self) -> int:
-        return self.adapter.n_layers // 2
-
-    @property
-    def tolerance(self) -> float:
-        """Largest difference of logits, as a share of their spread, that rounding explains."""
-        return {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.adapter.dtype, 0.1)
-
-    def knob(self, layer: int, where: Where = "all", *, seed: int = 0, gain: float = 0.5) -> Knob:
-        vector = torch.randn(self.adapter.hidden_size, generator=torch.Generator().manual_seed(seed))
-        site, name = Site(layer, "last"), f"check-{layer}-{seed}"
-        norms = {layer: self.norms.get(layer, 1.0)}
-        return Knob(name=name, method="random", vectors={site: vector}, norms=norms, site=site, gain=gain, where=where)
-
-    def pad(self, rows: Sequence[Sequence[int]], side: Side = "left") -> dict[str, Tensor]:
-        """Pad rows; positions count real tokens, as models with absolute positions need."""
-        inputs, known = pad_rows(rows, side=side, value=0)._asdict(), self.parameters
-        return {name: value.to(self.adapter.input_device) for name, value in inputs.items() if name in known}
-
-    @property
-    def parameters(self) -> set[str]:
-        import inspect
-
-        names = set(inspect.signature(self.model.forward).parameters)
-        # what wraps a model may hand everything on
-        return names if "input_ids" in names else {"input_ids", "attention_mask", "position_ids", "use_cache"}
-
-    def logits(self, rows: Sequence[Sequence[int]], side: Side = "left") -> list[Tensor]:
-        """Logits of whole rows without a cache, `[T, V]` float32 each, padding left out."""
-        inputs = self.pad(rows, side)
-        off = {"use_cache": False} if "use_cache" in self.parameters else {}
-        out: Tensor = self.model(**inputs, **off).logits.float()
-        width = out.shape[1]
-        starts = [width - len(row) if side == "left" else 0 for row in rows]
-        return [out[i, start : start + len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
-
-    def generate(self, rows: Sequence[Sequence[int]], **options: Any) -> Tensor:
-        inputs = {name: value for name, value in self.pad(rows).items() if name != "position_ids"}
-        run = cast(Callable[..., Tensor], self.model.generate)
-        return run(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None, **options)[
-            :, max(map(len, rows)) :
-        ]
-
-
 def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -> Report:
     """Check that a model's residual stream is read and written where Trimtab thinks; takes seconds on a small model.
 
@@ -147,7 +88,7 @@ def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -
         return torch.randint(min(10, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
 
     rows, new = [draw(length) for length in LENGTHS], torch.tensor([draw(NEW) for _ in LENGTHS])
-    bench = _Bench(adapter, cast("PreTrainedModel", model), rows, new.to(adapter.input_device))
+    bench = Bench(adapter, cast("PreTrainedModel", model), rows, new.to(adapter.input_device))
     findings = [Finding("blocks", "ok", f"{adapter.path} ({adapter.n_layers})")]
     with torch.no_grad(), evaluating(model):
         for label, function in CHECKS.items():
@@ -157,7 +98,7 @@ def check(model: nn.Module, *, name: str = "", layers_path: str | None = None) -
     return Report(name, architecture, adapter.path, adapter.n_layers, tuple(findings))
 
 
-def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding:
+def _run(name: str, function: Callable[[Bench], str], bench: Bench) -> Finding:
     try:
         return Finding(name, "ok", function(bench))
     except Broken as error:
@@ -175,7 +116,7 @@ def _run(name: str, function: Callable[[_Bench], str], bench: _Bench) -> Finding
 # The checks: each returns a remark, raises Broken where it does not hold, or lets a refusal through
 
 
-def _read(bench: _Bench) -> str:
+def _read(bench: Bench) -> str:
     """What is captured, and what a knob is given, is what every block itself returns; and the stream is causal."""
     adapter, row = bench.adapter, bench.rows[0]
     given: dict[int, Tensor] = {}
@@ -196,6 +137,8 @@ def _read(bench: _Bench) -> str:
             bench.model(**bench.pad([row[:-2]]))
         part = dict(reading.acts)
     for layer in range(adapter.n_layers):
+        if whole[layer].shape[1] != len(row):
+            raise AdapterError(f"Layer {layer} holds {whole[layer].shape[1]} tokens in a call of {len(row)}.")
         bench.norms[layer] = float(whole[layer][0, 1:].float().norm(dim=-1).mean())
         later = _apart(whole[layer][:, : len(row) - 2], part[layer])
         if later > bench.tolerance:
@@ -215,7 +158,7 @@ def _read(bench: _Bench) -> str:
     raise Broken("the layers are not the entries of hidden_states")
 
 
-def _write(bench: _Bench) -> str:
+def _write(bench: Bench) -> str:
     """Steered minus base is the addend at every layer, nothing below it changes, and the logits do."""
     adapter, row = bench.adapter, bench.rows[0]
     worst = 0.0
@@ -241,7 +184,7 @@ def _write(bench: _Bench) -> str:
     return f"off by {worst:.0e}"
 
 
-def _zero(bench: _Bench) -> str:
+def _zero(bench: Bench) -> str:
     """Strength 0 is bitwise the base model, and so is the model after steering, and after an error inside."""
     base = bench.logits([bench.rows[0]])[0]
     hooks = _hooks(bench.model)
@@ -260,77 +203,26 @@ def _zero(bench: _Bench) -> str:
     return "bitwise"
 
 
-def _positions(bench: _Bench) -> str:
-    """The same absolute positions are steered, however the tokens come: each of `_ways`, for every `where`."""
+def _positions(bench: Bench) -> str:
+    """The same absolute positions are steered, however the tokens come: each of `all_ways`, for every `where`."""
     layer, count = bench.middle, 0
-    ways = _ways(bench)
-    missing = [name for name, way in ways.items() if not _possible(way)]
+    ways = all_ways(bench)
+    missing = [name for name, way in ways.items() if not possible(way)]
     for where, (name, way) in product(("all", "prompt", "context", "completion"), ways.items()):
         if name in missing:
             continue
-        mask = _mask([len(row) for row in way.rows], way.side)
+        mask = mask_of([len(row) for row in way.rows], way.side)
         setting = {bench.knob(layer, where): 1.0}
         with steer(bench.adapter, setting, prompt_lengths=way.lengths), tracing(bench.adapter, layer, mask) as trace:
             way.run()
-        expected = [_span(where, length, total) for length, total in zip(way.lengths, way.totals, strict=True)]
+        expected = [span(where, length, total) for length, total in zip(way.lengths, way.totals, strict=True)]
         if trace.positions() != expected:
             raise Broken(f"where={where!r}, {name}: steered {trace.positions()}, not {expected}")
         count += 1
     return f"{count} ways" + (f"; the model itself cannot do: {', '.join(missing)}" if missing else "")
 
 
-class _Way(NamedTuple):
-    """A way to bring the same tokens to the model."""
-
-    run: Callable[[], object]
-    rows: list[list[int]]  # what is padded at first
-    lengths: list[int]  # tokens of each prompt
-    totals: list[int]  # tokens of each row that the model sees
-    side: Side = "left"
-
-
-def _ways(bench: _Bench) -> dict[str, _Way]:
-    eight = [bench.rows[i % len(LENGTHS)] for i in range(8)]
-    forced = [row + bench.new[i].tolist() for i, row in enumerate(bench.rows)]
-    second = [row + bench.rows[0][:2] for row in forced]  # what a second turn brings along
-
-    def generated(rows: list[list[int]], **options: Any) -> _Way:
-        lengths = [len(row) for row in rows]
-        # the last new token is never fed back
-        return _Way(partial(bench.generate, rows, **options), rows, lengths, [n + NEW - 1 for n in lengths])
-
-    def whole(side: Side) -> _Way:
-        totals = [len(row) for row in forced]
-        return _Way(partial(bench.logits, forced, side), forced, list(LENGTHS), totals, side)
-
-    return {
-        "KV cache": generated(bench.rows),
-        "no KV cache": generated(bench.rows, use_cache=False),
-        "alone": generated(bench.rows[:1]),
-        "batch of 8": generated(eight),
-        "beams": generated(bench.rows, num_beams=2),
-        "second turn": generated(second),
-        "prompt in pieces": generated(bench.rows[:2], prefill_chunk_size=3),
-        "left padding": whole("left"),
-        "right padding": whole("right"),
-    }
-
-
-def _possible(way: _Way) -> bool:
-    """Tell whether the model itself, without any knob, can run this way."""
-    try:
-        way.run()
-    except Exception:  # noqa: BLE001  # whatever somebody's model raises
-        return False
-    return True
-
-
-def _span(where: Where, prompt: int, total: int) -> list[int]:
-    spans = {"all": (0, total), "prompt": (0, prompt), "context": (0, prompt - 1)}
-    return list(range(*spans.get(where, (prompt - 1, total))))
-
-
-def _cache(bench: _Bench) -> str:
+def _cache(bench: Bench) -> str:
     """Steered decoding with a KV cache gives the logits of the steered forward without one."""
 
     def off(setting: dict[Knob, float], given: list[int] | None) -> float:
@@ -345,7 +237,7 @@ def _cache(bench: _Bench) -> str:
                     steps.append(out.logits[0, -1].float())
                     if column < NEW:
                         out = bench.model(
-                            **_next(out, bench.new[i : i + 1, column : column + 1], len(row) + column, bench)
+                            **bench.next(out, bench.new[i : i + 1, column : column + 1], len(row) + column)
                         )
             worst = max(worst, _apart(torch.stack(steps), whole))
         return worst
@@ -355,7 +247,7 @@ def _cache(bench: _Bench) -> str:
     return _verdict(found, base, bench, "with a KV cache")
 
 
-def _padding(bench: _Bench) -> str:
+def _padding(bench: Bench) -> str:
     """Steered rows in a padded batch give the logits they give alone, on either side."""
 
     def off(setting: dict[Knob, float], side: Side) -> float:
@@ -375,7 +267,7 @@ def _padding(bench: _Bench) -> str:
     return ", ".join(said)
 
 
-def _rows(bench: _Bench) -> str:
+def _rows(bench: Bench) -> str:
     """Rows of a batch keep their own knobs: each gives what the batch gives when all rows have its knobs."""
     one, two = bench.knob(0), bench.knob(bench.middle, "completion", seed=1)
     settings: list[dict[Knob, float]] = [{one: 1.0}, {}, {two: -1.0, one: 0.5}]
@@ -392,7 +284,7 @@ def _rows(bench: _Bench) -> str:
     return f"off by {worst:.0e}"
 
 
-CHECKS: dict[str, Callable[[_Bench], str]] = {
+CHECKS: dict[str, Callable[[Bench], str]] = {
     "read": _read,
     "write": _write,
     "zero": _zero,
@@ -413,29 +305,13 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.std().clamp(min=1e-9))
 
 
-def _verdict(found: float, base: float, bench: _Bench, how: str) -> str:
+def _verdict(found: float, base: float, bench: Bench, how: str) -> str:
     """Judge a difference of steered runs by rounding, or by that of the unsteered model where it is larger."""
     if base > bench.tolerance and found < 3 * base:
         return f"no worse than the base model, whose own logits differ by {base:.1g} {how}"
     if found > bench.tolerance:
         raise Broken(f"steered logits differ by {found:.1g} {how}, the base model's by {base:.1g}")
     return f"off by {found:.0e}"
-
-
-def _mask(lengths: Sequence[int], side: Side) -> Tensor:
-    width = max(lengths)
-    columns = torch.arange(width)
-    return torch.stack([columns >= width - n if side == "left" else columns < n for n in lengths])
-
-
-def _next(out: Any, token: Tensor, past: int, bench: _Bench) -> dict[str, Any]:
-    """Return the arguments of a decode step after an output."""
-    cache = next(((name, value) for name, value in out.items() if name in CACHE_NAMES and value is not None), None)
-    if cache is None:
-        raise AdapterError(f"The model returns no KV cache ({', '.join(CACHE_NAMES)}) to go on with.")
-    step: dict[str, Any] = {"input_ids": token, "position_ids": torch.tensor([[past]], device=token.device)}
-    step = {name: value for name, value in step.items() if name in bench.parameters}
-    return {**step, cache[0]: cache[1], "use_cache": True}
 
 
 def _hooks(model: nn.Module) -> int:
