@@ -30,7 +30,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval", "pyarrow"}
 
 # What must work without training, learning or evaluation, and what those are.
-RUNTIME = ("runtime", "positions", "artifact", "adapter", "ops", "types", "files", "errors")
+RUNTIME = ("runtime", "positions", "thoughts", "artifact", "adapter", "ops", "types", "files", "errors")
 BEYOND_RUNTIME = {"capture", "evals", "learn", "tune", "train", "prefworld", "methods", "demo", "compose", "reproduce"}
 
 # The one module that may use a name, so that what it stands for is done in one way.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.adapter import CallInfo, generating, read_note, write_note
 from trimtab.errors import CacheError, OptionError
+from trimtab.thoughts import Thoughts, start_thoughts
 from trimtab.types import THOUGHTS, Markers, Where
 
 Masks = dict[Where, Tensor | None]
@@ -53,14 +54,6 @@ class _Prompt:
 
 
 @dataclass
-class _Thoughts:
-    """Whether each row is thinking after its last token."""
-
-    open: Tensor  # [B] bool
-    tail: Tensor  # [B, M - 1], the last tokens, for markers of M tokens
-
-
-@dataclass
 class _History:
     """What is known of the tokens in a KV cache."""
 
@@ -68,7 +61,7 @@ class _History:
     doses: Sequence[RowDose]
     columns: int = 0
     prompt: _Prompt | None = None
-    thoughts: _Thoughts | None = None
+    thoughts: Thoughts | None = None
 
 
 class Follower:
@@ -185,7 +178,7 @@ class Follower:
                 _refuse_what_hides_the_prompt(call)
             history.prompt = self._start_prompt(call, 0)
         if self._thinks:
-            history.thoughts = self._start_thoughts(call)
+            history.thoughts = start_thoughts(call, self._markers)
         return history
 
     def _take_over(self, old: _History | None, call: CallInfo, past: int) -> _History:
@@ -283,41 +276,15 @@ class Follower:
             real = None if call.tokens == 1 else call.real_tokens(past)
             if history.thoughts is None:
                 return EVERY_TOKEN if real is None else {"all": real, "completion": real}
-            thinking = self._think(history.thoughts, call, past)
+            thinking = history.thoughts.follow(call, self._markers)
             real = torch.ones_like(thinking) if real is None else real
             return {"all": real, "completion": real, "thinking": real & thinking, "answer": real & ~thinking}
         masks = _compare(prompt, past, call.tokens, call.real_tokens(past))
         if history.thoughts is not None:
-            thinking, completion = self._think(history.thoughts, call, past), masks["completion"]
+            thinking, completion = history.thoughts.follow(call, self._markers), masks["completion"]
             assert completion is not None
             masks |= {"thinking": completion & thinking, "answer": completion & ~thinking}
         return masks
-
-    # Thoughts
-
-    def _start_thoughts(self, call: CallInfo) -> _Thoughts:
-        around = generating()
-        if around is not None and (around.beams or around.assisted):
-            what = "beam search, which moves rows" if around.beams else "guesses, which are taken back"
-            raise OptionError(f"where='thinking' and 'answer' cannot follow {what}. Sample, or decode greedily.")
-        width = max(map(len, self._markers)) - 1
-        off = torch.zeros(call.batch, dtype=torch.bool, device=call.device)
-        return _Thoughts(off, torch.full((call.batch, width), -1, device=call.device))
-
-    def _think(self, thoughts: _Thoughts, call: CallInfo, past: int) -> Tensor:
-        """Tell which tokens of a call are thoughts, `[B, T]` bool, by the last marker up to each of them."""
-        if call.ids is None:
-            raise OptionError("where='thinking' and 'answer' need token ids; the decoder got embeddings.")
-        joined = torch.cat([thoughts.tail, call.ids], 1)
-        width, events = thoughts.tail.shape[1], torch.zeros_like(call.ids)
-        for event, marker in enumerate(self._markers, 1):
-            windows = joined.unfold(1, len(marker), 1)[:, -call.tokens :]  # those that end at each token
-            events[(windows == torch.tensor(list(marker), device=call.device)).all(-1)] = event
-        steps = torch.arange(call.tokens, device=call.device).expand_as(events)
-        last = torch.where(events > 0, steps, -1).cummax(1).values
-        thinking = torch.where(last < 0, thoughts.open[:, None], events.gather(1, last.clamp(min=0)) == 1)
-        thoughts.open, thoughts.tail = thinking[:, -1], joined[:, joined.shape[1] - width :]
-        return thinking
 
 
 def _notes(cache: object) -> dict[int, _History]:

@@ -90,7 +90,7 @@ def tune(
     `trimtab.checkpoint`.
     """
     knob = _reproducible(knob, agreement)
-    wheres = _wheres(knob, where)
+    wheres = _wheres(knob, where, tokenizer)
     seen = _seen(knob, pairs)
     if seen:
         warnings.warn(
@@ -98,11 +98,6 @@ def tune(
             "Tune on pairs whose prompts learning has not seen.",
             TrimtabWarning,
             stacklevel=2,
-        )
-    if set(wheres) & THOUGHTS and Renderer(tokenizer).thinking() is None:
-        raise OptionError(
-            f"Tokens of {', '.join(sorted(set(wheres) & THOUGHTS))} cannot be told here: this tokenizer has none of "
-            "the known tokens that open and close thoughts. Choose other tokens to steer."
         )
     _check(pairs, gains, guardrails, (budget, broken_budget), (finalists, rank_pairs, rank_tokens), strengths)
     begun = time.perf_counter()
@@ -207,11 +202,17 @@ def _job(
     }
 
 
-def _wheres(knob: Knob, where: Sequence[Where] | Where | None) -> tuple[Where, ...]:
+def _wheres(knob: Knob, where: Sequence[Where] | Where | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Where, ...]:
     asked = [knob.where] if where is None else list(where) if isinstance(where, list | tuple) else [where]
     if not asked:
         raise OptionError(f"Name the tokens to steer, one or several of {', '.join(WHERE)}; got none.")
-    return tuple(dict.fromkeys(check_where(name) for name in asked))
+    wheres: tuple[Where, ...] = tuple(dict.fromkeys(check_where(name) for name in asked))
+    if set(wheres) & THOUGHTS and Renderer(tokenizer).thinking() is None:
+        raise OptionError(
+            f"Tokens of {', '.join(sorted(set(wheres) & THOUGHTS))} cannot be told here: this tokenizer has none of "
+            "the known tokens that open and close thoughts. Choose other tokens to steer."
+        )
+    return wheres
 
 
 def _measure_finalists(
