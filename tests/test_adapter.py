@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pico import ARCHITECTURES, CACHE, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
@@ -176,7 +177,7 @@ def test_every_hook_is_gone_after_errors_inside_and_while_entering(monkeypatch: 
     lm = model()
     adapter, before = Adapter(lm), hooks(lm)
     with adapter.write({0: shift(1)}, lambda call: None), adapter.read([0]):
-        assert hooks(lm) == before + 4  # a block's two, and on the decoder and the model what looks at their arguments
+        assert hooks(lm) == before + 5  # a block's two, the decoder's, and two on the model around it
     with pytest.raises(IndexError), adapter.write({0: shift(1)}, lambda call: None), adapter.read([0]):
         lm(torch.tensor([[10**6]]))
     assert hooks(lm) == before
@@ -302,7 +303,9 @@ def test_the_mask_of_the_whole_model_counts_where_its_decoder_is_handed_none() -
     with Adapter(lm).write({}, calls.append):
         lm(ids, mask)
         lm(ids, attention_mask=mask)
-        lm.decoder(ids)  # a call of its own: the mask before is not its mask
+        with pytest.raises(TypeError):
+            lm(ids, attention_mask=mask, nothing=1)  # ends before the decoder is called
+        lm.decoder(ids)  # a call of its own: the masks before are not its mask
         lm(ids)
     assert [None if real is None else real.tolist() for real in (call.real_tokens(0) for call in calls)] == [
         mask.bool().tolist(),
@@ -310,6 +313,31 @@ def test_the_mask_of_the_whole_model_counts_where_its_decoder_is_handed_none() -
         None,
         None,
     ]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft, of transformers
+@pytest.mark.parametrize("wrap", ["nothing", "PEFT", "torch.compile"])
+@torch.no_grad()
+def test_the_mask_counts_however_the_model_is_wrapped(wrap: str) -> None:
+    lm, inputs = model("rwkv"), pad(prompts([4, 2]))
+    if wrap == "PEFT":
+        lm = get_peft_model(lm, LoraConfig(target_modules=["key"], task_type="CAUSAL_LM"))
+    elif wrap == "torch.compile":
+        lm = torch.compile(lm, backend="eager")
+    calls = list[CallInfo]()
+    with Adapter(lm).write({}, calls.append):
+        lm.generate(**{name: inputs[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=1)
+    real = calls[0].real_tokens(0)
+    assert real is not None
+    assert torch.equal(real, inputs["attention_mask"].bool())
+
+
+def test_new_tokens_are_found_in_a_mask_of_all_where_the_cache_does_not_tell_its_length() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    assert CallInfo(2, 3, CPU, mask, cache=[]).real_tokens(0) is None
+    real = CallInfo(2, 3, CPU, mask.flip(1), cache=[]).real_tokens(0)
+    assert real is not None
+    assert real.tolist() == [[True, True, True], [True, False, False]]
 
 
 @torch.no_grad()

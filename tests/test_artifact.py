@@ -204,12 +204,33 @@ def test_same_knob_is_written_as_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_a_file_that_is_no_knob_is_not_replaced(tmp_path: Path) -> None:
+def _forbidden() -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_file_that_is_no_panel_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "package.json"
+    for content in ('{"name": "x"}', "[]", "not JSON"):
+        path.write_text(content)
+        with pytest.raises(KnobError, match=r"package\.json' exists and is not known to be a panel"):
+            save_panel(path, {"a": ("x", 1)})
+        assert path.read_text() == content
+    path.write_text("")
+    for strength in (1, 2):
+        save_panel(path, {"a": ("x", strength)})
+    assert json.loads(path.read_text())["knobs"]["a"]["strength"] == 2
+
+
+def test_a_file_that_is_no_knob_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, weights = tmp_path / "model.safetensors", to_bytes({"weight": torch.ones(2)})
     path.write_bytes(weights)
-    with pytest.raises(KnobError, match=r"model\.safetensors' exists and is no knob, so it is not replaced"):
+    with pytest.raises(KnobError, match=r"model\.safetensors' exists and is not known to be a knob, so it is not"):
         knob().save(path)
     assert path.read_bytes() == weights
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "is_knob_file", lambda path: _forbidden())
+        with pytest.raises(KnobError, match="is not known to be a knob"):
+            knob().save(path)
     path.write_bytes(b"")  # as tempfile makes them
     knob().save(path)
     knob(gain=0.125).save(path)

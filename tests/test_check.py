@@ -130,6 +130,7 @@ def test_a_twin_that_cannot_be_built_says_why() -> None:
         twin(config, hidden_size="wide")
     with pytest.raises(UnknownName, match=r"Unknown setting of llama 'num_layers'.*mean 'num_hidden_layers'"):
         twin(config, num_layers=2)
+    assert twin(default_config("gpt2"), num_attention_heads=2).config.n_head == 2  # by its common name
     with pytest.raises(AdapterError, match="'t5' is an encoder-decoder model"):
         twin(default_config("t5"))
     with pytest.raises(AdapterError, match="no causal language model of the architecture 'vit'"):

@@ -739,6 +739,7 @@ def test_a_mistake_is_one_line_on_stderr(run: Run, model: Path, files: Path, lin
         ('{"prompt": "a", "knobs": "math"}', "stdin, line 2, knobs: A knob setting is written"),
         ('{"prompt": "a", "knob": {"math": 1}}', "stdin, line 2 has a field 'knob'"),
         ('{"prompt": "a", "strength": 0.5}', "stdin, line 2 has a field 'strength', which a line cannot set."),
+        ('{"prompt": "a", "temperature": 1}', "stdin, line 2 has a field 'temperature', which a line cannot set."),
         ('{"prompt": "a", "prompt": "b"}', "stdin, line 2 is not JSON: it has two fields 'prompt' in one object"),
         ('{"prompt": "a", "knobs": {"math": 1, "math": 0}}', "it has two fields 'math' in one object"),
     ],
@@ -771,13 +772,22 @@ def test_a_strength_that_drowns_the_text_is_warned_of_where_nothing_was_tuned(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("words", [["--help"], ["check", "llama"], ["inspect", "KNOB"]], ids=lambda words: words[0])
-def test_a_full_disk_under_stdout_is_one_line(words: list[str], files: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--help"], "Cannot write to stdout: No space left on device."),
+        (["inspect", "--help"], "Cannot write to stdout: No space left on device."),
+        (["check", "llama"], "Cannot write to stdout: No space left on device."),
+        (["inspect", "KNOB"], "Cannot write to stdout: No space left on device."),
+        (["inspect", "none"], "There is no file 'none'; expected a knob file."),
+    ],
+)
+def test_a_full_disk_under_stdout_is_one_line(words: list[str], message: str, files: Path) -> None:
     program = "import sys; from trimtab.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, *(word.replace("KNOB", KNOB) for word in words)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "trimtab: Cannot write to stdout: No space left on device.\n")
+    assert (done.returncode, done.stderr) == (2, f"trimtab: {message}\n")
 
 
 def test_at_a_terminal_generate_without_a_prompt_does_not_wait(
@@ -863,9 +873,7 @@ def options(parser: ArgumentParser) -> dict[str, str]:
 
 @pytest.mark.quick
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
+    assert main(["--version"]) == 0
     assert re.fullmatch(r"trimtab \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 

@@ -318,6 +318,11 @@ def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:
     task = load_task(good, grader="exact_answer")
     assert task.prompts == ("1+1?", (Message("user", "2+2?"),))
     assert list(task.grade(["It is 2.", "5"])) == [1.0, 0.0]
+    table = tmp_path / "sums.csv"
+    table.write_text('prompt,answer\n1+1?,2\n"[{""role"": ""user"", ""content"": ""2+2?""}]",4\n')
+    again = load_task(table, grader="exact_answer")
+    assert again.prompts == task.prompts
+    assert list(again.grade(["It is 2.", "5"])) == [1.0, 0.0]
     bad = tmp_path / "bad.jsonl"
     for line in ('{"prompt": "x"}', '{"prompt": 5, "answer": "x"}', "prompt"):
         bad.write_text(line)

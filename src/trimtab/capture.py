@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
 from trimtab.errors import AdapterError, OptionError, PairsError, unknown_name
-from trimtab.ops import Moments
+from trimtab.ops import Moments, Side
 from trimtab.pairs import Pairs
-from trimtab.render import Rendered, Renderer, Side
+from trimtab.render import Rendered, Renderer
 from trimtab.types import Site
 
 if TYPE_CHECKING:
@@ -299,11 +299,11 @@ class _Run:
         with self.adapter.read(self.layers) as reading:
             self.adapter.run_to(max(self.layers), **inputs)
         width = padded.input_ids.shape[1]
-        held = reading.acts[self.layers[0]].shape[1]
-        if held != width:
+        held = tuple(reading.acts[self.layers[0]].shape[:2])
+        if held != (len(batch), width):
             raise AdapterError(
-                f"The blocks hold {held} tokens where the texts have {width}, so that positions are not known: this "
-                "model adds tokens of its own."
+                f"The blocks hold {held[0]} rows of {held[1]} tokens where the texts have {len(batch)} of {width}, so "
+                "that positions are not known: this model adds tokens of its own, or turns rows into columns."
             )
         offsets = [width - len(text.ids) if self.padding == "left" else 0 for text in batch]
         reads = [(b, _shift(span, offsets[b])) for b, text in enumerate(batch) for span in text.reads.values()]

@@ -150,7 +150,7 @@ def _markers(renderer: Renderer, doses: Sequence[Dose], texts: tuple[str, str] |
             f"Knob {scoped.name!r} steers {scoped.where!r} tokens, and this tokenizer has none of the known tokens "
             "that open and close thoughts. Pass thinking=(opening, closing), or another where."
         )
-    return found
+    return found if scoped is not None else None
 
 
 def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]]) -> None:

@@ -22,6 +22,7 @@ from trimtab.selection import doubts, rank_sites
 from trimtab.types import Site, Where, check_seed, check_where
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Selection = Literal["eq3_cosine", "max_relative_norm", "probe_auc", "fixed"]
@@ -102,13 +103,7 @@ def learn(
     best = ranking[0].site
 
     lengths, width = evidence.lengths.double().mean(dim=0).tolist(), chosen.shape[-1]
-    alike = length_match == "regress" and lengths[0] != lengths[1] and not lengths_vary(evidence.lengths)
-    unmatched = lengths if length_match == "off" or alike else None
-    notes = [
-        *plan.notes,
-        *([_NOTHING_TO_REGRESS] if alike else ()),
-        *doubts(statistics[best], plan.selection, width, unmatched, len(used)),
-    ]
+    notes = [*plan.notes, *_doubts(statistics[best], plan.selection, width, length_match, evidence.lengths)]
     for note in notes:
         warnings.warn(note, TrimtabWarning, stacklevel=2)
     settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}
@@ -261,10 +256,18 @@ def _check_options(scale: str, where: str, length_match: str, seed: int) -> None
     check_seed(seed)
 
 
-_NOTHING_TO_REGRESS = (
-    "length_match='regress' changed nothing: the chosen answers are all equally long, and so are the rejected ones, so "
-    "that no line in length can be drawn within either side."
-)
+def _doubts(
+    at: Mapping[str, float | None], selection: str, width: int, length_match: str, lengths: Tensor
+) -> list[str]:
+    """Say what may make the knob mean something else; `lengths [N, 2]` are the tokens of the answers."""
+    chosen, rejected = lengths.double().mean(dim=0).tolist()
+    alike = length_match == "regress" and chosen != rejected and not lengths_vary(lengths)
+    notes = [
+        "length_match='regress' changed nothing: the chosen answers are all equally long, and so are the rejected "
+        "ones, so that no line in length can be drawn within either side."
+    ]
+    unmatched = (chosen, rejected) if length_match == "off" or alike else None
+    return [*(notes if alike else ()), *doubts(at, selection, width, unmatched, len(lengths))]
 
 
 def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float = 1.25) -> Pairs:

@@ -78,7 +78,7 @@ class Steering:
         self._tables: dict[int, _Layer] = {}
         self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
         self._masks: Masks = {}
-        self._tokens = 0  # of this call
+        self._call = 0, 0  # rows and tokens
         self._unmasked = False  # every token of this call takes the addends of "all" and "completion", whole
 
     def set(self, settings: Dose | Sequence[Dose]) -> None:
@@ -138,7 +138,7 @@ class Steering:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
         masks = follower.masks(call)
-        self._tokens, self._unmasked = call.tokens, masks == EVERY_TOKEN
+        self._call, self._unmasked = (call.batch, call.tokens), masks == EVERY_TOKEN
         dtype = self._adapter.dtype
         self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
 
@@ -157,10 +157,11 @@ class Steering:
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Steer a block's output `[B, T, D]`; the hot path is the one addition of a decode step."""
-        if not torch.compiler.is_compiling() and hidden.shape[1] != self._tokens:
+        if not torch.compiler.is_compiling() and hidden.shape[:2] != self._call:
             raise AdapterError(
-                f"Layer {layer} holds {hidden.shape[1]} tokens in a call of {self._tokens}, so that their positions "
-                "are not known: this model adds tokens of its own, or goes on with its states wrongly."
+                f"Layer {layer} holds {hidden.shape[0]} rows of {hidden.shape[1]} tokens in a call of "
+                f"{self._call[0]} of {self._call[1]}, so that their positions are not known: this model adds tokens of "
+                "its own, turns rows into columns, or goes on with its states wrongly."
             )
         table = self._expanded[1][layer]
         for ablation in table.ablations:
@@ -203,10 +204,11 @@ def steer(
     `model` to name the layers of an unusual model, or to save the search for them.
 
     A knob's `where` counts from the prompt's end. The prompt is the first call with an empty KV cache; for calls
-    without a cache, for prompts fed in pieces and for assisted decoding (whose first call holds guesses as well), give
-    the number of prompt tokens per row in `prompt_lengths`, padding not counted; what would need them is refused with
-    `OptionError`. A call with one new token per row is taken to decode real tokens, whatever its mask says. `thinking`
-    holds the token ids that open and those that close a model's thoughts, for `where` "thinking" and "answer".
+    without a cache, for prompts fed in pieces (with `use_cache=True`) and for assisted decoding (whose first call holds
+    guesses as well), give the number of prompt tokens per row in `prompt_lengths`, padding not counted; what would need
+    them is refused with `OptionError`. A call with one new token per row is taken to decode real tokens, whatever its
+    mask says. `thinking` holds the token ids that open and those that close a model's thoughts, for `where` "thinking"
+    and "answer".
 
     A KV cache that was made under other knobs, or under none, would silently mix them: it raises `CacheError` unless
     its tokens are the same under these knobs. `check_cache=False` accepts it. Rows that are moved within a cache by

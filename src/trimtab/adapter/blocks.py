@@ -74,12 +74,9 @@ def module_list(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
     return blocks
 
 
-def caller_of(model: nn.Module, path: str) -> nn.Module:
-    """Return the innermost module above the blocks that has a `forward`: the decoder that runs them."""
-    while path:
-        path = path.rpartition(".")[0]
-        module = model.get_submodule(path)
-        # containers such as ModuleDict have none of their own
-        if type(module).forward is not nn.Module.forward:
-            return module
-    return model
+def callers_of(model: nn.Module, path: str) -> list[nn.Module]:
+    """Return the modules above the blocks that have a `forward`, outermost first; the last is the decoder."""
+    names = path.split(".")
+    above = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    # containers such as ModuleDict have none of their own
+    return [module for module in above if type(module).forward is not nn.Module.forward] or [model]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -62,8 +62,7 @@ class CallInfo:
         if mask is None:
             return None
         if mask.dim() == 2:
-            real = mask[:, past : past + self.tokens] if mask.shape[1] > self.tokens else mask
-            real = real != 0
+            real = (mask if mask.shape[1] <= self.tokens else mask[:, self._columns(past)]) != 0
         else:  # a token always attends to itself, unless it is padding: read the diagonal
             own = mask[:, 0].diagonal(past, -2, -1)
             real = own if own.dtype == torch.bool else own == 0
@@ -73,6 +72,12 @@ class CallInfo:
                 f"{tuple(mask.shape)}. Pass a mask of shape [batch, {past + self.tokens}]."
             )
         return None if bool(real.all()) else real.expand(self.batch, -1)
+
+    def _columns(self, past: int) -> slice:
+        """Return where this call's tokens stand in a mask of all tokens; states in a list do not tell what is past."""
+        if self.cache is not None and not hasattr(self.cache, "get_seq_length"):
+            return slice(-self.tokens, None)
+        return slice(past, past + self.tokens)
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
@@ -104,26 +109,53 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return {**(dict(zip(parameters(module), args, strict=False)) if args else {}), **kwargs}
 
 
-def describe_call(named: Mapping[str, Any], outer_mask: object = None) -> CallInfo:
-    """Describe a call of the decoder from its arguments by name.
+class OuterCall(NamedTuple):
+    """A call of a module around the decoder, which may be told more than the decoder is."""
 
-    `outer_mask` is the attention mask that the model around it was given, for decoders that are handed none (RWKV).
+    attention_mask: object
+    tokens: int | None
+    """None where they are not seen."""
+
+
+def outer_call(named: Mapping[str, Any]) -> OuterCall:
+    """Describe a call of a module around the decoder from its arguments by name."""
+    first = _first(named)
+    tokens = int(first.shape[1]) if isinstance(first, Tensor) and first.dim() >= 2 else None
+    return OuterCall(named.get("attention_mask"), tokens)
+
+
+def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) -> CallInfo:
+    """Describe a call of the decoder from its arguments by name, and from the calls `around` it, outermost first.
+
+    Where the decoder is handed no attention mask (RWKV) the innermost of the others counts. Raises `AdapterError`
+    where it is given other tokens than the model around it.
     """
-    first = next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
+    first = _first(named)
     if first is None:  # a home-made decoder
         first = next((value for value in named.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
     if first is None:
         raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
-    cache, ids, mask = _cache_in(named), named.get("input_ids"), named.get("attention_mask")
+    cache, ids, masks = _cache_in(named), named.get("input_ids"), [call.attention_mask for call in around]
+    mask = next((mask for mask in (named.get("attention_mask"), *reversed(masks)) if mask is not None), None)
+    told = next((call.tokens for call in around if call.tokens is not None), first.shape[1])
+    if told != first.shape[1]:
+        raise AdapterError(
+            f"The decoder is given {first.shape[1]} tokens in a call of {told}, so that their positions are not known: "
+            "this model adds tokens of its own, or leaves some out."
+        )
     return CallInfo(
         batch=int(first.shape[0]),
         tokens=int(first.shape[1]),
         device=first.device,
-        attention_mask=_one_mask(outer_mask if mask is None else mask),
+        attention_mask=_one_mask(mask),
         ids=ids if isinstance(ids, Tensor) else None,
         cache=cache,
         caching=cache is not None or named.get("use_cache") is True,
     )
+
+
+def _first(named: Mapping[str, Any]) -> Any:
+    return next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
 
 
 def returned_cache(output: object) -> object:

@@ -15,8 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapter.blocks import caller_of, find_blocks, module_list, refuse_virtual_tokens, text_config
-from trimtab.adapter.calls import CallInfo, describe_call, named_arguments, parameters, returned_cache
+from trimtab.adapter.blocks import callers_of, find_blocks, module_list, refuse_virtual_tokens, text_config
+from trimtab.adapter.calls import (
+    CallInfo,
+    OuterCall,
+    describe_call,
+    named_arguments,
+    outer_call,
+    parameters,
+    returned_cache,
+)
 from trimtab.errors import AdapterError, brief
 
 WriteFn = Callable[[Tensor], Tensor]
@@ -48,7 +56,7 @@ class Adapter:
         self.model = model
         self.path = layers_path if layers_path is not None else find_blocks(model)
         self.blocks: list[nn.Module] = list(module_list(model, self.path))
-        self._decoder = caller_of(model, self.path)
+        *self._around, self._decoder = callers_of(model, self.path)
         config = text_config(model)
         width = getattr(config, "hidden_size", None)
         if not isinstance(width, int):
@@ -123,11 +131,13 @@ class Adapter:
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
         with ExitStack() as exits, _compiled_code_sees_hooks():
             if before is not None:
-                given: list[object] = []
-                if self.model is not self._decoder:
-                    hook = _never_compiled(partial(_keep_mask, given))
-                    exits.callback(self.model.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                hook = _never_compiled(partial(_announce, before, given))
+                around: list[OuterCall] = []
+                for module in self._around:
+                    hook = _never_compiled(partial(_begin, around))
+                    exits.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                    hook = _never_compiled(partial(_end, around))
+                    exits.callback(module.register_forward_hook(hook, always_call=True).remove)
+                hook = _never_compiled(partial(_announce, before, around))
                 exits.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if after is not None:
                 hook = _never_compiled(partial(_hand_over, after))
@@ -185,20 +195,22 @@ def _check_hooks_in_compiled_code() -> None:
         dynamo.reset()
 
 
-def _keep_mask(given: list[object], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep the attention mask that the whole model is called with: some hand their decoder none."""
-    given[:] = [named_arguments(module, args, kwargs).get("attention_mask")]
+def _begin(around: list[OuterCall], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    around.append(outer_call(named_arguments(module, args, kwargs)))
+
+
+def _end(around: list[OuterCall], module: nn.Module, args: object, output: object) -> None:
+    around.pop()
 
 
 def _announce(
     before: Callable[[CallInfo], None],
-    given: list[object],
+    around: Sequence[OuterCall],
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    # popped: a later call of the decoder alone has nothing to do with this mask
-    before(describe_call(named_arguments(module, args, kwargs), given.pop() if given else None))
+    before(describe_call(named_arguments(module, args, kwargs), around))
 
 
 def _hand_over(after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:

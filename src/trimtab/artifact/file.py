@@ -6,10 +6,9 @@ was altered.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -66,12 +65,22 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
         raise KnobError(
             f"Nothing is written to {brief(str(path), 240)}, for it could not be read back: {error}"
         ) from None
-    stranger = False
-    with contextlib.suppress(OSError, ValueError):  # writing says what is wrong
-        stranger = Path(path).is_file() and not is_knob_file(path)
-    if stranger:
-        raise KnobError(f"{brief(str(path), 240)} exists and is no knob, so it is not replaced. Take another name.")
+    refuse_to_replace(path, "knob", is_knob_file)
     save_bytes(path, data)
+
+
+def refuse_to_replace(path: str | Path, what: str, is_one: Callable[[Path], bool]) -> None:
+    """Raise `KnobError` where another kind of file stands, or one that cannot be read and so may be of any kind."""
+    try:
+        stranger = Path(path).is_file() and not is_one(Path(path))
+    except PermissionError:
+        stranger = True
+    except (OSError, ValueError):  # no such name, no such folder: writing says so
+        stranger = False
+    if stranger:
+        raise KnobError(
+            f"{brief(str(path), 240)} exists and is not known to be a {what}, so it is not replaced. Take another name."
+        )
 
 
 def save_bytes(path: str | Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from trimtab.artifact.file import number, save_bytes
+from trimtab.artifact.file import number, refuse_to_replace, save_bytes
 from trimtab.artifact.knob import Knob, check_knob_name
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json, read_bytes, reason
@@ -69,7 +69,7 @@ def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) 
     """Write a panel, atomically: a name, the path of the knob's file, and a strength for each knob.
 
     Paths are stored as they lie from the panel's folder, if they lie in it, so that the folder can be moved. Raises
-    `KnobError` for a name that a knob cannot have, and where writing fails.
+    `KnobError` for a name that a knob cannot have, where writing fails, and where a file stands that is no panel.
     """
     folder = _real(path).parent
     entries: dict[str, dict[str, object]] = {}
@@ -78,6 +78,7 @@ def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) 
         place = _real(file)
         stored = place.relative_to(folder) if place.is_relative_to(folder) else place
         entries[name] = {"path": stored.as_posix(), "strength": check_strength(strength, f"strength of {name!r}")}
+    refuse_to_replace(path, "panel", _is_panel)
     save_bytes(path, (json.dumps({"knobs": entries}, indent=2) + "\n").encode())
 
 
@@ -86,6 +87,16 @@ def _real(path: str | Path) -> Path:
         return Path(os.path.realpath(path))  # Path.resolve raises of links in a circle
     except ValueError:
         raise KnobError(f"No file can have the name {brief(str(path), 240)}.") from None
+
+
+def _is_panel(path: Path) -> bool:
+    """Tell a panel by its one field; an empty file may be replaced too."""
+    data = read_bytes(path, PANEL_LIMIT)
+    try:
+        content: object = parse_json(data) if data else {"knobs": {}}
+    except ValueError:
+        return False
+    return isinstance(content, Mapping) and list(cast(Mapping[str, object], content)) == ["knobs"]
 
 
 def load_panel(path: str | Path) -> Panel:

@@ -36,6 +36,7 @@ class Bench:
 
     @property
     def middle(self) -> int:
+        """A layer with others above and below it."""
         return self.adapter.n_layers // 2
 
     @property
@@ -44,6 +45,7 @@ class Bench:
         return {torch.float32: 1e-3, torch.float64: 1e-6}.get(self.adapter.dtype, 0.1)
 
     def knob(self, layer: int, where: Where = "all", *, seed: int = 0, gain: float = 0.5) -> Knob:
+        """Return a knob with a random vector, as long at strength 1 as `gain` mean residual norms of the layer."""
         vector = torch.randn(self.adapter.hidden_size, generator=torch.Generator().manual_seed(seed))
         site, name = Site(layer, "last"), f"check-{layer}-{seed}"
         norms = {layer: self.norms.get(layer, 1.0)}
@@ -56,6 +58,7 @@ class Bench:
 
     @property
     def parameters(self) -> set[str]:
+        """Names of what the model's `forward` takes."""
         names = set(inspect.signature(self.model.forward).parameters)
         # what wraps a model may hand everything on
         return names if "input_ids" in names else {"input_ids", "attention_mask", "position_ids", "use_cache"}
@@ -70,6 +73,7 @@ class Bench:
         return [out[i, start : start + len(row)] for i, (row, start) in enumerate(zip(rows, starts, strict=True))]
 
     def generate(self, rows: Sequence[Sequence[int]], **options: Any) -> Tensor:
+        """Return the `NEW` tokens `[B, NEW]` that the model says after left-padded prompts, greedily."""
         inputs = {name: value for name, value in self.pad(rows).items() if name != "position_ids"}
         run = cast(Callable[..., Tensor], self.model.generate)
         return run(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None, **options)[

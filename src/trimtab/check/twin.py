@@ -81,9 +81,11 @@ def twin(
         raise AdapterError(f"{config.model_type!r} is an encoder-decoder model; Trimtab works on decoder-only models.")
     if not has_model_class(config):
         raise AdapterError(f"transformers has no causal language model of the architecture {config.model_type!r}.")
-    known = next((getattr(config, name) for name in _TEXT if hasattr(config, name)), config).to_dict()
-    for name in sorted(changes.keys() - known.keys()):
+    text = next((getattr(config, name) for name in _TEXT if hasattr(config, name)), config)
+    known: set[str] = {*text.to_dict(), *text.attribute_map}
+    for name in sorted(changes.keys() - known):
         raise unknown_name(f"setting of {config.model_type}", name, known)
+    changes = {text.attribute_map.get(name, name): value for name, value in changes.items()}
     try:
         small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS, vision_layers))
         with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from trimtab.cli import chat, check, demo, generate, inspect, learn, tune
 from trimtab.cli.options import Parser
-from trimtab.cli.terminal import STDOUT, Terminal, as_options, plain_warnings, write
+from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, plain_warnings
 from trimtab.errors import OptionError, TrimtabError, unknown_name
 
 VERBS: dict[str, ModuleType] = {
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with plain_warnings():
             try:
                 status = _run(words)
-            finally:
-                write("", end="")  # a closed pipe must show here, and not when Python exits
+            except SystemExit:  # argparse has shown the help, or the version
+                status = 0
+            flush()  # a closed pipe must show here, and not when Python exits
     except TrimtabError as error:
         return _fail(str(error))
     except KeyboardInterrupt as stop:

@@ -31,8 +31,8 @@ GENERATE = ("max_new_tokens", "temperature", "top_p", "batch_size", "thinking")
 ROUNDS = 4
 """Batches that are answered before results are printed; prompts of similar length share a batch."""
 
-OPTIONS_OF_A_RUN = frozenset("strength set setting where knob panel temperature top_p max_new_tokens seed".split())
-"""Fields of a prompt's line that say what the user wanted, and would be ignored as those of any data set are."""
+OPTIONS_OF_A_RUN = frozenset("strength knob panel temperature top_p max_new_tokens".split())
+"""Fields of a prompt's line that say what the user wanted and no data set has; others are ignored."""
 
 Turns = list[dict[str, str]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Generator, Iterable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trimtab.cli.terminal import write
 from trimtab.errors import OptionError
 from trimtab.files import is_knob_file
 from trimtab.types import WHERE, is_unicode
@@ -36,6 +38,13 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the parser's complaint."""
         raise OptionError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own swallows what goes wrong: help on a full disk would be silence
+        if file in (None, sys.stdout):
+            write(message, end="")
+        else:
+            file.write(message)
 
     def long_options(self) -> list[str]:
         """Return every option that starts with two dashes."""

@@ -119,7 +119,7 @@ def check_knobs(rack: Rack, loaded: Loaded, *, strict: bool) -> None:
 
 
 LARGE_ALPHA = 3.0
-"""Beyond this many mean residual norms a model reads little but the knob."""
+"""A rough guess, in mean residual norms: tuned gains on the bundled model are 0.4, and few papers go beyond 1."""
 
 
 def warn_outside(rack: Rack, setting: Setting) -> None:
@@ -134,7 +134,7 @@ def warn_outside(rack: Rack, setting: Setting) -> None:
                 TrimtabWarning,
                 stacklevel=2,
             )
-        if bounds is not None and not bounds[0] <= strength <= bounds[1]:
+        elif bounds is not None and not bounds[0] <= strength <= bounds[1]:
             warnings.warn(
                 f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}; "
                 "beyond it tuning measured nothing, or broken answers, or fallen guardrails.",

@@ -50,8 +50,21 @@ STDOUT = "<stdout>"
 
 def write(text: str, *, end: str = "\n") -> None:
     """Print on stdout at once; raises `OSError` that names it where that fails, as on a full disk."""
-    try:
+    with _named():
         print(text, end=end, flush=True)
+
+
+def flush() -> None:
+    """Bring out what was printed by others, such as help; raises like `write`."""
+    with _named():
+        if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]  # closed before we began
+            sys.stdout.flush()
+
+
+@contextmanager
+def _named() -> Generator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -35,7 +35,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
     options.add_checkpoint(parser)
     goal = parser.add_argument_group("what decides")
-    source = "FILE[:GRADER] with prompt and answer per line, or prefworld:FAMILY[:COUNT]"
+    source = "FILE[:GRADER] with prompt and answer per item, or prefworld:FAMILY[:COUNT]"
     goal.add_argument("--task", metavar="TASK", help=f"what should get better: {source}")
     goal.add_argument(
         "--guardrail", action="append", default=[], metavar="TASK", help="what must not get worse; may be repeated"

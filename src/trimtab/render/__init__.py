@@ -1,14 +1,12 @@
 """Text and models in: the only caller of the tokenizer, and what loads a model with it."""
 
 from trimtab.render.loading import Loaded, has_model_class, load, load_config, model_class
-from trimtab.render.renderer import Batch, Rendered, Renderer, Side
+from trimtab.render.renderer import Rendered, Renderer
 
 __all__ = [
-    "Batch",
     "Loaded",
     "Rendered",
     "Renderer",
-    "Side",
     "has_model_class",
     "load",
     "load_config",

@@ -203,6 +203,10 @@ class Renderer:
         `markers` replaces the known ones of `THINKING`. A marker must begin and end with an added token, or the text
         beside it could melt into its ids: `RenderError` otherwise.
         """
+        if markers is not None and [type(text) for text in cast(Any, _sequence(markers))] != [str, str]:
+            raise RenderError(
+                f"Thinking markers are two texts, what opens thoughts and what closes them; got {markers!r}."
+            )
         added = set(cast(Any, self.tokenizer).get_added_vocab().values())
         for pair in THINKING if markers is None else (markers,):
             ids = [self._plain(marker) for marker in pair]
@@ -242,6 +246,10 @@ class Renderer:
 
 _SENTINEL = "TrimtabSentinel7"
 _ADVICE = "Change the turns, e.g. put a system line into the user's turn, or use a tokenizer with another template."
+
+
+def _sequence(value: object) -> Sequence[object]:
+    return cast(Sequence[object], value) if isinstance(value, list | tuple) else ()
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
