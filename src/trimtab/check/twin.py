@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 LAYERS, WIDTH, VOCABULARY, CONTEXT, HEADS = 3, 32, 262, 256, 4
 
 _BY_VALUE: dict[int, str] = {
-    WIDTH: "hidden_size d_model n_embd word_embed_proj_dim lru_width embedding_size attention_hidden_size dim",
+    WIDTH: (
+        "hidden_size d_model n_embd word_embed_proj_dim lru_width embedding_size embedding_dim attention_hidden_size dim"
+    ),
     48: (
         "intermediate_size ffn_dim n_inner moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp "
         "shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size ffn_hidden_size"
     ),
     HEADS: (
         "num_attention_heads n_head n_heads num_heads num_local_experts num_experts n_routed_experts moe_num_experts "
-        "linear_num_value_heads mamba_n_heads mamba_num_heads state_size ssm_state_size mamba_d_state chunk_size "
-        "mamba_chunk_size time_step_rank mamba_dt_rank"
+        "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads state_size ssm_state_size mamba_d_state "
+        "chunk_size mamba_chunk_size time_step_rank mamba_dt_rank"
     ),
     8: (
-        "head_dim linear_key_head_dim linear_value_head_dim sliding_window attention_window_size window_size "
-        "attention_chunk_size v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_lora_rank q_lora_rank"
+        "head_dim linear_head_dim linear_key_head_dim linear_value_head_dim sliding_window attention_window_size "
+        "window_size attention_chunk_size v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_lora_rank q_lora_rank"
     ),
     16: "mamba_d_head mamba_head_dim image_size qk_head_dim",
     64: "mamba_d_ssm",
