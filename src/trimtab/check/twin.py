@@ -19,7 +19,8 @@ LAYERS, WIDTH, VOCABULARY, CONTEXT, HEADS = 3, 32, 262, 256, 4
 
 _BY_VALUE: dict[int, str] = {
     WIDTH: (
-        "hidden_size d_model n_embd word_embed_proj_dim lru_width embedding_size embedding_dim attention_hidden_size dim"
+        "hidden_size d_model n_embd word_embed_proj_dim lru_width embedding_size embedding_dim attention_hidden_size "
+        "dim"
     ),
     48: (
         "intermediate_size ffn_dim n_inner moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp "
@@ -32,7 +33,8 @@ _BY_VALUE: dict[int, str] = {
     ),
     8: (
         "head_dim linear_head_dim linear_key_head_dim linear_value_head_dim sliding_window attention_window_size "
-        "window_size attention_chunk_size v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_lora_rank q_lora_rank"
+        "window_size attention_chunk_size v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim kv_lora_rank "
+        "q_lora_rank"
     ),
     16: "mamba_d_head mamba_head_dim image_size qk_head_dim",
     64: "mamba_d_ssm",
@@ -49,6 +51,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 _TEXT = ("text_config", "llm_config")
 _TOWERS = ("vision_config", "audio_config", "encoder_config")
+_ROPE = ("rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
 _LEFT_OUT = ("architectures", "torch_dtype", "dtype", "auto_map", "quantization_config")
 
 
@@ -127,7 +130,13 @@ def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int
             value = _small_number(name, value, heads, layers)
         elif value is None and name in ("head_dim", "num_experts_per_tok"):  # some models cannot do without them
             value = SMALL[name]
+        elif value is None and name in _KEY_VALUE_HEADS:
+            value = HEADS
+        elif value is None and name == "attn_layer_indices":
+            value = [layers - 1]
         small[name] = value
+    if set(small.get("layer_types") or ()) == {"linear_attention"}:  # hybrids by name, whose caches need attention
+        small["layer_types"] = [*small["layer_types"][:-1], "full_attention"]
     if {"expand", "num_heads", "head_dim", "state_size"} <= small.keys():  # Mamba 2 calls its own heads so
         small["head_dim"] = WIDTH * small["expand"] // HEADS
     if "initializer_range" in small:
@@ -148,7 +157,7 @@ def _small_number(name: str, value: int, heads: int, layers: int) -> int:
         return VOCABULARY
     if name.endswith(("token_id", "token_index")):
         return min(value, VOCABULARY - 1)
-    return SMALL[name] if value and name in SMALL else value
+    return min(value, SMALL[name]) if name in SMALL else value
 
 
 def _kept_layers(kinds: Sequence[object], layers: int) -> list[int]:
@@ -165,10 +174,9 @@ def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
             name: _plain_rope(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value
             for name, value in rope.items()
         }
-    kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if rope.get(name) is not None}
-    if "mrope_section" in rope:  # time, height and width share half of a head's 8 channels
-        kept["mrope_section"] = [2, 1, 1]
-    return {"rope_theta": 10000.0, **kept, "rope_type": "default"}
+    kept = {name: rope[name] for name in _ROPE if rope.get(name) is not None}
+    # time, height and width share half of a head's 8 channels, in the models that have images
+    return {"rope_theta": 10000.0, **kept, "mrope_section": [2, 1, 1], "rope_type": "default"}
 
 
 def _fill_biases(model: nn.Module) -> None:
