@@ -271,7 +271,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "edited header": (hostile.VALID.replace(b"completion", b"prompt    "), "checksum differs"),
     "a pickle": (b"\x80\x04\x95\x19\0\0\0\0\0\0\0", "it is a pickle, which is never opened"),
     "a zip": (b"PK\3\4" + bytes(20), "a file of torch.save, which is never opened"),
-    "a panel": (b'{"knobs": {}}', "a panel is read by load_panel"),
+    "a panel": (b'{"knobs": {}}', "it is JSON text, as a panel is"),
     "GGUF": (b"GGUF\3\0\0\0", "it is a GGUF file"),
     "no JSON": (hostile.knob_file("{"), "header is not JSON"),
     "deep JSON": (hostile.knob_file("[" * 200_000), "nested too deeply"),

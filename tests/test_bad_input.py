@@ -27,7 +27,7 @@ from trimtab.pairs import Pairs
 from trimtab.render import load
 from trimtab.runtime import steer
 from trimtab.tune import tune
-from trimtab.types import Message, Pair
+from trimtab.types import Message, Pair, parse_setting
 
 GOOD = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 PAIR = Pair((Message("user", "Why?"),), "Because.", "No.")
@@ -43,6 +43,34 @@ WRONG_TYPES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
     "one marker of thoughts": (lambda lm, words: generate(lm, words, ["a"], thinking=("<a>",)), "are two texts"),
     "a number for markers": (lambda lm, words: generate(lm, words, ["a"], thinking=3), "are two texts, .*got 3"),
     "no text for a marker": (lambda lm, words: generate(lm, words, ["a"], thinking=("<a>", None)), "are two texts"),
+    "a list of knobs to steer with": (lambda lm, words: steer(lm, [pico.knob()]).__enter__(), "Settings map knobs to"),
+    "a list of knobs": (lambda lm, words: generate(lm, words, ["a"], knobs=[pico.knob()]), "A setting is written"),
+    "no setting": (lambda lm, words: generate(lm, words, ["a"], knobs=[None]), "A setting is written .*got None"),
+    "a number for a name": (lambda lm, words: generate(lm, words, ["a"], knobs={5: 1}), "set by their names.*got 5"),
+    "a temperature that is text": (lambda lm, words: generate(lm, words, ["a"], temperature="1"), "got '1'"),
+    "arguments of tune in another order": (
+        lambda lm, words: tune(lm, words, pico.knob(), Pairs([PAIR])),
+        "wants a Knob where it got LlamaForCausalLM",
+    ),
+    "a task by its name": (
+        lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), task="prefworld:math"),
+        "wants a Task where it got str",
+    ),
+    "another model's tokenizer": (
+        lambda lm, words: learn(pico.model(vocab_size=50), words, Pairs([PAIR])),
+        "beyond the 50 embeddings of this LlamaForCausalLM: its tokens come from the tokenizer of another model",
+    ),
+    "another model's tokenizer for text": (
+        lambda lm, words: generate(pico.model(vocab_size=50), words, ["a"]),
+        "beyond the 50 embeddings",
+    ),
+    "no values": (lambda lm, words: load("prefworld", device="meta"), "Cannot use device='meta': tensors there"),
+    "a checkpoint without a name": (
+        lambda lm, words: learn(lm, words, Pairs([PAIR]), checkpoint=""),
+        "folder is empty",
+    ),
+    "digits of another alphabet": (lambda lm, words: parse_setting("s=\u0663"), "must be a number"),
+    "Python's spelling": (lambda lm, words: parse_setting("s=1_0"), "must be a number; got '1_0'"),
     "a device that is none": (lambda lm, words: load("prefworld", device="gpuu"), "Cannot use device='gpuu': "),
     "a device that is a number": (lambda lm, words: load("prefworld", device=3.5), "Cannot use device=3.5"),
     "a seed that is none": (lambda lm, words: learn(lm, words, Pairs([PAIR]), seed=2**64), r"from 0 to 2\*\*63 - 1"),

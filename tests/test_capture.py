@@ -14,7 +14,7 @@ import pico
 from trimtab import capture as module
 from trimtab.adapter import Adapter
 from trimtab.capture import Evidence, Format, capture, expand_positions
-from trimtab.errors import AdapterError, OptionError, PairsError, RenderError, UnknownName
+from trimtab.errors import AdapterError, OptionError, PairsError, UnknownName
 from trimtab.methods.palrs import palrs_layer
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -279,7 +279,7 @@ def test_templateless_tokenizer_has_no_closing_tokens_to_read() -> None:
     r = Renderer(pico.tokenizer(chat=False))
     with pytest.raises(OptionError, match="Use position 'last'"):
         expand_positions(r, ["response_end"], "question_response")
-    with pytest.raises(RenderError, match="needs a chat template"):
+    with pytest.raises(OptionError, match="tokens are those of a chat template, and this tokenizer has none"):
         expand_positions(r, ["post_instruction"], "response_as_user")
 
 

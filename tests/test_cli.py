@@ -236,7 +236,8 @@ def test_options_of_learn_reach_the_function(
 def test_a_knob_is_named_after_its_file_unless_told_otherwise(run: Run, model: Path, files: Path) -> None:
     for words, name in (
         (["--out", "polite.knob.safetensors"], "polite"),
-        (["--out", "a=b.safetensors"], "knob"),  # no name for a setting such as a=b=1
+        (["--out", "a=b c.safetensors"], "a-b-c"),  # no name for a setting such as a=b c=1
+        (["--out", "\u200b.safetensors"], "knob"),
         (["--out", "x.safetensors", "--name", "kind", "--licence", "CC0-1.0"], "kind"),
     ):
         assert run("learn", model, "pairs.jsonl", *words).status == 0
@@ -446,8 +447,8 @@ def test_a_knob_of_another_model_is_refused(run: Run, model: Path, plain_model: 
 # Chat
 
 
-def chat(run: Run, model: Path, lines: Sequence[str], *words: object) -> Output:
-    return run("chat", model, "--max-new-tokens", 5, *words, stdin="\n".join(lines))
+def chat(run: Run, model: Path, lines: Sequence[str], *words: object, tokens: int = 5) -> Output:
+    return run("chat", model, "--max-new-tokens", tokens, *words, stdin="\n".join(lines))
 
 
 def test_a_chat_reads_the_whole_conversation_again_under_the_new_setting(
@@ -498,14 +499,16 @@ def test_a_chat_shows_its_knobs_and_commands_and_survives_mistakes(run: Run, mod
 
 
 def test_an_answer_keeps_to_the_window_of_the_model(run: Run, model: Path, files: Path) -> None:
-    out = chat(run, model, ["x" * 230, "y" * 300, "/reset", "Hi"], "--json", "--max-new-tokens", 40)
+    out = chat(run, model, ["x" * 230, "y" * 300, "/reset", "Hi"], "--json", tokens=40)
     long, short = out.records  # the window has 256 tokens
     assert len(long["prompt"]) == len(short["prompt"]) == 1
     assert "window of 256 tokens is nearly full" in out.err
     assert re.search(r"has \d+ tokens, and this model reads at most 256", out.err)
 
 
-def interrupted(*_: object, on_text: Callable[[str], None], **__: object) -> NoReturn:
+def interrupted(*args: Any, on_text: Callable[[str], None] | None = None, **options: Any) -> Any:
+    if on_text is None:  # the rehearsal before the first message
+        return generate(*args, **options)
     on_text("Hel")
     raise KeyboardInterrupt
 
@@ -518,7 +521,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
 
     def once(*args: Any, **options: Any) -> Any:
         calls.append(args[2][0])
-        return interrupted(**options) if len(calls) == 1 else generate(*args, **options)
+        return interrupted(*args, **options) if len(calls) == 2 else generate(*args, **options)
 
     monkeypatch.setattr(module, "generate", once)
     monkeypatch.setattr(sys, "stdin", FakeTerminal("Hello\nAgain\n"))
@@ -526,7 +529,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
     out, err = capsys.readouterr()
     assert out.startswith("Hel\n")
     assert "(stopped)" in err
-    assert [message.content for message in calls[1]] == ["Hello", "Hel", "Again"]
+    assert [message.content for message in calls[2]] == ["Hello", "Hel", "Again"]
 
 
 def test_ctrl_c_in_a_piped_chat_ends_it(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,6 +617,19 @@ MISTAKES = [
     ("learn MODEL pairs.jsonl --out x --layers 7", "There is no layer 7"),
     ("learn MODEL pairs.jsonl --out x --layers 0-999999999999", "no model has so many layers; got '0-999999999999'"),
     ("learn MODEL pairs.jsonl --out x --seed 99999999999999999999", "The seed is a whole number from 0 to 2**63 - 1"),
+    ("learn MODEL pairs.jsonl --out x --layers 1 --first 0.5", "--layers names the candidates; leave --first and"),
+    ("learn MODEL pairs.jsonl --out x --out y", "--out is given 2 times, and takes one value. Give it once."),
+    ("generate MODEL Hi --knob KNOB --set math=1 --set=math=0", "--set is given 2 times"),
+    ("generate MODEL --input /dev/null", "'/dev/null' is a pipe or a device and no regular file"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --grader foo", "Unknown grader 'foo'."),
+    (
+        "tune MODEL --knob KNOB --pairs held_out.jsonl --out x --max-new-tokens 0",
+        "--max-new-tokens is 1 or more; got 0.",
+    ),
+    ("chat MODEL --max-new-tokens 0", "--max-new-tokens is a whole number, 1 or more; got 0."),
+    ("chat MODEL --knob KNOB --strength 1e300", "is too large for"),
+    ("chat MODEL --knob KNOB --where thinking", "Pass --thinking OPENING CLOSING, or another where."),
+    ("demo --out ", "--out is empty; pass the name of a folder."),
     ("learn MODEL pairs.jsonl --out x --duplicates some", "duplicates must be 'error', 'drop' or 'keep'"),
     ("learn MODEL none.jsonl --out x", "There is no file 'none.jsonl'"),
     ("learn MODEL . --out x", "'.' is a folder; expected a JSON or JSONL file"),
@@ -638,7 +654,7 @@ MISTAKES = [
     ("learn MODEL pairs.jsonl --out x --dtype int3", "Unknown dtype 'int3'. Known: auto"),
     ("tune MODEL --knob none --pairs held_out.jsonl --out x", "There is no file 'none'; expected a knob file."),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains 1,b", "expected numbers as in 0.2,0.5"),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains -1,2", "expected one argument"),
+    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains -1,2", "Gains must be positive numbers"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --gains=-1,2", "Gains must be positive numbers"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact", "Unknown grader 'exact'. "),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task bad.jsonl", "bad.jsonl: Line 2 is not JSON"),
@@ -728,9 +744,9 @@ def test_a_mistake_is_one_line_on_stderr(run: Run, model: Path, files: Path, lin
         ("{x} is a set", "A prompt that starts with { is written"),
         ('{"text": "a"}', "stdin, line 2 has no prompt; it has text."),
         ("{}", "stdin, line 2 has no prompt; it has no fields."),
-        ('{"prompt": 3}', "stdin, line 2: a prompt is text or a list of messages; got 3."),
+        ('{"prompt": 3}', "stdin, line 2 is a number; it must be text or a list of messages."),
         ('{"prompt": []}', "stdin, line 2: a prompt is text or a list of messages; got []."),
-        ('{"prompt": [{"role": "user"}]}', "stdin, line 2: a message has a role and a content"),
+        ('{"prompt": [{"role": "user"}]}', "stdin, line 2: a message is {"),
         ('{"prompt": "a\\ud800"}', "stdin, line 2 is not Unicode text"),
         ('{"prompt": "a", "knobs": 1}', 'stdin, line 2, knobs: a setting is written {"math": 0.8} or "math=0.8"'),
         ('{"prompt": "a", "knobs": {"math": "x"}}', "stdin, line 2, knobs: The strength of 'math' must be a number"),
@@ -751,6 +767,32 @@ def test_a_bad_line_of_prompts_is_named_before_anything_is_answered(
     assert (out.status, out.out) == (2, "")
     assert message in out.err
     assert len(out.err.splitlines()) == 1
+
+
+def test_numbers_below_zero_are_values_and_no_options(run: Run, model: Path, files: Path) -> None:
+    words = ["generate", model, "Hi", "--knob", KNOB, "--max-new-tokens", 1, "--json", "--strength"]
+    assert run(*words, "-1e-3").records[0]["knobs"] == {"math": -0.001}
+    out = run(
+        "tune", model, "--knob", KNOB, "--pairs", "held_out.jsonl", "--out", "x", "--strengths", "-1,1", "--gains", 0.1
+    )
+    assert out.status == 0, out.err
+    assert [row["strength"] for row in (Knob.load("x").tuning or {})["dose_response"]] == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stderr", "stderr on a full disk"])
+def test_work_goes_on_without_the_streams_it_can_do_without(closed: str, model: Path, files: Path) -> None:
+    if closed == "stdin":
+        command, more = f"generate {model} --json", "<&-"
+    else:  # learning from one pair is warned of
+        Path("one.jsonl").write_text(Path("pairs.jsonl").read_text().splitlines()[0])
+        command, more = f"learn {model} one.jsonl --out x", "2>&-" if closed == "stderr" else "2>/dev/full"
+    program = f"{sys.executable} -c 'import sys; from trimtab.cli import main; sys.exit(main(sys.argv[1:]))'"
+    done = subprocess.run(f"{program} {command} {more}", shell=True, capture_output=True, text=True, check=False)
+    if closed == "stdin":
+        assert (done.returncode, "There is no prompt" in done.stderr) == (2, True)
+    else:
+        assert done.returncode == 0
+        Knob.load("x")
 
 
 def test_markers_of_thoughts_are_given_by_their_option(run: Run, model: Path, files: Path) -> None:

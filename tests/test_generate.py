@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from pico import END, SPECIAL, knob, model, tokenizer
 from trimtab.artifact import Knob, Rack
 from trimtab.artifact.identity import model_identity
 from trimtab.errors import KnobError, OptionError, RenderError, TrimtabWarning, UnknownName
-from trimtab.generate import generate
+from trimtab.generate import generate, read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import steer
 from trimtab.types import THOUGHTS, WHERE, Message, Where
@@ -111,6 +112,31 @@ def test_thoughts_and_answer_can_be_steered_apart() -> None:
     assert said("thinking", opened) == said("completion", opened) != said("answer", opened)
     closed = [Message("user", "Hi <think>hm</think>")]
     assert said("answer", closed) == said("completion", closed) != said("thinking", closed)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2 has an embedding per position, and none beyond
+def test_answers_end_with_the_context_whoever_shares_the_batch(name: str) -> None:
+    lm, words = model(name, seed=1, max_position_embeddings=32), tokenizer()
+    prompts = ["a" * 15, "b" * 15, "c" * 12, "d"]
+    with pytest.warns(TrimtabWarning, match="context holds 32 tokens, and prompt 1 has .* may be shorter than max_new"):
+        together = generate(lm, words, prompts, max_new_tokens=12)
+    alone = []
+    for prompt in prompts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrimtabWarning)
+            alone += generate(lm, words, [prompt], max_new_tokens=12)
+    assert [a.text for a in together] == [a.text for a in alone]
+    rendered = [len(Renderer(words).prompt_ids(read_prompt(prompt))) for prompt in prompts]
+    assert [a.tokens for a in together] == [min(12, 32 - n) for n in rendered]
+
+
+def test_probabilities_that_are_not_finite_are_a_mistake_to_mend() -> None:
+    lm = model()
+    torch.nn.init.constant_(cast(torch.nn.Linear, lm.lm_head).weight, float("nan"))
+    with pytest.raises(OptionError, match="probabilities are not finite numbers"):
+        generate(lm, tokenizer(), ["Hi"], temperature=1.0)
+    with pytest.raises(OptionError, match=r"0 \(greedy\), or 1e-06 or more; got 1e-39"):
+        generate(model(), tokenizer(), ["Hi"], temperature=1e-39)
 
 
 def test_thinking_markers_of_a_tokenizer_are_found_or_asked_for() -> None:

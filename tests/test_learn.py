@@ -20,7 +20,7 @@ from trimtab import learn as exported
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import Evidence
-from trimtab.errors import KnobError, OptionError, PairsError, TrimtabWarning, UnknownName
+from trimtab.errors import AdapterError, KnobError, OptionError, PairsError, TrimtabWarning, UnknownName
 from trimtab.learn import layers_between, learn
 from trimtab.ops import alpha_from_palrs, cosine, describe_site
 from trimtab.pairs import Pairs
@@ -386,6 +386,18 @@ def test_a_regression_on_lengths_that_never_vary_says_that_it_changed_nothing(
     assert [str(w.message) for w in caught] == knob.diagnostics["warnings"]
     assert any("length_match='regress' changed nothing" in note for note in knob.diagnostics["warnings"])
     assert any("may steer length" in note for note in knob.diagnostics["warnings"])
+
+
+def test_a_steered_model_is_not_learned_from(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    turned = learn(model, tokenizer, pairs(), site=SLOT)
+    with (
+        steer(model, {turned: 1.0}),
+        pytest.raises(AdapterError, match="is being steered, and learning would see it so"),
+    ):
+        learn(model, tokenizer, pairs(), site=SLOT)
+    with steer(model, {turned: 0.0}):
+        again = learn(model, tokenizer, pairs(), site=SLOT)
+    assert torch.equal(again.vectors[again.site], turned.vectors[turned.site])
 
 
 def test_massive_activations_are_a_warning_in_wide_models_only(

@@ -513,6 +513,18 @@ def test_thoughts_are_steered_from_their_opening_to_their_closing_marker(side: S
 
 
 @torch.no_grad()
+def test_a_context_that_has_ended_takes_no_knobs() -> None:
+    lm, inputs, turned = model(), pad(prompts([4])), knob(1)
+    with steer(lm, {turned: 1.0}) as steering:
+        pass
+    before, base = hooks(lm), lm(**inputs).logits
+    with pytest.raises(OptionError, match=r"This steer\(\) has ended"):
+        steering.set({turned: 5.0})
+    assert hooks(lm) == before
+    assert torch.equal(lm(**inputs).logits, base)
+
+
+@torch.no_grad()
 def test_a_prompt_longer_than_its_row_is_refused_unless_the_rest_may_follow() -> None:
     lm, inputs, turned = model(), pad(prompts([6, 4])), knob(1, where="completion")
     with steer(lm, {turned: 1.0}, prompt_lengths=[6, 5]):
@@ -521,6 +533,10 @@ def test_a_prompt_longer_than_its_row_is_refused_unless_the_rest_may_follow() ->
         with pytest.raises(OptionError, match=r"Row 2 has 4 tokens"):
             lm(**{name: value.repeat_interleave(2, 0) for name, value in inputs.items()}, use_cache=False)
         lm(**inputs, use_cache=True)
+        with pytest.raises(OptionError, match=r"Row 1 has 4 tokens"):
+            greedy(lm, inputs)
+    with steer(lm, {turned: 1.0}, prompt_lengths=[6, 3]):  # the rest of row 1 is an answer that was begun
+        greedy(lm, inputs)
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def capture(
     if not len(pairs):
         raise PairsError("There are no pairs to read.")
     adapter, renderer = Adapter(model), Renderer(tokenizer)
+    adapter.check_plain("learning")
     wanted = sorted({adapter.layer(i) for i in (range(adapter.n_layers) if layers is None else layers)})
     if not wanted:
         raise OptionError("There are no layers to read; pass at least one, or None for all.")
@@ -87,6 +88,8 @@ def capture(
         raise OptionError(f"The token budget must be at least 1; got {token_budget}.")
     names = expand_positions(renderer, positions, format)
     texts = _texts(renderer, pairs, names, format)
+    for text in texts:
+        adapter.check_ids(text.ids)
     _check_context(adapter.context_length, texts)
     store = torch.zeros(2, len(pairs), len(wanted), len(names), adapter.hidden_size)
     norms = {layer: Moments() for layer in wanted}
@@ -154,6 +157,11 @@ def expand_positions(renderer: Renderer, positions: Sequence[str], format: Forma
 
 
 def _token_count(renderer: Renderer, group: str, format: Format) -> int:
+    if not renderer.has_template:
+        raise OptionError(
+            f"{group} tokens are those of a chat template, and this tokenizer has none. Use position 'last' or "
+            "'response_mean' with format='question_response'."
+        )
     if group == "post_instruction":
         if format != "response_as_user":
             raise OptionError(

@@ -51,6 +51,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path | None, job: Callable[[], Mapping[str, Any]]) -> None:
+        if folder == "":
+            raise OptionError("The name of the checkpoint's folder is empty.")
         self._folder = None if folder is None else Path(folder)
         self._job = "" if self._folder is None else _open(self._folder, json.loads(json.dumps(job())))
 

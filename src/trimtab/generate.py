@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, Rack
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.render import Renderer
 from trimtab.runtime import Dose, steer
 from trimtab.types import (
@@ -84,6 +86,8 @@ def generate(
     The same `seed` gives the same answers for the same prompts in the same batches; the process's own random state is
     left as it was. `on_text` gets the answer to a single prompt piece by piece; an error it raises ends the generation.
 
+    Answers end with the model's context, with a `TrimtabWarning`.
+
     Raises `OptionError` for options out of range and for prompts that leave no room in the model's context,
     `UnknownName` for names that are not on the rack, and `KnobError` for a knob from another architecture or chat
     template, which `strict=False` turns into a warning; None compares nothing (who has called `Knob.check` already).
@@ -99,32 +103,50 @@ def generate(
     conversations = [read_prompt(prompt) for prompt in prompts]
     ids = [renderer.prompt_ids(messages) for messages in conversations]
     settings, doses = _per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
-    _check_context(adapter, ids)
+    _check_context(adapter, ids, max_new_tokens)
+    for row in ids:
+        adapter.check_ids(row)
     if strict is not None:
         for knob in {knob for dose in doses for knob in dose}:
             knob.check(model, tokenizer, strict=strict, hashes=False)
     markers = _markers(renderer, doses, thinking)
     ends, device = _end_ids(model, tokenizer), adapter.input_device
-    view = _view(model, _decoding(max_new_tokens, temperature, top_p, ends, renderer.pad_id))
     stream = None if on_text is None else _Stream(renderer, ends, on_text)
     results: dict[int, Generation] = {}
-    longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, len(ids), batch_size):
-            chunk = longest_first[start : start + batch_size]
+        for chunk, tokens in _chunks(ids, batch_size, max_new_tokens, adapter.context_length):
+            view = _view(model, _decoding(tokens, temperature, top_p, ends, renderer.pad_id))
             batch = renderer.pad([ids[i] for i in chunk], side="left")
             lengths = [len(ids[i]) for i in chunk]
             with steer(adapter, [doses[i] for i in chunk], prompt_lengths=lengths, thinking=markers):
                 run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
                 inputs, mask = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask))
-                out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
+                try:
+                    out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
+                except RuntimeError as error:  # torch's words for logits that are NaN or infinite
+                    if "probability tensor" not in str(error):
+                        raise
+                    raise OptionError(
+                        "The model's probabilities are not finite numbers, so no token can be sampled: a strength or "
+                        "1 / temperature is too large for it."
+                    ) from None
             new = out[:, batch.input_ids.shape[1] :].tolist()
             for i, answer in zip(chunk, new, strict=True):
                 length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
                 text, finished = renderer.decode(answer[:length]), length < len(answer)
                 results[i] = Generation(conversations[i], text, _names(settings[i]), length, finished)
     return [results[i] for i in range(len(ids))]
+
+
+COLDEST = 1e-6
+
+
+def _number(value: object, name: str) -> float:
+    """Return a number that is one, and not text that could be read as one."""
+    if isinstance(value, str):
+        raise OptionError(f"The {name} must be a number; got {value!r}.")
+    return check_strength(cast(float, value), name)
 
 
 def _check_options(
@@ -134,9 +156,11 @@ def _check_options(
         if not isinstance(number, int) or number < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"{name} is a whole number, 1 or more; got {number!r}.")
     check_seed(seed)
-    if check_strength(temperature, "temperature") < 0:
+    if _number(temperature, "temperature") < 0:
         raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
-    if not 0 < check_strength(top_p, "top_p") <= 1:
+    if 0 < temperature < COLDEST:  # logits divided by it would not be finite
+        raise OptionError(f"The temperature is 0 (greedy), or {COLDEST:g} or more; got {temperature}.")
+    if not 0 < _number(top_p, "top_p") <= 1:
         raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
     if where is not None:
         check_where(where)
@@ -153,13 +177,37 @@ def _markers(renderer: Renderer, doses: Sequence[Dose], texts: tuple[str, str] |
     return found if scoped is not None else None
 
 
-def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]]) -> None:
-    """Refuse a prompt after which the model cannot say a single token."""
+def _chunks(
+    ids: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int, limit: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Yield the numbers of the prompts that share a batch, longest first, and how many new tokens these may have.
+
+    Where an answer has to end with the model's context, a batch is of one length: no prompt's answer depends on others.
+    """
+
+    def room(i: int) -> int:
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids[i]))
+
+    for tokens, alike in groupby(sorted(range(len(ids)), key=lambda i: -len(ids[i])), room):
+        order = list(alike)
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size], tokens
+
+
+def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse a prompt after which the model cannot say a single token, and warn of answers that will be cut."""
     limit, longest = adapter.context_length, max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
     if limit is not None and longest is not None and len(ids[longest]) >= limit:
         raise OptionError(
             f"Prompt {longest + 1} is {len(ids[longest])} tokens long when rendered; this model's context holds "
             f"{limit}, the answer included. Shorten it."
+        )
+    if limit is not None and longest is not None and len(ids[longest]) + max_new_tokens > limit:
+        warnings.warn(
+            f"This model's context holds {limit} tokens, and prompt {longest + 1} has {len(ids[longest])} of them: its "
+            f"answer ends there, and may be shorter than max_new_tokens={max_new_tokens}.",
+            TrimtabWarning,
+            stacklevel=3,
         )
 
 
@@ -197,6 +245,8 @@ def _doses(
         for key, strength in setting.items():
             if isinstance(key, Knob):
                 found = {key: check_strength(strength, f"strength of {key.name!r}")}
+            elif not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptionError(f"Knobs are set by their names, or themselves; got {brief(key)}.")
             elif rack is not None:
                 found = rack.resolve({key: strength})
             else:
@@ -218,7 +268,11 @@ def _per_prompt(knobs: AnySetting | Sequence[AnySetting] | None, count: int) -> 
         raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {knobs!r}.')
     if len(knobs) != count:
         raise OptionError(f"Got {len(knobs)} knob settings for {count} prompts; pass one per prompt, or one for all.")
-    return [parse_setting(one) if isinstance(one, str) else one for one in knobs]
+    settings = [parse_setting(one) if isinstance(one, str) else one for one in knobs]
+    for one in settings:
+        if not isinstance(one, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {brief(one)}.')
+    return settings
 
 
 def _names(setting: Setting | Dose) -> dict[str, float]:

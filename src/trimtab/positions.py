@@ -236,7 +236,9 @@ class Follower:
             real = call.real_tokens(past)
             lengths = torch.full_like(pads, call.tokens) if real is None else real.sum(1)
             return _Prompt(lengths, pads, call.tokens, given=False)
-        if not past and not call.caching:
+        around = generating()
+        whole = around is not None and not around.pieces  # guesses of assisted decoding come on top
+        if not past and (whole or not call.caching):
             self._refuse_short_rows(call)
         mask, end = call.attention_mask, max(self._lengths)
         if past and mask is not None and mask.dim() != 2:
@@ -251,7 +253,7 @@ class Follower:
         return _Prompt(lengths, pads, end, given=True)
 
     def _refuse_short_rows(self, call: CallInfo) -> None:
-        """Refuse rows that end before their prompt does, in a call that has no successor."""
+        """Refuse rows that end before their prompt does, in a call that brings all of it."""
         assert self._lengths is not None
         real = call.real_tokens(0)
         counts = [call.tokens] * call.batch if real is None else real.sum(1).tolist()

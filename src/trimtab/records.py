@@ -43,7 +43,7 @@ def read_pair(record: object, place: str) -> Pair:
         raise PairsError(f"{place}: chosen and rejected must share every turn before the answer; theirs differ.")
     prompt = chosen_context
     if fields.get("prompt") is not None:
-        prompt = _messages(fields["prompt"], f"{place}, prompt")
+        prompt = read_messages(fields["prompt"], f"{place}, prompt")
         if chosen_context and chosen_context != prompt:
             raise PairsError(
                 f"{place}: the turns before the answer are not those of the prompt. Leave out the prompt, or those "
@@ -91,14 +91,15 @@ class _Answer(NamedTuple):
 def _answer(value: object, place: str) -> _Answer:
     if isinstance(value, str):
         return _Answer(value, ())
-    turns = _messages(value, place)
+    turns = read_messages(value, place)
     if not turns or turns[-1].role != "assistant":
         last = f"it is of role {brief(turns[-1].role)}" if turns else "the list is empty"
         raise PairsError(f"{place}: the last message must be the assistant's; {last}.")
     return _Answer(turns[-1].content, turns[:-1])
 
 
-def _messages(value: object, place: str) -> tuple[Message, ...]:
+def read_messages(value: object, place: str) -> tuple[Message, ...]:
+    """Return the messages of a prompt, text or a list; `place` names it in the `PairsError` for anything else."""
     if isinstance(value, str):
         return (Message("user", value),)
     if not isinstance(value, list | tuple):

@@ -79,6 +79,7 @@ class Steering:
         self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
         self._masks: Masks = {}
         self._call = 0, 0  # rows and tokens
+        self._ended = False
         self._unmasked = False  # every token of this call takes the addends of "all" and "completion", whole
 
     def set(self, settings: Dose | Sequence[Dose]) -> None:
@@ -88,9 +89,11 @@ class Steering:
         first, then additions. Raises `OptionError` for strengths that are not finite numbers, and `KnobError` for a
         knob of another width.
         """
+        if self._ended:
+            raise OptionError("This steer() has ended, and nothing would take its knobs off again. Enter another.")
         self.clear()
         if not isinstance(settings, Mapping | Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {settings!r}.")
+            raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {brief(settings)}.")
         uniform = isinstance(settings, Mapping)
         rows = [_check_dose(row) for row in ([settings] if isinstance(settings, Mapping) else settings)]
         if not rows:
@@ -105,6 +108,8 @@ class Steering:
         follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache, self._level, self._active)
         if self._tables or self._check_cache:  # at strength 0 no block is touched, but a steered cache is a mistake
             functions = {layer: partial(self._apply, layer) for layer in self._tables}
+            if functions:
+                self._hooks.enter_context(self._adapter.steered())
             self._hooks.enter_context(self._adapter.write(functions, partial(self._before, follower), follower.keep))
 
     def clear(self) -> None:
@@ -123,13 +128,14 @@ class Steering:
                 raise AdapterError(
                     f"This {type(self._adapter.model).__name__} is being steered in another thread, and knobs act on "
                     "the whole model: each would act on the other's text too. Take turns, steer one batch with a "
-                    "setting per row, or use a copy of the model."
+                    "setting per row, or use a copy of the model that was made outside of steer()."
                 )
             self._level, self._active = max(active, default=-1) + 1, active
             active[self._level] = self._thread
         try:
             yield
         finally:
+            self._ended = True
             self.clear()
             with _COUNTING:
                 del active[self._level]
@@ -252,6 +258,8 @@ def _are_ids(ids: object) -> bool:
 
 
 def _check_dose(dose: Dose) -> dict[Knob, float]:
+    if not isinstance(dose, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {brief(dose)} for a row.")
     for knob in dose:
         if not isinstance(knob, Knob):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"steer() takes knobs, not {knob!r}. Resolve names with Rack.resolve(setting).")

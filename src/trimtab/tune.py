@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
@@ -89,6 +90,8 @@ def tune(
     strengths. Kept answers are graded again; `seconds` are those of the last call. The folder is left in place; see
     `trimtab.checkpoint`.
     """
+    _check_kinds(knob, pairs, [*([] if task is None else [task]), *guardrails])
+    Adapter(model).check_plain("tuning")
     knob = _reproducible(knob, agreement)
     wheres = _wheres(knob, where, tokenizer)
     seen = _seen(knob, pairs)
@@ -154,6 +157,16 @@ def tune(
     return chosen.with_(tuning=tuning)
 
 
+def _check_kinds(knob: Knob, pairs: Pairs, tasks: Sequence[Task]) -> None:
+    """Raise `OptionError` for what is no knob, no pairs or no task, as when arguments change places."""
+    for value, kind, wanted in ((knob, Knob, "a Knob"), (pairs, Pairs, "Pairs"), *((t, Task, "a Task") for t in tasks)):
+        if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(
+                f"tune(knob, model, tokenizer, pairs, task=..., guardrails=[...]) wants {wanted} where it got "
+                f"{type(value).__name__}."
+            )
+
+
 def _seen(knob: Knob, pairs: Pairs) -> str:
     """Say what of the pairs learning has seen; empty where it has seen nothing, or the knob does not know."""
     if knob.provenance.get("pairs_hash") == pairs.hash():
@@ -180,7 +193,7 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
     if not kept:
         raise TuneError(
             f"The pairs of {knob.name!r} do not agree on a direction: at none of {len(knob.vectors)} sites do two "
-            f"halves of them have a cosine of {agreement:g} (at best {max(halves.values()):.2g}). Look at the labels, "
+            f"halves of them have a cosine of {agreement:g} (at best {max(halves.values()):.4g}). Look at the labels, "
             "or add pairs."
         )
     site = knob.site if knob.site in kept else next(iter(kept))

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,16 @@ class Adapter:
         window = getattr(config, "max_position_embeddings", None)
         self.context_length = window if isinstance(window, int) and window > 0 else None
 
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise `AdapterError` for ids that the model has no embedding for, as the tokenizer of another makes them."""
+        get_embeddings = getattr(self.model, "get_input_embeddings", None)
+        rows = getattr(get_embeddings() if callable(get_embeddings) else None, "num_embeddings", None)
+        if isinstance(rows, int) and ids and max(ids) >= rows:
+            raise AdapterError(
+                f"Token id {max(ids)} is beyond the {rows} embeddings of this {type(self.model).__name__}: its tokens "
+                "come from the tokenizer of another model."
+            )
+
     @property
     def n_layers(self) -> int:
         """Number of decoder blocks."""
@@ -100,6 +111,23 @@ class Adapter:
                 f"0 to {self.n_layers - 1} (or -{self.n_layers} to -1)."
             )
         return index % self.n_layers
+
+    @contextmanager
+    def steered(self) -> Generator[None]:
+        """Mark the model as steered, for `check_plain`."""
+        block = self.blocks[0]
+        _STEERED[block] = _STEERED.get(block, 0) + 1
+        try:
+            yield
+        finally:
+            _STEERED[block] = _STEERED.get(block, 1) - 1  # the entry of a block that is being collected may be gone
+
+    def check_plain(self, what: str) -> None:
+        """Raise `AdapterError` while the model is steered, for work that has to see it as it is."""
+        if _STEERED.get(self.blocks[0]):
+            raise AdapterError(
+                f"This {type(self.model).__name__} is being steered, and {what} would see it so. Leave steer() first."
+            )
 
     @contextmanager
     def read(self, layers: Iterable[int]) -> Generator[Reading]:
@@ -162,6 +190,10 @@ class Adapter:
             pass
         finally:
             handle.remove()
+
+
+_STEERED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many contexts of `steered` a model is in, by its first block, which wrappers share."""
 
 
 # The hooks

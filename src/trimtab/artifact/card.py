@@ -41,8 +41,16 @@ def describe_safe_range(knob: Knob) -> str:
     if knob.safe_range is None:
         return "not tuned"
     low, high = knob.safe_range
-    unguarded = not (knob.tuning or {}).get("guardrails")
-    return f"{low:g} to {high:g}" + (" (no guardrail)" if unguarded else "")
+    tuning = knob.tuning or {}
+    doubts = [] if tuning.get("guardrails") else ["no guardrail"]
+    if _broken(tuning.get("base"), "broken") + _broken(tuning.get("options"), "broken_budget") >= 1:
+        doubts.append("the bare model's answers are broken already, which hides what a dose breaks")
+    return f"{low:g} to {high:g}" + (f" ({'; '.join(doubts)})" if doubts else "")
+
+
+def _broken(part: object, name: str) -> float:
+    share = cast(Mapping[str, object], part).get(name) if isinstance(part, Mapping) else None
+    return share if isinstance(share, float) else 0.0
 
 
 def _dose(knob: Knob) -> str:

@@ -34,7 +34,7 @@ _FOREIGN = {
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "compressed with gzip",
     b"\x93NUMPY": "a NumPy array",
-    b"{": "JSON text; a panel is read by load_panel",
+    b"{": "JSON text, as a panel is, which names knobs and is none",
 }
 """What other files begin with."""
 

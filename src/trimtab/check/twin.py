@@ -105,8 +105,11 @@ def twin(
     return model
 
 
-def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int, tower: int) -> dict[str, Any]:
-    """Return the settings of a small configuration; `changes` go to its text part."""
+def _shrink(
+    settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int, tower: int, images: bool = False
+) -> dict[str, Any]:
+    """Return the settings of a small configuration; `changes` go to its text part, `images`: it has some."""
+    images = images or any(isinstance(settings.get(name), Mapping) for name in _TOWERS)
     depth = next((settings[name] for name in _COUNTS if isinstance(settings.get(name), int)), 0)
     heads = next((settings[name] for name in _HEADS if isinstance(settings.get(name), int)), 0)
     kinds = next((settings[name] for name in _KINDS if isinstance(settings.get(name), list)), None)
@@ -116,11 +119,11 @@ def _shrink(settings: Mapping[str, Any], changes: Mapping[str, Any], layers: int
         if name in _LEFT_OUT:
             continue
         if name in _TEXT and isinstance(value, Mapping):
-            value = _shrink(cast(Mapping[str, Any], value), changes, layers, tower)
+            value = _shrink(cast(Mapping[str, Any], value), changes, layers, tower, images)
         elif name in _TOWERS and isinstance(value, Mapping):
             value = _shrink(cast(Mapping[str, Any], value), {}, tower, tower)
         elif "rope" in name and isinstance(value, Mapping):
-            value = _plain_rope(cast(Mapping[str, Any], value))
+            value = _plain_rope(cast(Mapping[str, Any], value), images)
         elif isinstance(value, list) and kept and len(cast(list[Any], value)) in (depth, len(kinds or ())) and value:
             value = [cast(list[Any], value)[i] for i in kept]  # one entry per layer
         elif isinstance(value, Mapping) and name.startswith("per_layer"):
@@ -157,7 +160,9 @@ def _small_number(name: str, value: int, heads: int, layers: int) -> int:
         return VOCABULARY
     if name.endswith(("token_id", "token_index")):
         return min(value, VOCABULARY - 1)
-    return min(value, SMALL[name]) if name in SMALL else value
+    if name.startswith("num_experts_per_tok") and value == 1:  # some route to one expert and no other number
+        return value
+    return SMALL[name] if value and name in SMALL else value
 
 
 def _kept_layers(kinds: Sequence[object], layers: int) -> list[int]:
@@ -167,16 +172,17 @@ def _kept_layers(kinds: Sequence[object], layers: int) -> list[int]:
     return sorted([*firsts, *spare[: layers - len(firsts)]])
 
 
-def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_rope(rope: Mapping[str, Any], images: bool) -> dict[str, Any]:
     """Keep the base and the share of rotary embeddings, for each kind of layer where there are several."""
     if any(isinstance(value, Mapping) for value in rope.values()):
         return {
-            name: _plain_rope(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value
+            name: _plain_rope(cast(Mapping[str, Any], value), images) if isinstance(value, Mapping) else value
             for name, value in rope.items()
         }
     kept = {name: rope[name] for name in _ROPE if rope.get(name) is not None}
-    # time, height and width share half of a head's 8 channels, in the models that have images
-    return {"rope_theta": 10000.0, **kept, "mrope_section": [2, 1, 1], "rope_type": "default"}
+    if images or "mrope_section" in rope:  # time, height and width share half of a head's 8 channels
+        kept["mrope_section"] = [2, 1, 1]
+    return {"rope_theta": 10000.0, **kept, "rope_type": "default"}
 
 
 def _fill_biases(model: nn.Module) -> None:

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from trimtab.cli import chat, check, demo, generate, inspect, learn, tune
 from trimtab.cli.options import Parser
-from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, plain_warnings
+from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
 
 VERBS: dict[str, ModuleType] = {
@@ -32,6 +33,7 @@ MENDABLE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0, 1 for a check that is not ok, 2 for a mistake to mend, 130."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     try:
         with plain_warnings():
             try:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrimtabError as error:
         return _fail(str(error))
     except KeyboardInterrupt as stop:
-        print("\ntrimtab: " + "; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+        say("\ntrimtab: " + "; ".join(["interrupted", *map(str, stop.args)]))
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left
         _give_stdout_up()
@@ -55,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"Cannot write to stdout: {error.strerror}.")
         return _fail(f"{error.strerror}: {str(error.filename)!r}.")
     return status
+
+
+def _open_closed_streams() -> None:
+    """Put nothing in the place of a stream that was closed before we began, as cron does: Python has None there."""
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 def _give_stdout_up() -> None:
@@ -73,6 +83,7 @@ def _run(words: list[str]) -> int:
         raise OptionError(f"Pass a verb: {', '.join(VERBS)}.")
     if verb not in VERBS:
         raise unknown_name("verb", verb, VERBS)
+    parsers[verb].refuse_repeated(rest)
     # Intermixed, so that prompts may stand behind options; argparse cannot do that below its own sub-parsers.
     args, extra = parsers[verb].parse_known_intermixed_args(rest)
     if extra:
@@ -104,7 +115,7 @@ def _refuse(parser: Parser, word: str) -> NoReturn:
 
 
 def _fail(message: str) -> int:
-    print(f"trimtab: {' '.join(as_options(message).splitlines())}", file=sys.stderr)
+    say(f"trimtab: {' '.join(as_options(message).splitlines())}")
     return MENDABLE
 
 

@@ -47,6 +47,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         check_knobs(panel.rack, loaded, strict=not args.no_strict)
         warn_outside(panel.rack, setting)
         chat = Chat(loaded, panel.rack, setting, terminal, args)
+        chat.rehearse()
         chat.show_knobs()
         if sys.stdin.isatty():
             terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
@@ -111,6 +112,22 @@ class Chat:
             "/help": Command("/help", "list the commands", self._help),
             "/quit": Command("/quit", "leave", self._quit),
         }
+
+    def rehearse(self) -> None:
+        """Answer a word with one token, unheard: what is wrong with the options shows before anybody has typed."""
+        from trimtab.generate import generate
+
+        told = [*self._opening(), Message("user", "Hi")]
+        generate(
+            *self._loaded,
+            [told],
+            rack=self._rack,
+            knobs=self._setting,
+            max_new_tokens=min(self._longest, 1),
+            seed=self._seed,
+            strict=None,
+            **self._options,
+        )
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a message; False when the user wants to leave."""

@@ -18,6 +18,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, terminal: Terminal) -> None:
     """Run the demo and print its table, or its report as JSON."""
+    if not args.out:
+        raise OptionError("--out is empty; pass the name of a folder.")
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out {args.out!r} is a file; pass a folder.")

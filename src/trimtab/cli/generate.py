@@ -17,8 +17,9 @@ from trimtab.cli import options
 from trimtab.cli.options import given, input_file, text_lines, unicode_text
 from trimtab.cli.sources import check_knobs, load_knobs, open_model, setting_from, warn_outside
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import OptionError, UnknownName
+from trimtab.errors import OptionError, PairsError, UnknownName, brief
 from trimtab.files import parse_json
+from trimtab.records import read_messages
 from trimtab.types import check_strength, parse_setting
 
 if TYPE_CHECKING:
@@ -187,16 +188,13 @@ def _record(text: str, place: str) -> Request:
 def _prompt(value: object, place: str) -> str | Turns:
     if isinstance(value, str):
         return unicode_text(value, place)
-    turns: Turns = []
-    for turn in cast(list[object], value) if isinstance(value, list) else []:
-        fields = cast(Mapping[str, object], turn) if isinstance(turn, Mapping) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise OptionError(f"{place}: a message has a role and a content, both text; got {turn!r}.")
-        turns.append({"role": role, "content": unicode_text(content, place)})
+    try:
+        turns = read_messages(value, place)
+    except PairsError as error:
+        raise OptionError(str(error)) from None
     if not turns:
-        raise OptionError(f"{place}: a prompt is text or a list of messages; got {value!r}.")
-    return turns
+        raise OptionError(f"{place}: a prompt is text or a list of messages; got {brief(value)}.")
+    return [{"role": turn.role, "content": unicode_text(turn.content, place)} for turn in turns]
 
 
 def _setting(value: object, place: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ What is not given is as the method's paper has it.
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from argparse import ArgumentParser, Namespace
@@ -52,7 +53,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the knob")
     parser.add_argument("--method", help="palrs, diffmean, pca or random, a control (default palrs)")
-    parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot)")
+    parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot, with - for spaces)")
     reading = parser.add_argument_group("what is read")
     reading.add_argument(
         "--positions",
@@ -87,6 +88,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
         raise OptionError(
             f"--name takes 1 to 100 printable characters, no space, comma or equals sign; got {args.name!r}."
         )
+    if args.layers is not None and (args.first is not None or args.last is not None):
+        raise OptionError("--layers names the candidates; leave --first and --last out.")
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
     chosen: dict[str, Any] = {"name": _name_from(out), **given(args, *LEARN)}
     with terminal.working("Preparing"):
@@ -108,7 +111,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
 
 
 def _name_from(out: Path) -> str:
-    stem = out.name.partition(".")[0]
+    stem = re.sub(r"[\s,=]+", "-", out.name.partition(".")[0])
     return stem if is_knob_name(stem) else "knob"
 
 

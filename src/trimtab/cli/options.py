@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,8 @@ class Parser(ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        # argparse takes -1,1,2 and -1e3 for options; no option of ours begins like a number
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str) -> NoReturn:
         """Raise the parser's complaint."""
@@ -45,6 +47,15 @@ class Parser(ArgumentParser):
             write(message, end="")
         else:
             file.write(message)
+
+    def refuse_repeated(self, words: Sequence[str]) -> None:
+        """Raise `OptionError` for an option that is given twice, of which all but the last would be lost."""
+        given = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+        for action in self._actions:
+            if action.nargs != 0 and type(action).__name__ != "_AppendAction":
+                found = [word for word in given if word in action.option_strings]
+                if len(found) > 1:
+                    raise OptionError(f"{found[0]} is given {len(found)} times, and takes one value. Give it once.")
 
     def long_options(self) -> list[str]:
         """Return every option that starts with two dashes."""
@@ -72,7 +83,9 @@ def add_knobs(parser: ArgumentParser) -> None:
     )
     setting = parser.add_mutually_exclusive_group()
     setting.add_argument("--strength", metavar="S", help="strength of every knob (default 1, or what the panel says)")
-    setting.add_argument("--set", metavar="SETTING", help="strengths by name, as in math=0.8,concise=-1")
+    setting.add_argument(
+        "--set", metavar="SETTING", help="strengths by name, as in math=0.8,concise=-1; knobs not named are off"
+    )
     parser.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default: as the knob says)")
     parser.add_argument(
         "--thinking",
@@ -207,6 +220,8 @@ def input_file(text: str, what: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise OptionError(f"{text!r} is a folder; expected {what}.")
+    if path.exists() and not path.is_file():
+        raise OptionError(f"{text!r} is a pipe or a device and no regular file; expected {what}.")
     if not path.is_file():
         raise OptionError(f"There is no file {text!r}; expected {what}.")
     return path

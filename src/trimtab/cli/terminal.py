@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from trimtab.errors import TrimtabWarning
@@ -34,7 +35,8 @@ def as_options(message: str) -> str:
 
     def as_option(found: re.Match[str]) -> str:
         other = f" or {found[4]}" if found[4] else ""
-        return f"--{found[1].replace('_', '-')} {found[2] or found[3]}{other}"
+        value = found[3] if found[2] is None else found[2]
+        return f"--{found[1].replace('_', '-')} {shlex.quote(value)}{other}"
 
     message = _KEYWORD.sub(as_option, message)
     return _OPTION.sub(lambda found: "--" + found[0].replace("_", "-"), message)
@@ -61,6 +63,12 @@ def flush() -> None:
             sys.stdout.flush()
 
 
+def say(text: str) -> None:
+    """Print on stderr at once; where that fails, the work it speaks of goes on without."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _named() -> Generator[None]:
     try:
@@ -80,7 +88,7 @@ def plain_warnings() -> Generator[None]:
         text = " ".join(as_options(str(message)).splitlines())
         if text not in seen:
             seen.add(text)
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            say(f"warning: {text}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", TrimtabWarning)
@@ -105,7 +113,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Print a remark on stderr."""
-        print(harmless(text), file=sys.stderr, flush=True)
+        say(harmless(text))
 
     @contextmanager
     def working(

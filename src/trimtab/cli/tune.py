@@ -16,7 +16,7 @@ from trimtab.cli.options import given, input_file, output_file
 from trimtab.cli.sources import load_pairs, load_task, open_model
 from trimtab.cli.tables import facts, tuning_text
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob
@@ -68,10 +68,16 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if out.resolve() == Path(args.knob).resolve():
         raise OptionError(f"--out {args.out!r} is the knob itself, whose other sites would be lost. Name another file.")
     file = input_file(args.knob, "a knob file")
+    if args.max_new_tokens < 1:
+        raise OptionError(f"--max-new-tokens is 1 or more; got {args.max_new_tokens}.")
     with terminal.working("Preparing"):
         from trimtab.artifact import Knob
         from trimtab.checkpoint import remove
+        from trimtab.evals.tasks import GRADERS
         from trimtab.tune import tune
+
+        if args.grader not in GRADERS:
+            raise unknown_name("grader", args.grader, GRADERS)
 
         knob = Knob.load(file)
         pairs = load_pairs(args.pairs, split="validation", duplicates=args.duplicates)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from trimtab.errors import OptionError, TrimtabWarning, TuneError
 from trimtab.evals.report import plot_tuning
 from trimtab.evals.stats import paired_bootstrap, wilson
 from trimtab.evals.tasks import Outcome, Task, run_task
+from trimtab.files import write_atomically
 from trimtab.learn import learn
 from trimtab.prefworld import world
 from trimtab.prefworld.families import GUARDRAILS
@@ -149,10 +151,18 @@ _bench: _Bench | None = None
 def _open(model: str, seed: int, size: _Sizes) -> None:
     """Make this process a worker: one thread, since two processes beat two threads on small matrices."""
     global _bench
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", TrimtabWarning)
     transformers.logging.disable_progress_bar()
     _bench = _Bench(model, seed, size)
+
+
+def _leave_with(parent: int) -> None:
+    """End this worker once the process that began it is gone, killed and so unable to say so."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _tuned(name: str, kind: str, file: str | None) -> tuple[Knob | None, float, float]:
@@ -322,8 +332,8 @@ def run(
         "tuning": {name: dict(k.tuning or {}) for name, k in knobs.items()},
         "samples": samples,
     }
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    write_atomically(folder / "report.md", markdown(report).encode())
     for name in KNOBS:
         plot_tuning(report["tuning"][name], name, folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     return report

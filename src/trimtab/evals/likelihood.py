@@ -136,6 +136,8 @@ def _forward(
             f"A prompt with its answer is {longest} tokens long when rendered; this model's context holds {limit}. "
             "Leave long pairs out."
         )
+    for text, _ in batch:
+        adapter.check_ids(text.ids)
     inputs = renderer.pad([list(text.ids) for text, _ in batch], side="right")
     # Position start - 1 predicts the answer's first token: the prompt ends there.
     lengths = [text.start for text, _ in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,7 +71,8 @@ def _check_device(device: str | None) -> None:
     if device in (None, "auto"):
         return
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("tensors there have no values.")
     except (RuntimeError, AssertionError, TypeError) as error:  # a torch without CUDA asserts that it has it
         raise OptionError(f"Cannot use device={device!r}: {str(error).splitlines()[0]}") from None
 
@@ -105,7 +107,9 @@ def _classes() -> tuple[Any, Any]:
 
 def _cannot_load(name_or_path: str | Path, error: Exception) -> OptionError:
     reason = str(error).strip().split("\n")[0]
-    return OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}")
+    near = difflib.get_close_matches(str(name_or_path), [BUNDLED], n=1)
+    hint = f" Did you mean {BUNDLED!r}, the bundled model?" if near else ""
+    return OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}{hint}")
 
 
 class _Source(NamedTuple):
