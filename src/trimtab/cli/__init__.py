@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from trimtab.cli import chat, check, demo, generate, inspect, learn, tune
 from trimtab.cli.options import Parser
-from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, plain_warnings, say
+from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
 
 VERBS: dict[str, ModuleType] = {
@@ -47,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("\ntrimtab: " + "; ".join(["interrupted", *map(str, stop.args)]))
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left
-        _give_stdout_up()
+        give_up(sys.stdout)
         return PIPE_CLOSED
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
         if error.filename == STDOUT:
-            _give_stdout_up()
+            give_up(sys.stdout)
             return _fail(f"Cannot write to stdout: {error.strerror}.")
         return _fail(f"{error.strerror}: {str(error.filename)!r}.")
+    finally:
+        say("", end="")  # what others have printed there must not fail when Python exits
     return status
 
 
@@ -65,11 +67,6 @@ def _open_closed_streams() -> None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-
-
-def _give_stdout_up() -> None:
-    """Send what is left for stdout nowhere: Python would complain once more when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
