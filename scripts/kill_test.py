@@ -68,8 +68,9 @@ def begun(log: Path) -> list[float]:
 
 
 def essence(file: KnobFile) -> tuple[object, ...]:
-    """Return a knob file without the times at which it was made."""
+    """Return a knob file without the times at which it was made, and the checksum over them."""
     header = json.loads(json.dumps(file.header))
+    header.pop("sha256")
     for part, when in (("provenance", "created"), ("tuning", "seconds")):
         (header.get(part) or {}).pop(when, None)
     return header, {name: tensor.numpy().tobytes() for name, tensor in file.tensors.items()}

@@ -315,6 +315,78 @@ def test_the_mask_of_the_whole_model_counts_where_its_decoder_is_handed_none() -
     ]
 
 
+def test_a_call_that_another_hook_ends_before_ours_leaves_the_calls_in_order() -> None:
+    calls, fails = list[CallInfo](), [KeyError("first")]
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.inner = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=WIDTH), Around()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> object:
+            try:
+                return self.inner(input_ids)
+            except KeyError:
+                return self.inner(input_ids)
+
+    def fail_once(*_: object) -> None:
+        if fails:
+            raise fails.pop()
+
+    outer = Outer()
+    outer.inner.register_forward_pre_hook(fail_once)
+    mask = torch.tensor([[0, 1]])
+    with Adapter(outer).write({}, calls.append):
+        outer(torch.tensor([[9, 9]]), mask)
+    assert [call.attention_mask is mask for call in calls] == [True]
+
+
+@torch.no_grad()
+def test_a_wrapper_may_do_more_than_one_call() -> None:
+    class Generating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm: Any = model()
+            self.config = self.lm.config
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.lm.generate(input_ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    calls = list[CallInfo]()
+    wrapper = Generating()
+    with Adapter(wrapper).write({}, calls.append):
+        wrapper(torch.tensor(prompts([4])))
+    assert [call.tokens for call in calls] == [4, 1, 1]
+
+
+def test_ids_are_not_looked_at_where_the_model_shows_no_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(self: object) -> None:
+        raise NotImplementedError
+
+    lm = model()
+    monkeypatch.setattr(type(lm), "get_input_embeddings", hidden)
+    Adapter(lm).check_ids([10**9])
+    Adapter(HomeMade()).check_ids([10**9])
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "default"}, 64),
+    ],
+)
+def test_scaled_rotary_embeddings_reach_as_far_as_they_do(rope: dict[str, Any], length: int) -> None:
+    lm = model("qwen2", max_position_embeddings=64)
+    lm.config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    assert Adapter(lm).context_length == length
+    assert not Adapter(lm).has_position_table
+    assert Adapter(model("gpt2")).has_position_table
+    assert Adapter(model("opt")).has_position_table
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft, of transformers
 @pytest.mark.parametrize("wrap", ["nothing", "PEFT", "torch.compile"])
 @torch.no_grad()

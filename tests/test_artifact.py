@@ -20,6 +20,7 @@ from torch import Tensor
 import hostile
 import pico
 from trimtab.artifact import FORMAT_VERSION, Knob, Rack, file, load_panel, model_identity, save_panel
+from trimtab.artifact.card import describe_safe_range
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.types import Site
 
@@ -208,6 +209,20 @@ def _forbidden() -> None:
     raise PermissionError(13, "Permission denied")
 
 
+def test_a_safe_range_says_what_could_not_have_spoken_against_it() -> None:
+    def said(**tuning: Any) -> str:
+        return describe_safe_range(knob(tuning={"safe_range": [-1.0, 2.0], **tuning}))
+
+    assert describe_safe_range(knob(tuning=None)) == "not tuned"
+    assert said(guardrails=["facts"], base={"broken": 0.1}, options={"broken_budget": 0.05}) == "-1 to 2"
+    assert said(guardrails=[]) == "-1 to 2 (no guardrail)"
+    for broken, more in ((0.96, 0.05), (0.0, 1)):
+        wanted = (
+            f"-1 to 2 ({broken:.0%} of the bare model's answers are broken, and {more:.0%} more were allowed to be)"
+        )
+        assert said(guardrails=["facts"], base={"broken": broken}, options={"broken_budget": more}) == wanted
+
+
 def test_a_file_that_is_no_panel_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "package.json"
     for content in ('{"name": "x"}', "[]", "not JSON"):
@@ -215,6 +230,9 @@ def test_a_file_that_is_no_panel_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(KnobError, match=r"package\.json' exists and is not known to be a panel"):
             save_panel(path, {"a": ("x", 1)})
         assert path.read_text() == content
+    path.write_text('{"knobs": {}, "more": "' + "x" * 2**20 + '"}')  # longer than any panel
+    with pytest.raises(KnobError, match="is not known to be a panel"):
+        save_panel(path, {"a": ("x", 1)})
     path.write_text("")
     for strength in (1, 2):
         save_panel(path, {"a": ("x", strength)})

@@ -363,7 +363,7 @@ def refusal(record: object) -> str:
         ({**GOOD, "chosen": []}, "Record 1, chosen: the last message must be the assistant's; the list is empty."),
         ({**GOOD, "chosen": [ASK]}, "the last message must be the assistant's; it is of role 'user'."),
         ({**GOOD, "prompt": [said("system", "a")]}, "must end with a user turn; it ends with system"),
-        ({**GOOD, "prompt": [said("tool", "a"), ASK]}, "role 'tool' is not one of system, user, assistant. Pairs are"),
+        ({**GOOD, "prompt": [said("tool", "a"), ASK]}, "role 'tool' is not one of system, user, assistant. Trimtab"),
         ({**GOOD, "chosen": [said("function", "a")]}, "leave this one out."),
         ({**GOOD, "prompt": [said("human", "a")]}, "Rename it to 'user'."),
         ({**GOOD, "prompt": [said("User", "a")]}, "Rename it to 'user'."),

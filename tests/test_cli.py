@@ -779,13 +779,24 @@ def test_numbers_below_zero_are_values_and_no_options(run: Run, model: Path, fil
     assert [row["strength"] for row in (Knob.load("x").tuning or {})["dose_response"]] == [-1, 0, 1]
 
 
-@pytest.mark.parametrize("closed", ["stdin", "stderr", "stderr on a full disk"])
+def test_an_exit_of_the_work_itself_keeps_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: object) -> NoReturn:
+        sys.exit(3)
+
+    monkeypatch.setattr(VERBS["inspect"], "run", leave)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "x"])
+    assert stop.value.code == 3
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr", "stderr on a full disk"])
 def test_work_goes_on_without_the_streams_it_can_do_without(closed: str, model: Path, files: Path) -> None:
     if closed == "stdin":
         command, more = f"generate {model} --json", "<&-"
     else:  # learning from one pair is warned of
         Path("one.jsonl").write_text(Path("pairs.jsonl").read_text().splitlines()[0])
-        command, more = f"learn {model} one.jsonl --out x", "2>&-" if closed == "stderr" else "2>/dev/full"
+        how = {"stdout": ">&-", "stderr": "2>&-", "stderr on a full disk": "2>/dev/full"}
+        command, more = f"learn {model} one.jsonl --out x", how[closed]
     program = f"{sys.executable} -c 'import sys; from trimtab.cli import main; sys.exit(main(sys.argv[1:]))'"
     done = subprocess.run(f"{program} {command} {more}", shell=True, capture_output=True, text=True, check=False)
     if closed == "stdin":

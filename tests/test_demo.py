@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,23 @@ def test_of_the_draws_of_a_control_the_one_that_gains_most_counts() -> None:
     assert own["shuffled"]["accuracy"] == 1.0
     assert [cell["accuracy"] for cell in own["shuffled"]["draws"]] == [0.25, 0.0, 1.0]
     assert own["shuffled"]["difference"] == 0.75
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
+def test_a_worker_leaves_with_the_process_that_began_it() -> None:
+    worker = "import os; from trimtab.demo import _leave_with; print(os.getpid(), flush=True); _leave_with(os.getppid())"
+    began = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    with subprocess.Popen([sys.executable, "-c", began], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        number = process.stdout.readline().strip()
+        assert Path("/proc", number).exists()
+        process.kill()
+    for _ in range(100):
+        status = Path("/proc", number, "status")
+        if not status.exists() or "State:\tZ" in status.read_text():  # gone, or nobody's to bury
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"worker {number} is still there")
 
 
 def test_answers_stand_side_by_side() -> None:

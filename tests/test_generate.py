@@ -128,6 +128,7 @@ def test_answers_end_with_the_context_whoever_shares_the_batch(name: str) -> Non
     assert [a.text for a in together] == [a.text for a in alone]
     rendered = [len(Renderer(words).prompt_ids(read_prompt(prompt))) for prompt in prompts]
     assert [a.tokens for a in together] == [min(12, 32 - n) for n in rendered]
+    assert not any(a.finished for a in together)
 
 
 def test_probabilities_that_are_not_finite_are_a_mistake_to_mend() -> None:

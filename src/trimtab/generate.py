@@ -56,7 +56,7 @@ class Generation:
     tokens: int
     """Number of new tokens, without the one that ends the turn."""
     finished: bool
-    """True when the model ended its turn, False when it was cut at `max_new_tokens`."""
+    """True when the model ended its turn, False when it was cut at `max_new_tokens`, or at the model's context."""
 
 
 def generate(
@@ -104,6 +104,8 @@ def generate(
     ids = [renderer.prompt_ids(messages) for messages in conversations]
     settings, doses = _per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
     _check_context(adapter, ids, max_new_tokens)
+    limit = adapter.context_length
+    rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(row)) for row in ids]
     for row in ids:
         adapter.check_ids(row)
     if strict is not None:
@@ -115,7 +117,8 @@ def generate(
     results: dict[int, Generation] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for chunk, tokens in _chunks(ids, batch_size, max_new_tokens, adapter.context_length):
+        for chunk in _chunks(rooms, [len(row) for row in ids], batch_size, adapter.has_position_table):
+            tokens = max(rooms[i] for i in chunk)
             view = _view(model, _decoding(tokens, temperature, top_p, ends, renderer.pad_id))
             batch = renderer.pad([ids[i] for i in chunk], side="left")
             lengths = [len(ids[i]) for i in chunk]
@@ -132,7 +135,8 @@ def generate(
                         "1 / temperature is too large for it."
                     ) from None
             new = out[:, batch.input_ids.shape[1] :].tolist()
-            for i, answer in zip(chunk, new, strict=True):
+            for i, made in zip(chunk, new, strict=True):
+                answer = made[: rooms[i]]
                 length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
                 text, finished = renderer.decode(answer[:length]), length < len(answer)
                 results[i] = Generation(conversations[i], text, _names(settings[i]), length, finished)
@@ -177,21 +181,20 @@ def _markers(renderer: Renderer, doses: Sequence[Dose], texts: tuple[str, str] |
     return found if scoped is not None else None
 
 
-def _chunks(
-    ids: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int, limit: int | None
-) -> Iterator[tuple[list[int], int]]:
-    """Yield the numbers of the prompts that share a batch, longest first, and how many new tokens these may have.
+def _chunks(rooms: Sequence[int], lengths: Sequence[int], batch_size: int, strict: bool) -> Iterator[list[int]]:
+    """Yield the numbers of the prompts that share a batch, longest first.
 
-    Where an answer has to end with the model's context, a batch is of one length: no prompt's answer depends on others.
+    Where the model cannot go on beyond its context (`strict`) a batch ends with the context of its longest prompt, so
+    that prompts whose answers reach it share one only with prompts as long.
     """
 
-    def room(i: int) -> int:
-        return max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids[i]))
+    def end(i: int) -> int:
+        return rooms[i] if strict else 0
 
-    for tokens, alike in groupby(sorted(range(len(ids)), key=lambda i: -len(ids[i])), room):
+    for _, alike in groupby(sorted(range(len(rooms)), key=lambda i: -lengths[i]), end):
         order = list(alike)
         for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size], tokens
+            yield order[start : start + batch_size]
 
 
 def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -67,7 +67,7 @@ def check_roles(roles: Iterable[str], place: str) -> None:
         meant = _OTHER_ROLES.get(role.lower(), role.lower())
         hint = f" Rename it to {meant!r}." if meant in ROLES else ""
         if role in _TOOL_ROLES:
-            hint = " Pairs are learned without tools: leave this one out."
+            hint = " Trimtab knows no tools: leave this one out."
         raise PairsError(f"{place}: role {brief(role)} is not one of {', '.join(ROLES)}.{hint}")
 
 
@@ -123,7 +123,7 @@ def _message(turn: object, here: str, place: str) -> Message:
     if more:
         raise PairsError(
             f"{here} has {', '.join(map(repr, more))} besides role and content, which would be lost. Remove that, or "
-            "leave the pair out."
+            "leave this one out."
         )
     return Message(role, _content(content, here))
 

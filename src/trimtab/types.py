@@ -104,7 +104,7 @@ def check_strength(value: float, name: str = "strength") -> float:
     """Return `value` as a float, or raise `OptionError` if it is not a finite number."""
     if isinstance(value, bool):
         raise OptionError(f"The {name} must be a number; got {value!r}.")
-    if isinstance(value, str) and not re.fullmatch(r"[ -~]*", value):  # digits of other alphabets
+    if isinstance(value, str) and not value.isascii():  # digits of other alphabets
         raise OptionError(f"The {name} must be a number; got {value!r}.")
     try:
         number = float(value.replace("_", "x") if isinstance(value, str) else value)  # 1_0 is Python's spelling

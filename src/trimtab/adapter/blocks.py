@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -29,6 +30,20 @@ def text_config(model: nn.Module) -> Any:
         return cast(Any, config).get_text_config()
     except ValueError as error:
         raise AdapterError(f"The configuration of {type(model).__name__} has several text parts: {error}") from error
+
+
+def stretch(config: Any, window: int) -> int:
+    """Return by how much scaled rotary embeddings reach beyond the `window` that a configuration names; 1 where not.
+
+    YaRN's configurations mostly name the stretched window, and some the original one.
+    """
+    rope: object = getattr(config, "rope_parameters", None)
+    scaled = cast(Mapping[str, Any], rope) if isinstance(rope, Mapping) else {}
+    if scaled.get("rope_type") not in ("yarn", "dynamic", "linear"):
+        return 1
+    if scaled.get("original_max_position_embeddings") not in (None, window):
+        return 1
+    return int(scaled.get("factor") or 1)
 
 
 def find_blocks(model: nn.Module) -> str:

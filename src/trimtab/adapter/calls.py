@@ -128,7 +128,7 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
     """Describe a call of the decoder from its arguments by name, and from the calls `around` it, outermost first.
 
     Where the decoder is handed no attention mask (RWKV) the innermost of the others counts. Raises `AdapterError`
-    where it is given other tokens than the model around it.
+    where it is given other tokens than the module around it that was told of any.
     """
     first = _first(named)
     if first is None:  # a home-made decoder
@@ -137,7 +137,7 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
         raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
     cache, ids, masks = _cache_in(named), named.get("input_ids"), [call.attention_mask for call in around]
     mask = next((mask for mask in (named.get("attention_mask"), *reversed(masks)) if mask is not None), None)
-    told = next((call.tokens for call in around if call.tokens is not None), first.shape[1])
+    told = next((call.tokens for call in reversed(around) if call.tokens is not None), first.shape[1])
     if told != first.shape[1]:
         raise AdapterError(
             f"The decoder is given {first.shape[1]} tokens in a call of {told}, so that their positions are not known: "

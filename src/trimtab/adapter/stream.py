@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapter.blocks import callers_of, find_blocks, module_list, refuse_virtual_tokens, text_config
+from trimtab.adapter.blocks import callers_of, find_blocks, module_list, refuse_virtual_tokens, stretch, text_config
 from trimtab.adapter.calls import (
     CallInfo,
     OuterCall,
@@ -30,6 +30,10 @@ from trimtab.errors import AdapterError, brief
 
 WriteFn = Callable[[Tensor], Tensor]
 """Takes a block's output `[B, T, D]` and returns its replacement; must not edit its argument in place."""
+
+
+_Around = list[tuple[nn.Module, OuterCall]]
+"""The modules around the decoder that are being called, outermost first, and what each was told."""
 
 
 class _Stop(Exception):
@@ -66,17 +70,31 @@ class Adapter:
         vocabulary = getattr(config, "vocab_size", None)
         self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         window = getattr(config, "max_position_embeddings", None)
-        self.context_length = window if isinstance(window, int) and window > 0 else None
+        self.context_length = window * stretch(config, window) if isinstance(window, int) and window > 0 else None
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise `AdapterError` for ids that the model has no embedding for, as the tokenizer of another makes them."""
-        get_embeddings = getattr(self.model, "get_input_embeddings", None)
-        rows = getattr(get_embeddings() if callable(get_embeddings) else None, "num_embeddings", None)
+        rows = getattr(self._embedding(), "num_embeddings", None)
         if isinstance(rows, int) and ids and max(ids) >= rows:
             raise AdapterError(
                 f"Token id {max(ids)} is beyond the {rows} embeddings of this {type(self.model).__name__}: its tokens "
                 "come from the tokenizer of another model."
             )
+
+    @property
+    def has_position_table(self) -> bool:
+        """Whether positions are embeddings, as in GPT-2, so that there are none beyond the context."""
+        limit, tokens = self.context_length, self._embedding()
+        if limit is None:
+            return False
+        tables = (m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+        return any(limit <= table.num_embeddings <= limit + 8 for table in tables)  # OPT has two rows more
+
+    def _embedding(self) -> object:
+        try:
+            return cast(Any, self.model).get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # a home-made model; one whose class does not say
+            return None
 
     @property
     def n_layers(self) -> int:
@@ -159,7 +177,7 @@ class Adapter:
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
         with ExitStack() as exits, _compiled_code_sees_hooks():
             if before is not None:
-                around: list[OuterCall] = []
+                around: _Around = []
                 for module in self._around:
                     hook = _never_compiled(partial(_begin, around))
                     exits.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -227,22 +245,23 @@ def _check_hooks_in_compiled_code() -> None:
         dynamo.reset()
 
 
-def _begin(around: list[OuterCall], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    around.append(outer_call(named_arguments(module, args, kwargs)))
+def _begin(around: _Around, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    around.append((module, outer_call(named_arguments(module, args, kwargs))))
 
 
-def _end(around: list[OuterCall], module: nn.Module, args: object, output: object) -> None:
-    around.pop()
+def _end(around: _Around, module: nn.Module, args: object, output: object) -> None:
+    if around and around[-1][0] is module:  # else another's hook ended this call before ours began it
+        around.pop()
 
 
 def _announce(
     before: Callable[[CallInfo], None],
-    around: Sequence[OuterCall],
+    around: _Around,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    before(describe_call(named_arguments(module, args, kwargs), around))
+    before(describe_call(named_arguments(module, args, kwargs), [call for _, call in around]))
 
 
 def _hand_over(after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:

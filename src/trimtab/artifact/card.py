@@ -43,14 +43,15 @@ def describe_safe_range(knob: Knob) -> str:
     low, high = knob.safe_range
     tuning = knob.tuning or {}
     doubts = [] if tuning.get("guardrails") else ["no guardrail"]
-    if _broken(tuning.get("base"), "broken") + _broken(tuning.get("options"), "broken_budget") >= 1:
-        doubts.append("the bare model's answers are broken already, which hides what a dose breaks")
+    broken, more = _share(tuning.get("base"), "broken"), _share(tuning.get("options"), "broken_budget")
+    if broken + more >= 1:  # any dose keeps within that
+        doubts.append(f"{broken:.0%} of the bare model's answers are broken, and {more:.0%} more were allowed to be")
     return f"{low:g} to {high:g}" + (f" ({'; '.join(doubts)})" if doubts else "")
 
 
-def _broken(part: object, name: str) -> float:
+def _share(part: object, name: str) -> float:
     share = cast(Mapping[str, object], part).get(name) if isinstance(part, Mapping) else None
-    return share if isinstance(share, float) else 0.0
+    return float(share) if isinstance(share, int | float) else 0.0
 
 
 def _dose(knob: Knob) -> str:

@@ -72,11 +72,14 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
 def refuse_to_replace(path: str | Path, what: str, is_one: Callable[[Path], bool]) -> None:
     """Raise `KnobError` where another kind of file stands, or one that cannot be read and so may be of any kind."""
     try:
-        stranger = Path(path).is_file() and not is_one(Path(path))
-    except PermissionError:
-        stranger = True
+        if not Path(path).is_file():
+            return
     except (OSError, ValueError):  # no such name, no such folder: writing says so
-        stranger = False
+        return
+    try:
+        stranger = not is_one(Path(path))
+    except OSError:
+        stranger = True
     if stranger:
         raise KnobError(
             f"{brief(str(path), 240)} exists and is not known to be a {what}, so it is not replaced. Take another name."

@@ -38,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with plain_warnings():
             try:
                 status = _run(words)
-            except SystemExit:  # argparse has shown the help, or the version
-                status = 0
+            except SystemExit as stop:
+                if stop.code not in (None, 0):
+                    raise
+                status = 0  # argparse has shown the help, or the version
             flush()  # a closed pipe must show here, and not when Python exits
     except TrimtabError as error:
         return _fail(str(error))
@@ -65,6 +67,8 @@ def _open_closed_streams() -> None:
     """Put nothing in the place of a stream that was closed before we began, as cron does: Python has None there."""
     if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 

@@ -60,8 +60,7 @@ def write(text: str, *, end: str = "\n") -> None:
 def flush() -> None:
     """Bring out what was printed by others, such as help; raises like `write`."""
     with _named():
-        if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]  # closed before we began
-            sys.stdout.flush()
+        sys.stdout.flush()
 
 
 def say(text: str, *, end: str = "\n") -> None:

@@ -174,6 +174,6 @@ def repetition(text: str) -> float:
 def degenerate(text: str, finished: bool, *, threshold: float = 0.5) -> bool:
     """Tell whether an answer is empty, unterminated, or repeats itself beyond `threshold`.
 
-    `finished` says that the model ended the answer itself, before the limit of new tokens.
+    `finished` says that the model ended the answer itself, before it was cut.
     """
     return not text.strip() or not finished or repetition(text) > threshold
