@@ -148,10 +148,10 @@ class _Bench:
 _bench: _Bench | None = None
 
 
-def _open(model: str, seed: int, size: _Sizes) -> None:
+def _open(model: str, seed: int, size: _Sizes, parent: int) -> None:
     """Make this process a worker: one thread, since two processes beat two threads on small matrices."""
     global _bench
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", TrimtabWarning)
     transformers.logging.disable_progress_bar()
@@ -293,7 +293,7 @@ def run(
     progress("measuring the bundled model without knobs; learning and tuning on the validation split")
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(2, os.cpu_count() or 1))
-    with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(model, seed, size)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(model, seed, size, os.getpid())) as pool:
         files = {name: folder / f"{name}.knob.safetensors" for name in KNOBS}
         chosen = {name: pool.submit(_tuned, name, "knob", str(files[name])) for name in KNOBS}
         demo = _Demo(pool, size, progress)
