@@ -217,6 +217,7 @@ def offloaded(how: str, folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder / "saved", device_map=places, offload_folder=folder / "off")
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on:UserWarning")  # of 5.16
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model", "auto", "from_pretrained"])
 def test_dispatched_models_are_steered_and_read_like_plain_ones(how: str, tmp_path: Path) -> None:
     lm, plain = offloaded(how, tmp_path), model()
@@ -278,7 +279,10 @@ def test_checkpointing_of_activations_changes_no_gradient(name: str, reentrant: 
     lm.train()
     plain, plainly = gradient(True), len(runs)
     assert not torch.allclose(plain, gradient(False))
-    lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    if hasattr(lm, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    else:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     torch.testing.assert_close(gradient(True), plain)
     assert len(runs) == 2 * plainly  # computed again on the way back
 
