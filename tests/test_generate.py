@@ -382,7 +382,7 @@ def test_an_error_in_on_text_ends_the_generation_and_leaves_the_model_clean() ->
         ({"top_p": 0.0}, "top_p is above 0 and at most 1; got 0.0"),
         ({"top_p": 1.1}, "got 1.1"),
         ({"knobs": {"math": 1.0}}, r"Knob 'math' is set by name, and there is no rack. Pass rack=Rack\(math=...\)"),
-        ({"knobs": [{}]}, "Got 1 knob settings for 2 prompts"),
+        ({"knobs": [{}]}, "Got a list of 1 knob settings for 2 prompts"),
         ({"knobs": {knob(): float("inf")}}, "strength of 'pico' must be finite"),
         ({"knobs": {"math": float("inf")}, "rack": Rack(math=knob())}, "strength of 'math' must be finite"),
         ({"on_text": print}, "on_text streams one prompt; got 2"),

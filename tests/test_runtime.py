@@ -428,9 +428,9 @@ def test_generation_without_a_cache_needs_prompt_lengths_and_then_agrees() -> No
         turned = knob(1, where=where)
         with steer(lm, {turned: 1.0}):
             cached = greedy(lm, inputs)
-            with pytest.raises(OptionError, match=r"uses no KV cache\. Pass prompt_lengths to steer"):
+            with pytest.raises(OptionError, match=r"asks for no KV cache\. Pass prompt_lengths to steer"):
                 greedy(lm, inputs, use_cache=False)
-            with pytest.raises(OptionError, match="uses no KV cache"):
+            with pytest.raises(OptionError, match="asks for no KV cache"):
                 lm(**inputs)  # a cache made by default is no sign that the input is a prompt
         with steer(lm, {turned: 1.0}, prompt_lengths=[6, 3]):
             assert torch.equal(greedy(lm, inputs, use_cache=False), cached)

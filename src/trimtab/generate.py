@@ -270,7 +270,10 @@ def _per_prompt(knobs: AnySetting | Sequence[AnySetting] | None, count: int) -> 
     if not isinstance(knobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {knobs!r}.')
     if len(knobs) != count:
-        raise OptionError(f"Got {len(knobs)} knob settings for {count} prompts; pass one per prompt, or one for all.")
+        raise OptionError(
+            f"Got a list of {len(knobs)} knob settings for {count} prompts; pass one per prompt, or a mapping for "
+            "all of them."
+        )
     settings = [parse_setting(one) if isinstance(one, str) else one for one in knobs]
     for one in settings:
         if not isinstance(one, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -225,7 +225,7 @@ class Follower:
     def _start_prompt(self, call: CallInfo, past: int) -> _Prompt:
         """Note where the prompt ends that begins with this call, or began before it."""
         if self._lengths is None and (past or not call.caching):
-            why = "this call continues a KV cache made elsewhere" if past else "this call uses no KV cache"
+            why = "this call continues a KV cache made elsewhere" if past else "this call asks for no KV cache"
             raise OptionError(
                 "A knob that steers a part of the tokens (where='prompt', 'context', 'completion', 'thinking' or "
                 f"'answer') needs to know where the prompt ends, and {why}. "
@@ -272,7 +272,8 @@ class Follower:
             if prompt is not None and not prompt.given and call.tokens > 1:
                 raise OptionError(
                     f"This call brings {call.tokens} more tokens after a prompt of {prompt.end}: the rest of a prompt "
-                    "that comes in pieces, guesses, or a new turn? Pass prompt_lengths to steer()."
+                    "that comes in pieces, guesses, or a new turn? Pass prompt_lengths to steer(). A new turn begins "
+                    "without the old KV cache, or with check_cache=False too, which keeps earlier turns as they are."
                 )
             # a decode step has no padding: do not look
             real = None if call.tokens == 1 else call.real_tokens(past)
