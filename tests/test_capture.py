@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pico
-from trimtab import capture as module
 from trimtab.adapter import Adapter
-from trimtab.capture import Evidence, Format, capture, expand_positions
+from trimtab.capture import Evidence, capture
 from trimtab.errors import AdapterError, OptionError, PairsError, UnknownName
 from trimtab.methods.palrs import palrs_layer
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
+from trimtab.texts import Format, _other_questions, expand_positions
 from trimtab.types import Message, Pair, Site
 
 QUESTION: tuple[str, ...] = ("response_end", "last", "response_mean", "demonstrated")
@@ -235,9 +235,9 @@ def test_half_precision_is_read_as_it_is_and_kept_in_float32(tokenizer: PreTrain
 def test_demonstrated_asks_another_question_and_the_same_one_of_both_answers() -> None:
     questions = ["a", "a", "b", "a"]
     data = Pairs(Pair((Message("user", q),), "x", f"y{i}") for i, q in enumerate(questions))
-    assert module._other_questions(data) == ["b", "b", "a", "b"]
+    assert _other_questions(data) == ["b", "b", "a", "b"]
     with pytest.raises(PairsError, match="these pairs ask only one"):
-        module._other_questions(data[:2])
+        _other_questions(data[:2])
 
 
 @pytest.mark.quick

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, Rack
 from trimtab.errors import OptionError, TrimtabWarning, brief
+from trimtab.ops import Batch
 from trimtab.render import Renderer
 from trimtab.runtime import Dose, steer
 from trimtab.types import (
@@ -123,24 +124,31 @@ def generate(
             batch = renderer.pad([ids[i] for i in chunk], side="left")
             lengths = [len(ids[i]) for i in chunk]
             with steer(adapter, [doses[i] for i in chunk], prompt_lengths=lengths, thinking=markers):
-                run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
-                inputs, mask = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask))
-                try:
-                    out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
-                except RuntimeError as error:  # torch's words for logits that are NaN or infinite
-                    if "probability tensor" not in str(error):
-                        raise
-                    raise OptionError(
-                        "The model's probabilities are not finite numbers, so no token can be sampled: a strength or "
-                        "1 / temperature is too large for it."
-                    ) from None
-            new = out[:, batch.input_ids.shape[1] :].tolist()
+                new = _new_tokens(view, batch, device, stream)
             for i, made in zip(chunk, new, strict=True):
                 answer = made[: rooms[i]]
                 length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
                 text, finished = renderer.decode(answer[:length]), length < len(answer)
                 results[i] = Generation(conversations[i], text, _names(settings[i]), length, finished)
     return [results[i] for i in range(len(ids))]
+
+
+def _new_tokens(
+    view: PreTrainedModel, batch: Batch, device: torch.device, stream: BaseStreamer | None
+) -> list[list[int]]:
+    """Run a batch of prompts; raises `OptionError` where nothing can be sampled."""
+    run = cast(Callable[..., Tensor], view.generate)  # which PreTrainedModel does not declare
+    inputs, mask = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask))
+    try:
+        out = run(input_ids=inputs, attention_mask=mask, streamer=stream)
+    except RuntimeError as error:  # torch's words for logits that are NaN or infinite
+        if "probability tensor" not in str(error):
+            raise
+        raise OptionError(
+            "The model's probabilities are not finite numbers, so no token can be sampled: a strength or "
+            "1 / temperature is too large for it."
+        ) from None
+    return out[:, batch.input_ids.shape[1] :].tolist()
 
 
 COLDEST = 1e-6

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, model_identity
-from trimtab.capture import FORMATS, Format, capture, expand_positions
+from trimtab.capture import capture
 from trimtab.checkpoint import versions
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
 from trimtab.methods import METHODS, Method
@@ -19,6 +19,7 @@ from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, 
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.selection import doubts, rank_sites
+from trimtab.texts import FORMATS, Format, expand_positions
 from trimtab.types import Site, Where, check_seed, check_where
 
 if TYPE_CHECKING:

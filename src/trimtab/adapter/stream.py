@@ -67,15 +67,19 @@ class Adapter:
         if not isinstance(width, int):
             raise AdapterError(f"The configuration of {type(model).__name__} has no hidden_size; got {width!r}.")
         self.hidden_size = width
-        vocabulary = getattr(config, "vocab_size", None)
-        self.vocabulary = vocabulary if isinstance(vocabulary, int) else None
         window = getattr(config, "max_position_embeddings", None)
         self.context_length = window * stretch(config, window) if isinstance(window, int) and window > 0 else None
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens that the model has embeddings for; None where it does not show them."""
+        rows = getattr(self._embedding(), "num_embeddings", None)
+        return rows if isinstance(rows, int) else None
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise `AdapterError` for ids that the model has no embedding for, as the tokenizer of another makes them."""
-        rows = getattr(self._embedding(), "num_embeddings", None)
-        if isinstance(rows, int) and ids and max(ids) >= rows:
+        rows = self.vocabulary
+        if rows is not None and ids and max(ids) >= rows:
             raise AdapterError(
                 f"Token id {max(ids)} is beyond the {rows} embeddings of this {type(self.model).__name__}: its tokens "
                 "come from the tokenizer of another model."

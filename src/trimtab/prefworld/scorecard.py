@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trimtab.artifact import Knob
-from trimtab.capture import Format, capture
+from trimtab.capture import capture
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Prompt, Task, run_task
 from trimtab.methods import METHODS
@@ -27,6 +27,7 @@ from trimtab.prefworld.habits import HABITS, system_line
 from trimtab.prefworld.items import Draw, Item
 from trimtab.prefworld.world import MAX_NEW_TOKENS, grade, items, pairs, side_of, target_side, task
 from trimtab.render import Loaded, load
+from trimtab.texts import Format
 from trimtab.types import Message, Pair, Site
 
 if TYPE_CHECKING:

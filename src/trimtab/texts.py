@@ -1,0 +1,136 @@
+"""What is run for each pair and which of its tokens are read: formats, positions by name, rendered texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from trimtab.errors import OptionError, PairsError, unknown_name
+from trimtab.pairs import Pairs
+from trimtab.render import Rendered, Renderer
+
+Format = Literal["response_as_user", "question_response"]
+"""How an answer is read: alone in the user's slot (PaLRS), or as the assistant's turn after its prompt."""
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+POSITIONS = ("post_instruction", "response_end", "demonstrated", "last", "response_mean")
+
+
+def expand_positions(renderer: Renderer, positions: Sequence[str], format: Format) -> tuple[str, ...]:
+    """Write out positions without an index token by token, and check that each exists in this format and template.
+
+    `("post_instruction",)` becomes `("post_instruction[-2]", "post_instruction[-1]")` where two tokens follow the slot.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    names: list[str] = []
+    for position in positions:
+        group, bracket, _ = position.partition("[")
+        if group not in POSITIONS:
+            raise unknown_name("position", position, POSITIONS)
+        if group not in ("post_instruction", "response_end"):
+            if bracket:
+                raise OptionError(f"Position {group!r} is one place and takes no index; got {position!r}.")
+            names.append(group)
+            continue
+        count = _token_count(renderer, group, format)
+        known = [f"{group}[-{k}]" for k in range(count, 0, -1)]
+        if not bracket:
+            names += known
+        elif position in known:
+            names.append(position)
+        else:
+            raise unknown_name("position", position, known)
+    if not names:
+        raise OptionError(f"There are no positions to read. Known: {', '.join(sorted(POSITIONS))}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _token_count(renderer: Renderer, group: str, format: Format) -> int:
+    if not renderer.has_template:
+        raise OptionError(
+            f"{group} tokens are those of a chat template, and this tokenizer has none. Use position 'last' or "
+            "'response_mean' with format='question_response'."
+        )
+    if group == "post_instruction":
+        if format != "response_as_user":
+            raise OptionError(
+                "post_instruction tokens come before the answer in format 'question_response', so they are the same "
+                "for chosen and rejected. Use format='response_as_user', or position 'response_end', 'last' or "
+                "'response_mean'."
+            )
+        return renderer.post_instruction_count()
+    if format != "question_response":
+        raise OptionError(
+            "response_end tokens close the assistant's turn, and format 'response_as_user' has none. "
+            "Use format='question_response', or position 'post_instruction'."
+        )
+    count = renderer.closing_count()
+    if not count:
+        raise OptionError("This tokenizer's template puts no token after an answer. Use position 'last'.")
+    return count
+
+
+class Text(NamedTuple):
+    """Ids to run for one answer of a pair, and the tokens of them that are kept."""
+
+    side: int  # 0 chosen, 1 rejected
+    pair: int
+    ids: list[int]
+    reads: dict[int, slice]  # index of a position: the tokens whose mean is kept
+    norms: slice = slice(0, 0)  # the tokens whose norms count; never the first of a sequence, which is a prompt's
+
+
+def render_pairs(renderer: Renderer, pairs: Pairs, names: Sequence[str], format: Format) -> list[Text]:
+    """Render the answers of every pair for the positions, each text with its reads; norms are read once per answer."""
+    texts: list[Text] = []
+    questions = _other_questions(pairs) if "demonstrated" in names else []
+    for n, pair in enumerate(pairs):
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
+            full = renderer.full(pair.prompt, answer)
+            span = slice(full.response_start, full.response_end)
+            reads = _reads(full, names) if format == "question_response" else {}
+            texts.append(Text(side, n, full.ids, reads, span))
+            if format == "response_as_user" and set(names) != {"demonstrated"}:
+                alone = renderer.as_user(answer)
+                texts.append(Text(side, n, alone.ids, _reads(alone, names)))
+            if questions:
+                ids = renderer.demonstrated(pair.prompt, answer, questions[n])
+                texts.append(Text(side, n, ids, {names.index("demonstrated"): slice(len(ids) - 1, len(ids))}))
+    return texts
+
+
+def _reads(text: Rendered, names: Sequence[str]) -> dict[int, slice]:
+    reads: dict[int, slice] = {}
+    for p, name in enumerate(names):
+        if name == "last":
+            reads[p] = slice(text.response_end - 1, text.response_end)
+        elif name == "response_mean":
+            reads[p] = slice(text.response_start, text.response_end)
+        elif name != "demonstrated":
+            at = len(text.ids) + int(name[name.index("[") + 1 : -1])
+            reads[p] = slice(at, at + 1)
+    return reads
+
+
+def _other_questions(pairs: Pairs) -> list[str]:
+    """Return for each pair the question of the next pair, around the end, that asks something else."""
+    asked = [pair.prompt[-1].content for pair in pairs]
+    if len(set(asked)) < 2:
+        raise PairsError("Position 'demonstrated' asks another pair's question, and these pairs ask only one.")
+    others: list[str] = []
+    for n, question in enumerate(asked):
+        others.append(next(other for other in (*asked[n + 1 :], *asked[:n]) if other != question))
+    return others
+
+
+def check_context(limit: int | None, texts: Sequence[Text]) -> None:
+    """Raise `PairsError` where a text is longer than the model's context of `limit` tokens."""
+    longest = max(texts, key=lambda text: len(text.ids))
+    if limit is not None and len(longest.ids) > limit:
+        answer = ("chosen", "rejected")[longest.side]
+        long = len({text.pair for text in texts if len(text.ids) > limit})
+        raise PairsError(
+            f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered with its {answer} answer; this "
+            f"model's context holds {limit}. Leave long pairs out ({long} of {texts[-1].pair + 1})."
+        )
