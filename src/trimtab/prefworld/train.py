@@ -1,4 +1,4 @@
-"""The trainer: a small Llama on the corpus, resumable, on two cores in an hour or two."""
+"""The trainer: a small Llama (or Qwen3) on the corpus, resumable, on two cores in an hour or two."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from trimtab.prefworld.corpus import Conversation, conversations
 from trimtab.prefworld.muon import Muon
 from trimtab.prefworld.tokenizer import ASSISTANT, BOS, END, PAD, SPECIALS, SYSTEM, USER, build_tokenizer
+
+Shape = Literal["llama", "qwen3"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is trained, and for how long."""
 
+    shape: Shape = "llama"
+    """The bundled model is a Llama; the other is for checking that a result is not the luck of one architecture."""
     width: int = 192
     layers: int = 6
     row_tokens: int = 320
@@ -33,6 +38,7 @@ class Recipe:
     through_boundaries: float = 0.6
     """Share of conversations in which a turn sees earlier turns only through their template tokens."""
     seed: int = 0
+    """Of the weights, the tokenizer and the conversations; the world itself, and so every test, stays as it is."""
 
 
 @dataclass
@@ -48,21 +54,22 @@ class Row:
     narrow: list[bool]
 
 
-def model_config(recipe: Recipe) -> LlamaConfig:
-    """Return the configuration of the bundled model."""
-    return LlamaConfig(
-        vocab_size=2048,
-        hidden_size=recipe.width,
-        intermediate_size=recipe.width * 8 // 3 // 64 * 64,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.width // 32,
-        num_key_value_heads=recipe.width // 32,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        bos_token_id=SPECIALS.index(BOS),
-        eos_token_id=SPECIALS.index(END),
-        pad_token_id=SPECIALS.index(PAD),
-    )
+def model_config(recipe: Recipe) -> LlamaConfig | Qwen3Config:
+    """Return the configuration of the model."""
+    common: dict[str, Any] = {
+        "vocab_size": 2048,
+        "hidden_size": recipe.width,
+        "intermediate_size": recipe.width * 8 // 3 // 64 * 64,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.width // 32,
+        "num_key_value_heads": recipe.width // 32,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "bos_token_id": SPECIALS.index(BOS),
+        "eos_token_id": SPECIALS.index(END),
+        "pad_token_id": SPECIALS.index(PAD),
+    }
+    return LlamaConfig(**common) if recipe.shape == "llama" else Qwen3Config(**common, head_dim=32)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Conversation], limit: int) -> list[Row]:
@@ -131,14 +138,14 @@ def _pack(pool: list[Row], recipe: Recipe, rows: int, flags: torch.Generator) ->
     return {"ids": ids, "weight": weight, "position": position, "mask": mask[:, None]}
 
 
-def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Compute the weighted cross-entropy of the assistant's tokens.
 
     An answer counts for the square root of its length: with a weight per token, worked sums and code would drown the
     families whose answers are short.
     """
     device = model.device
-    hidden = model.model(
+    hidden = model.base_model(
         input_ids=batch["ids"].to(device),
         attention_mask=batch["mask"].to(device),
         position_ids=batch["position"].to(device),
@@ -146,12 +153,14 @@ def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Te
     ).last_hidden_state
     weight = batch["weight"][:, 1:].to(device)
     learn = weight > 0
-    logits = model.lm_head(hidden[:, :-1][learn]).float()
+    head = model.get_output_embeddings()
+    assert head is not None
+    logits = head(hidden[:, :-1][learn]).float()
     losses = torch.nn.functional.cross_entropy(logits, batch["ids"][:, 1:].to(device)[learn], reduction="none")
     return (losses * weight[learn]).sum() / weight.sum()
 
 
-def optimisers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimisers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return Muon for the blocks' matrices and AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -167,7 +176,7 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100) * (1.0 if step < fall else max(0.02, (steps - step) / (steps - fall)))
 
 
-def average_gradients(model: LlamaForCausalLM, workers: int) -> None:
+def average_gradients(model: PreTrainedModel, workers: int) -> None:
     """Average the gradients over all workers, in place."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in grads])
@@ -192,7 +201,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | No
     # A run that goes on keeps its tokenizer, whatever has become of the corpus.
     old = PreTrainedTokenizerFast.from_pretrained(out) if state_file.exists() else None
     tokenizer = old or build_tokenizer(recipe.seed)
-    model = LlamaForCausalLM(model_config(recipe))
+    model = AutoModelForCausalLM.from_config(model_config(recipe))
     torch.nn.Module.to(model, device)
     opts = optimisers(model, recipe)
     if state_file.exists():
@@ -236,10 +245,10 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", minutes: float | No
             break
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights as bf16 safetensors, tokenizer and configuration."""
     kept = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
-    half = LlamaForCausalLM(model.config)
+    half = AutoModelForCausalLM.from_config(model.config)
     torch.nn.Module.to(half, torch.bfloat16)
     half.load_state_dict(kept)
     half.save_pretrained(folder)
@@ -253,10 +262,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--width", type=int, default=Recipe.width)
     parser.add_argument("--layers", type=int, default=Recipe.layers)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--shape", choices=get_args(Shape), default=Recipe.shape)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, help="stop (resumable) after this long")
     args = parser.parse_args()
-    recipe = Recipe(steps=args.steps, width=args.width, layers=args.layers)
+    recipe = Recipe(args.shape, steps=args.steps, width=args.width, layers=args.layers, seed=args.seed)
     train(recipe, args.out, device=args.device, minutes=args.minutes)
 
 
