@@ -116,7 +116,7 @@ def test_a_dose_that_breaks_answers_is_ruled_out_and_the_error_says_so(monkeypat
         dose = max((knob.alpha(strength) for knob, strength in knobs.items()), default=0.0)
         return Outcome(("x",) * n, np.full(n, dose), (None,) * n, np.full(n, float(dose > 0.3)))
 
-    monkeypatch.setattr("trimtab.evals.judge.run_task", outcome)
+    monkeypatch.setattr("trimtab.evals.trial.run_task", outcome)
     task = Task("yes", ("Ask", "Ask again"), says_yes)
     tuned = tune(planted(lm, words), lm, words, PAIRS, task=task, gains=(0.2, 0.4), strengths=(1.0, 2.0))
     assert tuned.gain == 0.2
@@ -138,8 +138,8 @@ def scripted(
         values = scores.get(dose_of(knobs), (0,) * n) if task.name == "yes" else (1,) * n
         return Outcome(("x",) * n, np.array(values, dtype=float), (None,) * n, np.zeros(n))
 
-    monkeypatch.setattr("trimtab.evals.judge.run_task", outcome)
-    monkeypatch.setattr("trimtab.evals.judge.divergence", lambda _model, _words, _texts, knobs: kls[dose_of(knobs)])
+    monkeypatch.setattr("trimtab.evals.trial.run_task", outcome)
+    monkeypatch.setattr("trimtab.evals.trial.divergence", lambda _model, _words, _texts, knobs: kls[dose_of(knobs)])
 
 
 GRADED = {0.2: (0, 0, 1, 1, 1, 1, 1, 1), 0.4: (0, 1, 1, 1, 1, 1, 1, 1), 0.8: (1, 1, 1, 1, 1, 1, 1, 1)}
@@ -194,7 +194,7 @@ def test_kl_is_taken_on_the_guardrails_answers_and_without_them_on_the_task(monk
         read.append(len(texts))
         return 0.0
 
-    monkeypatch.setattr("trimtab.evals.judge.divergence", count)
+    monkeypatch.setattr("trimtab.evals.trial.divergence", count)
     task = Task("yes", ("Ask", "Ask again", "Ask more"), says_yes, max_new_tokens=3)
     keep = Task("keep", tuple(f"Keep {i}" for i in range(20)), lambda answers: [1.0] * len(answers), max_new_tokens=3)
     options: dict[str, Any] = {"task": task, "gains": (0.5,), "broken_budget": 1.0, "dose_response": False}

@@ -16,7 +16,7 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
-from trimtab.evals.judge import KL_ITEMS, Judge, safe_range
+from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
 from trimtab.pairs import Pairs
@@ -81,7 +81,7 @@ def tune(
     `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them. Pairs
     with prompts that learning has seen bring a warning.
     `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
-    KL, broken answers; see `trimtab.evals.judge`) and the `safe_range` around [0, 1] within the budgets. `progress` is
+    KL, broken answers; see `trimtab.evals.trial`) and the `safe_range` around [0, 1] within the budgets. `progress` is
     called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
     if nothing qualifies.
 
@@ -121,15 +121,15 @@ def tune(
     )
     ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens, kept)
     advance()
-    judge = Judge(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size, kept)
+    trial = Trial(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size, kept)
     advance()
-    table, scores = _measure_finalists(knob, judge, ranking, finalists, gains, advance)
-    best = _best(table, scores, judge, knob.name, task)
+    table, scores = _measure_finalists(knob, trial, ranking, finalists, gains, advance)
+    best = _best(table, scores, trial, knob.name, task)
     chosen = knob.with_(site=best["site"], where=best["where"], gain=best["gain"]).pruned()
     tuning: dict[str, Any] = {
         "ranking": [{**c._asdict(), "site": str(c.site)} for c in ranking],
         "table": table,
-        "base": judge.base,
+        "base": trial.base,
         "task": task.name if task else None,
         "guardrails": [g.name for g in guardrails],
         "budget": budget,
@@ -151,7 +151,7 @@ def tune(
     if dose_response:
         # Strength 1 was measured among the finalists.
         known = {name: value for name, value in best.items() if name not in ("site", "where", "gain", "margin")}
-        curve = judge.curve(chosen, strengths, known, advance)
+        curve = trial.curve(chosen, strengths, known, advance)
         tuning |= {"dose_response": curve, "safe_range": list(safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
     return chosen.with_(tuning=tuning)
@@ -230,7 +230,7 @@ def _wheres(knob: Knob, where: Sequence[Where] | Where | None, tokenizer: PreTra
 
 def _measure_finalists(
     knob: Knob,
-    judge: Judge,
+    trial: Trial,
     ranking: Sequence[_Candidate],
     finalists: int,
     gains: Sequence[float],
@@ -246,7 +246,7 @@ def _measure_finalists(
     spots: dict[tuple[Site, Where], None] = dict.fromkeys((c.site, c.where) for c in ranking)  # best first
     for site, where in list(spots)[:finalists]:
         for gain in sorted(gains):
-            row, items = judge.measure(knob.with_(site=site, where=where, gain=gain), 1.0)
+            row, items = trial.measure(knob.with_(site=site, where=where, gain=gain), 1.0)
             scores.append(items)
             margin = margins[site, where, gain]
             table.append({"site": str(site), "where": where, "gain": gain, "margin": margin, **row})
@@ -257,12 +257,12 @@ def _measure_finalists(
 
 
 def _best(
-    table: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], judge: Judge, name: str, task: Task | None
+    table: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], trial: Trial, name: str, task: Task | None
 ) -> Mapping[str, Any]:
     """Choose among the rows within the budgets as `tune` says; warns if the choice is no better than the base."""
     allowed = [i for i, row in enumerate(table) if row["within_budget"]]
     if not allowed:
-        raise TuneError(_nothing_left(name, table, judge))
+        raise TuneError(_nothing_left(name, table, trial))
     if task is None:
         best = table[max(allowed, key=lambda i: (table[i]["margin"], -table[i]["gain"]))]
         if best["margin"] <= 0:
@@ -273,7 +273,7 @@ def _best(
                 stacklevel=3,
             )
         return best
-    top, base = max(allowed, key=lambda i: table[i]["score"]), judge.base["score"]
+    top, base = max(allowed, key=lambda i: table[i]["score"]), trial.base["score"]
     alike = [i for i in allowed if _alike(scores[top], scores[i])]
     gaining = [table[i] for i in alike if table[i]["score"] > base] or [table[i] for i in alike]
 
@@ -291,15 +291,15 @@ def _best(
     return best
 
 
-def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], judge: Judge) -> str:
+def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], trial: Trial) -> str:
     """Say which budget the setting with the smallest gain broke, and by how much."""
     smallest = min(table, key=lambda row: row["gain"])
-    drops = {g: judge.base["guardrails"][g] - value for g, value in smallest["guardrails"].items()}
+    drops = {g: trial.base["guardrails"][g] - value for g, value in smallest["guardrails"].items()}
     worst = max(drops, key=lambda g: drops[g], default=None)
-    broken = smallest["broken"] - judge.base["broken"]
-    said = f"broken answers rise by {broken:.3g} (budget {judge.broken_budget:g})"
-    if worst is not None and drops[worst] > judge.budget:
-        said = f"guardrail {worst!r} falls by {drops[worst]:.3g} (budget {judge.budget:g})"
+    broken = smallest["broken"] - trial.base["broken"]
+    said = f"broken answers rise by {broken:.3g} (budget {trial.broken_budget:g})"
+    if worst is not None and drops[worst] > trial.budget:
+        said = f"guardrail {worst!r} falls by {drops[worst]:.3g} (budget {trial.budget:g})"
     return (
         f"None of the {len(table)} settings of {name!r} keeps within the budgets: at gain {smallest['gain']:g}, "
         f"{smallest['site']}, {smallest['where']} tokens, {said}. Try smaller gains than "

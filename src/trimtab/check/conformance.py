@@ -306,7 +306,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def _verdict(found: float, base: float, bench: Bench, how: str) -> str:
-    """Judge a difference of steered runs by rounding, or by that of the unsteered model where it is larger."""
+    """Trial a difference of steered runs by rounding, or by that of the unsteered model where it is larger."""
     if base > bench.tolerance and found < 3 * base:
         return f"no worse than the base model, whose own logits differ by {base:.1g} {how}"
     if found > bench.tolerance:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KL_ITEMS = 16
 
 
-class Judge:
+class Trial:
     """Measures a knob at a strength against the base model, on the same validation items.
 
     Without a task the answers to the pairs' own prompts still show where a dose begins to break the model. `budget` is
@@ -120,7 +120,7 @@ def _spell(setting: Mapping[Knob, float]) -> str:
 
 
 def safe_range(curve: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the largest unbroken range of measured strengths around 0 that keeps the budgets, from `Judge.curve`."""
+    """Return the largest unbroken range of measured strengths around 0 that keeps the budgets, from `Trial.curve`."""
     low = high = 0.0
     for row in curve:
         if row["strength"] > 0:
