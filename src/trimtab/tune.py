@@ -16,9 +16,9 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
-from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
+from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.types import THOUGHTS, WHERE, Site, Where, check_strength, check_where
