@@ -1,4 +1,4 @@
-"""Intervals: exact cases, determinism, errors, and coverage on simulated data."""
+"""Intervals and tests: exact cases, determinism, errors, and coverage on simulated data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from trimtab.errors import OptionError
 from trimtab.evals import stats
-from trimtab.evals.stats import Interval, bootstrap_mean, paired_bootstrap, wilson
+from trimtab.evals.stats import Interval, bootstrap_mean, holm, mcnemar, paired_bootstrap, selection_bias, wilson
 
 pytestmark = pytest.mark.quick
 
@@ -127,3 +127,68 @@ def test_wrong_scores_and_options_say_what_is_wrong(a: list, b: list, options: d
 def test_impossible_counts_are_errors(successes: int, n: int) -> None:
     with pytest.raises(OptionError, match="Successes must be between 0 and n"):
         wilson(successes, n)
+
+
+# --- McNemar and Holm -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 3), (8, 2), (2, 8), (40, 25)])
+def test_mcnemar_is_the_two_sided_sign_test_of_the_items_that_differ(won: int, lost: int) -> None:
+    same = [0] * 5 + [1] * 7
+    p = mcnemar([*same, *[0] * won, *[1] * lost], [*same, *[1] * won, *[0] * lost])
+    n, extreme = won + lost, abs(won - lost)
+    expected = sum(comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= extreme) / 2**n
+    assert p == pytest.approx(expected, rel=1e-12)
+
+
+def test_mcnemar_bears_ten_thousand_items_and_wants_scores_of_0_and_1() -> None:
+    assert mcnemar([0] * 10_000, [1] * 10_000) == 0.0  # 2 ** -9999 is no float
+    assert mcnemar([0, 1] * 5_000, [1, 0] * 5_000) == 1.0
+    with pytest.raises(OptionError, match="scores of 0 and 1"):
+        mcnemar([0.5, 1], [1, 1])
+
+
+def test_holm_equals_a_table_worked_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    with pytest.raises(OptionError, match=r"between 0 and 1; got 1\.2"):
+        holm([0.5, 1.2])
+
+
+def test_holm_keeps_the_chance_of_any_false_rejection() -> None:
+    p = np.random.default_rng(0).uniform(size=(2_000, 8))
+    false = np.mean([min(holm(list(row))) <= 0.05 for row in p])
+    assert 0.03 < false < 0.065
+    assert np.mean(p.min(axis=1) <= 0.05) > 0.3  # which is what unadjusted values do
+
+
+# --- selection bias -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("items", "changed", "best_of", "points"),
+    [(100, 0.1, 5, 3.7), (100, 0.2, 10, 6.9), (100, 0.2, 30, 9.1), (160, 0.2, 100, 8.9), (1320, 0.2, 30, 2.5)],
+)
+def test_selection_bias_is_what_choosing_among_useless_settings_gains(
+    items: int, changed: float, best_of: int, points: float
+) -> None:
+    random = np.random.default_rng(1)
+    gains: list[float] = []
+    said: list[float] = []
+    for _ in range(200):  # every setting changes a share of the items, each change for better or worse by a coin
+        coins = np.where(random.random((best_of, items)) < 0.5, 1.0, -1.0)
+        changes = coins * (random.random((best_of, items)) < changed)
+        gains.append(float(changes.mean(axis=1).max()))
+        bias = selection_bias(np.zeros(items), list(changes))
+        assert bias[1:3] == (best_of, items)
+        said.append(bias.expected)
+    assert 100 * np.mean(said) == pytest.approx(points, rel=0.03)
+    assert 100 * np.mean(gains) == pytest.approx(points, rel=0.06)
+
+
+def test_one_setting_is_not_chosen_and_an_even_gain_is_no_noise() -> None:
+    assert selection_bias([0, 1, 0, 1], [[1, 0, 1, 0]]).expected == pytest.approx(0, abs=1e-9)
+    assert selection_bias([0] * 4, [[1] * 4, [1] * 4]).expected == 0
+    with pytest.raises(OptionError, match="at least one setting"):
+        selection_bias([0, 1], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pico import model, tokenizer
 from trimtab.artifact import Knob
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, UnknownName
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
+from trimtab.evals.stats import Interval, paired_bootstrap, selection_bias
 from trimtab.evals.tasks import Outcome, Task, load_task, run_task
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -330,3 +332,53 @@ def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:
             load_task(bad)
     with pytest.raises(KeyError, match="Known: contains"):
         load_task(good, grader="exact")
+
+
+# --- a control that fools a naive protocol ---------------------------------------------------------------------------
+
+
+def coin(prompts: Sequence[str], toss: int) -> Task:
+    """A task on which every answer is as good as a coin: its score is a bit of a hash of prompt and answer."""
+
+    def grade(answers: Sequence[str]) -> list[float]:
+        hashes = [hashlib.sha256(f"{toss} {p} {a}".encode()).digest() for p, a in zip(prompts, answers, strict=True)]
+        return [float(h[0] & 1) for h in hashes]
+
+    return Task("coin", tuple(prompts), grade, max_new_tokens=4)
+
+
+def test_thirty_useless_settings_look_like_a_gain_where_they_are_chosen_and_nowhere_else() -> None:
+    lm, words = model(), tokenizer()
+    validation, test = ([f"{name} {i}?" for i in range(100)] for name in ("Held", "New"))
+    draws = torch.Generator().manual_seed(0)
+    sites = [Site(layer, f"post_instruction[{-k}]") for layer in (0, 1) for k in range(1, 6)]
+    knob = Knob("useless", "random", {s: torch.randn(32, generator=draws) for s in sites}, {0: 1, 1: 1}, sites[0], 1.0)
+    gains = (1.0, 2.0, 4.0)
+    settings = [{}, *({knob.with_(site=site, gain=gain): 1.0} for site in sites for gain in gains)]
+    answers = {
+        name: [run_task(lm, words, coin(prompts, 0), setting).answers for setting in settings]
+        for name, prompts in (("held", validation), ("new", test))
+    }
+    naive: list[Interval] = []
+    honest: list[Interval] = []
+    expected: list[float] = []
+    for toss in range(20):
+        held, new = (
+            [np.array(coin(prompts, toss).grade(said)) for said in answers[name]]
+            for name, prompts in (("held", validation), ("new", test))
+        )
+        naive.append(paired_bootstrap(new[0], max(new[1:], key=np.mean), draws=1000))
+        expected.append(selection_bias(new[0], new[1:]).expected)
+        chosen = max(range(1, 31), key=lambda i: held[i].mean())
+        honest.append(paired_bootstrap(new[0], new[chosen], draws=1000))
+    # Chosen on the hundred items that are then reported, luck is a gain, and too often a "significant" one.
+    assert np.mean([i.estimate for i in naive]) > 0.08
+    assert np.mean([i.low > 0 for i in naive]) > 0.1  # 0.025 if luck were not chosen
+    # Chosen on other items it is none; and the figure beside every tuned result foretold the luck.
+    assert abs(np.mean([i.estimate for i in honest])) < 0.04
+    assert np.mean([i.low > 0 for i in honest]) <= 0.1
+    assert np.mean(expected) > np.mean([i.estimate for i in naive])  # an upper figure: settings resemble each other
+
+    budgets: dict[str, Any] = {"gains": gains, "finalists": len(sites), "broken_budget": 1.0, "dose_response": False}
+    with pytest.warns(TrimtabWarning, match=r"useless ones would seem to add 0\.\d+\. Add items"):
+        tune(knob, lm, words, PAIRS, task=coin(validation, 0), **budgets)

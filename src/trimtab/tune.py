@@ -17,6 +17,7 @@ from trimtab.artifact import Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.likelihood import pair_margins
+from trimtab.evals.stats import SelectionBias, selection_bias
 from trimtab.evals.tasks import Task
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.pairs import Pairs
@@ -80,10 +81,11 @@ def tune(
 
     `pairs`, `task` and guardrails must be validation data: whatever is chosen on them cannot be tested on them. Pairs
     with prompts that learning has seen bring a warning.
-    `knob.tuning` of the result holds the options, both tables, the dose-response over `strengths` (score, guardrails,
-    KL, broken answers; see `trimtab.evals.trial`) and the `safe_range` around [0, 1] within the budgets. `progress` is
-    called with the number of settings that were measured and the largest number that there can be. Raises `TuneError`
-    if nothing qualifies.
+    `knob.tuning` of the result holds the options, what the best of as many useless settings would seem to gain
+    (`selection_bias`, see `trimtab.evals.stats`; a gain within it brings a warning), both tables, the dose-response
+    over `strengths` (score, guardrails, KL, broken answers; see `trimtab.evals.trial`) and the `safe_range` around
+    [0, 1] within the budgets. `progress` is called with the number of settings that were measured and the largest
+    number that there can be. Raises `TuneError` if nothing qualifies.
 
     `checkpoint` is a folder that keeps finished steps (batches of the ranking, answers to a task under a setting, KLs):
     the same call takes them from there after it was stopped or killed, and so does one with other budgets, finalists or
@@ -124,12 +126,14 @@ def tune(
     trial = Trial(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size, kept)
     advance()
     table, scores = _measure_finalists(knob, trial, ranking, finalists, gains, advance)
-    best = _best(table, scores, trial, knob.name, task)
+    bias = selection_bias(trial.base_scores, scores) if task else None
+    best = _best(table, scores, trial, knob.name, task, bias)
     chosen = knob.with_(site=best["site"], where=best["where"], gain=best["gain"]).pruned()
     tuning: dict[str, Any] = {
         "ranking": [{**c._asdict(), "site": str(c.site)} for c in ranking],
         "table": table,
         "base": trial.base,
+        "selection_bias": bias and bias._asdict(),
         "task": task.name if task else None,
         "guardrails": [g.name for g in guardrails],
         "budget": budget,
@@ -257,7 +261,12 @@ def _measure_finalists(
 
 
 def _best(
-    table: Sequence[Mapping[str, Any]], scores: Sequence[np.ndarray], trial: Trial, name: str, task: Task | None
+    table: Sequence[Mapping[str, Any]],
+    scores: Sequence[np.ndarray],
+    trial: Trial,
+    name: str,
+    task: Task | None,
+    bias: SelectionBias | None,
 ) -> Mapping[str, Any]:
     """Choose among the rows within the budgets as `tune` says; warns if the choice is no better than the base."""
     allowed = [i for i, row in enumerate(table) if row["within_budget"]]
@@ -285,6 +294,14 @@ def _best(
         warnings.warn(
             f"No setting of {name!r} scores above the base model on {task.name!r} "
             f"({base:.3g} without the knob, at best {best['score']:.3g} with it).",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+    elif bias and best["score"] - base <= bias.expected:
+        warnings.warn(
+            f"The best of {bias.settings} settings of {name!r} scores {best['score'] - base:.3g} more than the base "
+            f"model on {bias.items} items of {task.name!r}; the best of as many useless ones would seem to add "
+            f"{bias.expected:.2g}. Add items, or do not count on this gain.",
             TrimtabWarning,
             stacklevel=3,
         )

@@ -73,6 +73,12 @@ def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str 
         heads = ["", "site", "steers", "gain", "margin", "score", *rails, "broken", kl, "within budget"]
         judged = _cell(tuning.get("task")) if tuning.get("task") else "margin of the pairs"
         parts.append(f"finalists, judged by {judged} (* chosen)\n{columns(heads, rows)}")
+        bias = _object(tuning.get("selection_bias"))
+        if bias:
+            parts.append(
+                f"selection bias: of {_cell(bias.get('settings'))} useless settings the best would seem to gain "
+                f"{_cell(bias.get('expected'))} on these {_cell(bias.get('items'))} items"
+            )
     curve = _rows(tuning.get("dose_response"))
     if curve:
         rows = [

@@ -115,6 +115,7 @@ def _record(knob: Knob, out: Path) -> dict[str, Any]:
         "pairs_hash",
         "options",
         "base",
+        "selection_bias",
         "table",
         "dose_response",
         "safe_range",

@@ -1,4 +1,4 @@
-"""Intervals for scores: paired bootstrap, bootstrap of a mean, Wilson.
+"""Intervals and tests for scores: paired bootstrap, Wilson, McNemar, Holm, and what choosing the best of many is worth.
 
 Conventions: a score is a number per item, larger is better; a difference is the second argument minus the first; two
 systems are compared on the same items in the same order; intervals are two-sided. The same arguments give the same
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -41,9 +42,7 @@ def paired_bootstrap(a: Scores, b: Scores, *, draws: int = 10_000, seed: int = 0
     >>> paired_bootstrap([0, 0, 1, 0], [1, 1, 1, 1]).estimate
     0.75
     """
-    first, second = _scores(a, "a"), _scores(b, "b")
-    if first.shape != second.shape:
-        raise OptionError(f"Paired scores must be of the same items; got {first.size} and {second.size}.")
+    first, second = _paired(a, b)
     if draws < 100:
         raise OptionError(f"The bootstrap needs at least 100 draws; got {draws!r}.")
     tail = (1 - _level(level)) / 2
@@ -82,10 +81,93 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     return Interval(share, low, high)
 
 
+def mcnemar(a: Scores, b: Scores) -> float:
+    """Return the exact two-sided p-value that two systems are right equally often, from scores of 0 and 1 `[N]`.
+
+    Only items that one gets right and the other wrong count (McNemar 1947); under the hypothesis each falls either way
+    with probability one half. Raises `OptionError` for other scores, for which `paired_bootstrap` is meant.
+
+    >>> mcnemar([0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1])
+    0.0625
+    """
+    first, second = _paired(a, b)
+    if not np.isin([first, second], (0.0, 1.0)).all():
+        raise OptionError("McNemar's test needs scores of 0 and 1. Use paired_bootstrap for others.")
+    won, lost = int((second > first).sum()), int((second < first).sum())
+    n, fewer, ways, tail = won + lost, min(won, lost), 1, 0
+    for k in range(fewer + 1):
+        tail += ways  # binomial coefficients as whole numbers: exact however many items there are
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for their number, in their order: reject those at most the level (Holm 1979).
+
+    The chance of a single false rejection among all of them then stays within the level, however they depend.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise OptionError(f"p-values lie between 0 and 1; got {next(p for p in p_values if not 0 <= p <= 1)!r}.")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+class SelectionBias(NamedTuple):
+    """The score that the best of several useless settings is expected to seem to add: `expected`.
+
+    `settings` were compared on `items`; `error` is the standard error of one setting's paired difference to the base.
+    """
+
+    expected: float
+    settings: int
+    items: int
+    error: float
+
+
+def selection_bias(base: Scores, settings: Sequence[Scores]) -> SelectionBias:
+    """Return what choosing the best of `settings` on these items would seem to gain if none of them did anything.
+
+    `base` `[N]` and every setting `[N]` are scores of the same items. A useless setting changes some items either way;
+    of k such differences, normal with the standard error that these show, the largest is expected at E[max of k
+    standard normals] times that error. For scores of 0 and 1 of which a share f changes the error is sqrt(f / N).
+    Settings are taken as independent: alike ones gain less, so that this is an upper figure.
+
+    >>> bias = selection_bias([0, 1] * 50, [[0, 1] * 40 + [1, 0] * 10] * 30)
+    >>> round(100 * bias.expected, 1)  # a fifth of 100 items, best of 30
+    9.1
+    """
+    if not settings:
+        raise OptionError("There must be at least one setting to choose from.")
+    differences = [second - first for first, second in (_paired(base, s) for s in settings)]
+    items = differences[0].size
+    error = math.sqrt(float(np.mean([d.var() for d in differences])) / items)
+    return SelectionBias(_expected_best_of(len(settings)) * error, len(settings), items, error)
+
+
+def _expected_best_of(count: int) -> float:
+    """Return the expected largest of `count` standard normals, by numerical integration of x d(Phi(x)^count)."""
+    edges = np.linspace(-9.0, 9.0, 3601)
+    cumulative = np.array([NormalDist().cdf(x) for x in edges]) ** count
+    return float(((edges[1:] + edges[:-1]) / 2 * np.diff(cumulative)).sum())
+
+
 def _level(level: float) -> float:
     if not 0 < level < 1:
         raise OptionError(f"The level must be between 0 and 1, e.g. 0.95; got {level!r}.")
     return level
+
+
+def _paired(a: Scores, b: Scores) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    first, second = _scores(a, "a"), _scores(b, "b")
+    if first.shape != second.shape:
+        raise OptionError(f"Paired scores must be of the same items; got {first.size} and {second.size}.")
+    return first, second
 
 
 def _scores(values: Scores, name: str) -> npt.NDArray[np.float64]:

@@ -27,8 +27,9 @@ class Trial:
 
     Without a task the answers to the pairs' own prompts still show where a dose begins to break the model. `budget` is
     the share of items that a guardrail may lose, `broken_budget` the share of answers that may break (empty, cut,
-    repeating). `base` holds the base model's score, guardrails and broken share. `kept` keeps what the model says, and
-    not what a grader makes of it: answers that are taken from there are graded again, so another grader counts at once.
+    repeating). `base` holds the base model's score, guardrails and broken share, `base_scores` its scores of the task's
+    items `[n]`. `kept` keeps what the model says, and not what a grader makes of it: answers that are taken from there
+    are graded again, so another grader counts at once.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Trial:
         self.budget, self.broken_budget = budget, broken_budget
         outcomes = self._run({})
         self.base: dict[str, Any] = self._summary(outcomes)
+        self.base_scores = outcomes[0][1].scores
         # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
         held = [list(zip(t.prompts, o.answers, strict=True))[:KL_ITEMS] for t, o in outcomes[1:] or outcomes]
         told = [(prompt, answer) for items in held for prompt, answer in items if answer]
