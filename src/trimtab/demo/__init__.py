@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
-import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 
 from trimtab.artifact import Knob
 from trimtab.demo.report import markdown, summary
-from trimtab.errors import OptionError, TrimtabWarning, TuneError
+from trimtab.errors import OptionError, TuneError
 from trimtab.evals.report import plot_tuning
 from trimtab.evals.stats import paired_bootstrap, wilson
 from trimtab.evals.tasks import Outcome, Task, run_task
@@ -32,6 +28,7 @@ from trimtab.prefworld.families import GUARDRAILS
 from trimtab.render import load
 from trimtab.tune import tune
 from trimtab.types import Site, Where
+from trimtab.workers import open_pool
 
 __all__ = ["run", "summary"]
 
@@ -148,21 +145,9 @@ class _Bench:
 _bench: _Bench | None = None
 
 
-def _open(model: str, seed: int, size: _Sizes, parent: int) -> None:
-    """Make this process a worker: one thread, since two processes beat two threads on small matrices."""
+def _open(model: str, seed: int, size: _Sizes) -> None:
     global _bench
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", TrimtabWarning)
-    transformers.logging.disable_progress_bar()
     _bench = _Bench(model, seed, size)
-
-
-def _leave_with(parent: int) -> None:
-    """End this worker once the process that began it is gone, killed and so unable to say so."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _tuned(name: str, kind: str, file: str | None) -> tuple[Knob | None, float, float]:
@@ -291,9 +276,7 @@ def run(
     folder, size, begun = Path(out), QUICK if quick else _Sizes(), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     progress("measuring the bundled model without knobs; learning and tuning on the validation split")
-    context = multiprocessing.get_context("spawn")
-    workers = max(1, min(2, os.cpu_count() or 1))
-    with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(model, seed, size, os.getpid())) as pool:
+    with open_pool(max(1, min(2, os.cpu_count() or 1)), _open, (model, seed, size)) as pool:
         files = {name: folder / f"{name}.knob.safetensors" for name in KNOBS}
         chosen = {name: pool.submit(_tuned, name, "knob", str(files[name])) for name in KNOBS}
         demo = _Demo(pool, size, progress)

@@ -89,22 +89,37 @@ def divergence(
     texts: Sequence[Text],
     setting: Mapping[Knob, float],
     *,
+    other: PreTrainedModel | None = None,
+    other_texts: Sequence[Text] | None = None,
     token_budget: int = 8192,
 ) -> float:
-    """Return KL(base || steered) in nats per token, over the answers' tokens."""
+    """Return KL(base || changed) in nats per token, over the answers' tokens.
+
+    Changed is the model under `setting`; or `other`, a model with the same vocabulary, under it; or either with the
+    same answers after other prompts, `other_texts`.
+    """
     total, count = 0.0, 0
-    # Base and steered rows of a few texts at a time: at a real vocabulary the log-probabilities of all fill memory.
+    changed = texts if other_texts is None else other_texts
+    # A few texts at a time: at a real vocabulary the log-probabilities of all fill memory.
     for start in range(0, len(texts), 8):
-        rows = [(text, knobs) for text in texts[start : start + 8] for knobs in ({}, setting)]
-        logps: dict[int, torch.Tensor] = {}
-        for batch in _batches(rows, token_budget):
-            found = _forward(model, tokenizer, [rows[i] for i in batch])
-            logps.update((number, answer) for number, (answer, _) in zip(batch, found, strict=True))
-        for number in range(0, len(rows), 2):
-            base, steered = logps[number], logps[number + 1]
+        some = slice(start, start + 8)
+        before = _log_probabilities(model, tokenizer, [(text, {}) for text in texts[some]], token_budget)
+        after = _log_probabilities(other or model, tokenizer, [(text, setting) for text in changed[some]], token_budget)
+        for base, steered in zip(before, after, strict=True):
             total += float((base.exp() * (base - steered)).sum())
             count += len(base)
     return max(total / max(count, 1), 0.0)  # rounding can leave a little less than 0
+
+
+def _log_probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], token_budget: int
+) -> list[torch.Tensor]:
+    """Return the log-probabilities [T, V] at each row's answer, in the order of the rows."""
+    found: dict[int, torch.Tensor] = {}
+    for batch in _batches(rows, token_budget):
+        answers = _forward(model, tokenizer, [rows[i] for i in batch])
+        found.update((number, logps) for number, (logps, _) in zip(batch, answers, strict=True))
+    return [found[number] for number in range(len(rows))]
 
 
 def _batches(rows: Sequence[Row], token_budget: int) -> list[list[int]]:

@@ -1,0 +1,210 @@
+"""What a reproduction runs: data, methods, grids, sizes and the thresholds of its claims, read from a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from trimtab.errors import OptionError, brief, unknown_name
+from trimtab.types import check_where
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """One preference: where its pairs come from, and the task that shows whether it took hold."""
+
+    pairs: str
+    """`prefworld:FAMILY`, or a file of pairs, which is split by prompt into training, validation and test."""
+    task: str
+    """`prefworld:FAMILY`, `BENCHMARK:FILE` or `FILE:GRADER`; validation and test questions are drawn apart."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """One way to steer: how the vector is learned, and what validation chooses."""
+
+    title: str
+    method: str = "palrs"
+    positions: tuple[str, ...] = ()
+    """Empty: what the method's paper reads."""
+    selection: str = "validation"
+    """`validation`, or a rule of `trimtab.learn` that fixes the site before tuning."""
+    where: tuple[str, ...] = ("prompt",)
+    length_match: str = "off"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    control: bool = False
+    """A control must not gain."""
+    shuffled: bool = False
+    """Half of the pairs are turned round before learning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One way to train, on the same pairs."""
+
+    title: str
+    loss: str
+    learning_rates: tuple[float, ...]
+    betas: tuple[float, ...]
+    epochs: int = 20
+    patience: int = 2
+    batch_size: int = 16
+    lora: int = 0
+    """Rank of the adapter; 0 trains all weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many items everything uses."""
+
+    pairs: int = 100
+    many_pairs: int = 1000
+    seeds: int = 5
+    many_seeds: int = 2
+    counts: tuple[int, ...] = (10, 25, 50, 400)
+    count_seeds: int = 3
+    validation: int = 40
+    validation_pairs: int = 24
+    guard: int = 75
+    test: int = 300
+    test_guard: int = 150
+    test_pairs: int = 100
+    sampled: int = 200
+    map_items: int = 100
+    finalists: int = 3
+    batch_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """From where on a claim holds; settled before the run."""
+
+    gain: float = 0.02
+    """A method gains where the lower end of the interval lies above this share of items."""
+    loss: float = 0.02
+    """A guardrail is kept, and a control gains nothing, where the interval stays within this share of items."""
+    ratio: float = 3.0
+    """A method is faster where the lower end of the ratio of seconds lies above this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole reproduction."""
+
+    title: str
+    models: tuple[str, ...]
+    domains: dict[str, Domain]
+    steering: dict[str, Steering]
+    training: dict[str, Training]
+    guardrails: tuple[str, ...] = ()
+    dtype: str = "auto"
+    last: float = 0.8
+    """Candidate layers end at this fraction of the depth."""
+    gains: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    curve: tuple[float, ...] = (-0.4, -0.2, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)
+    """Alphas of the dose curve, in multiples of the mean residual norm."""
+    shots: tuple[int, ...] = (1, 2, 4)
+    """How many pairs stand before the question as answered turns, one of them chosen on validation."""
+    budget: float = 0.02
+    main: str = "palrs"
+    """The way to steer that the claims speak of."""
+    data_seed: int = 0
+    """Of the questions that choose and test; the seeds of the pairs count up from 0."""
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    quick: Sizes = dataclasses.field(default_factory=Sizes)
+    """What `--quick` uses instead."""
+    thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("trimtab.reproduce") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe: the name of one that comes with the package, or a TOML file.
+
+    Raises `OptionError` for a file that is none, and for what does not belong there or has the wrong type.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise OptionError(f"There is no recipe {str(path)!r}.")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    elif str(name) in recipe_names():
+        text = (resources.files("trimtab.reproduce") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise unknown_name("recipe", str(name), recipe_names())
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise OptionError(f"The recipe {str(name)!r} is no TOML: {error}.") from None
+    recipe = _build(Recipe, table, str(name))
+    _check(recipe, str(name))
+    return recipe
+
+
+def _check(recipe: Recipe, place: str) -> None:
+    if not (recipe.models and recipe.domains and recipe.steering):
+        raise OptionError(f"{place}: a recipe needs models, domains and ways to steer.")
+    if recipe.main not in recipe.steering:
+        raise unknown_name(f"way to steer in {place}", recipe.main, recipe.steering)
+    for way in recipe.steering.values():
+        for tokens in way.where:
+            check_where(tokens)
+    for sizes in (recipe.sizes, recipe.quick):
+        for field in dataclasses.fields(sizes):
+            value = getattr(sizes, field.name)
+            if any(number < 1 for number in (value if isinstance(value, tuple) else (value,))):
+                raise OptionError(f"{place}: {field.name} counts from 1; got {value}.")
+
+
+def _build(kind: type[T], table: object, place: str) -> T:
+    """Make a dataclass of a TOML table; what is left out has its default, what is not known is an error."""
+    if not isinstance(table, Mapping):
+        raise OptionError(f"{place} is a table; got {brief(table)}.")
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in cast(Mapping[str, object], table).items():
+        if key not in fields:
+            raise unknown_name(f"key of {place}", key, fields)
+        values[key] = _value(hints[key], value, f"{place}: {key}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise OptionError(f"{place} lacks {', '.join(missing)}.")
+    return kind(**values)
+
+
+def _value(hint: Any, value: object, place: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(cast(type[Any], hint), value, place)
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise OptionError(f"{place} is a list; got {brief(value)}.")
+        return tuple(_value(parts[0], item, place) for item in cast(list[object], value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise OptionError(f"{place} is a table; got {brief(value)}.")
+        if parts[1] is Any:
+            return dict(cast(Mapping[str, Any], value))
+        return {
+            key: _value(parts[1], item, f"{place}.{key}") for key, item in cast(Mapping[str, object], value).items()
+        }
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise OptionError(f"{place} is {'a number' if hint in (int, float) else hint.__name__}; got {brief(value)}.")
+    return value
