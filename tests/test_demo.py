@@ -114,7 +114,8 @@ def test_of_the_draws_of_a_control_the_one_that_gains_most_counts() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
 def test_a_worker_leaves_with_the_process_that_began_it() -> None:
-    code = "import os\nfrom trimtab import workers as w\np = os.getppid()\nprint(os.getpid(), flush=True)\nw._leave_with(p)"
+    lines = ("import os", "from trimtab import workers", "p = os.getppid()", "print(os.getpid(), flush=True)")
+    code = "\n".join((*lines, "workers._leave_with(p)"))
     began = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     with subprocess.Popen([sys.executable, "-c", began], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

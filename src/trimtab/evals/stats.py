@@ -64,6 +64,38 @@ def bootstrap_mean(values: Scores, *, draws: int = 10_000, seed: int = 0, level:
     return paired_bootstrap(np.zeros(len(values)), values, draws=draws, seed=seed, level=level)
 
 
+Runs = npt.NDArray[np.floating]
+"""Scores `[S, N]` of N items by S runs, such as knobs learned from S draws of pairs."""
+
+
+def bootstrap_runs(
+    groups: Sequence[tuple[Runs, Runs]], *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return the mean of `b - a` with its interval where both were run several times, averaged over groups.
+
+    A group is `(a [S, N], b [R, N])`: S and R runs on the same N items, such as one model with knobs from S draws of
+    pairs. Items are resampled together and runs of either side apart, so that the interval covers the choice of items
+    and of pairs; groups are not resampled. With few runs it is too narrow: a bootstrap of S runs has (S - 1) / S of
+    their variance.
+    """
+    if not groups or any(a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] for a, b in groups):
+        raise OptionError("Groups are pairs of scores [S, N] and [R, N] of the same items, and at least one.")
+    tail, random = (1 - _level(level)) / 2, np.random.default_rng(seed)
+    means = np.zeros(draws)
+    for a, b in groups:
+        items = _shares(random, draws, a.shape[1])
+        for runs, sign in ((a, -1.0), (b, 1.0)):
+            means += sign * ((_shares(random, draws, len(runs)) @ runs) * items).sum(axis=1) / len(groups)
+    estimate = float(np.mean([b.mean() - a.mean() for a, b in groups]))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high))
+
+
+def _shares(random: np.random.Generator, draws: int, count: int) -> Runs:
+    """Draw how often each of `count` things is resampled, as shares `[draws, count]`."""
+    return random.multinomial(count, np.full(count, 1 / count), size=draws) / count
+
+
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """Return the share of successes with Wilson's score interval (Wilson 1927), right for small n and at 0 and 1.
 

@@ -7,10 +7,10 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from trimtab.errors import OptionError, brief, unknown_name
-from trimtab.types import check_where
+from trimtab.types import Where
 
 T = TypeVar("T")
 
@@ -33,10 +33,10 @@ class Steering:
     method: str = "palrs"
     positions: tuple[str, ...] = ()
     """Empty: what the method's paper reads."""
-    selection: str = "validation"
+    selection: Literal["validation", "eq3_cosine", "max_relative_norm", "probe_auc"] = "validation"
     """`validation`, or a rule of `trimtab.learn` that fixes the site before tuning."""
-    where: tuple[str, ...] = ("prompt",)
-    length_match: str = "off"
+    where: tuple[Where, ...] = ("prompt",)
+    length_match: Literal["off", "bucket", "regress"] = "off"
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     control: bool = False
     """A control must not gain."""
@@ -49,7 +49,7 @@ class Training:
     """One way to train, on the same pairs."""
 
     title: str
-    loss: str
+    loss: Literal["dpo", "simpo", "sft"]
     learning_rates: tuple[float, ...]
     betas: tuple[float, ...]
     epochs: int = 20
@@ -89,6 +89,8 @@ class Thresholds:
     """A method gains where the lower end of the interval lies above this share of items."""
     loss: float = 0.02
     """A guardrail is kept, and a control gains nothing, where the interval stays within this share of items."""
+    enough: float = 0.05
+    """More pairs bring nothing where the upper end lies below this share of items."""
     ratio: float = 3.0
     """A method is faster where the lower end of the ratio of seconds lies above this."""
 
@@ -156,9 +158,6 @@ def _check(recipe: Recipe, place: str) -> None:
         raise OptionError(f"{place}: a recipe needs models, domains and ways to steer.")
     if recipe.main not in recipe.steering:
         raise unknown_name(f"way to steer in {place}", recipe.main, recipe.steering)
-    for way in recipe.steering.values():
-        for tokens in way.where:
-            check_where(tokens)
     for sizes in (recipe.sizes, recipe.quick):
         for field in dataclasses.fields(sizes):
             value = getattr(sizes, field.name)
@@ -191,6 +190,10 @@ def _value(hint: Any, value: object, place: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(cast(type[Any], hint), value, place)
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in parts:
+            raise unknown_name(place, str(value), parts)
+        return value
     if origin is tuple:
         if not isinstance(value, list):
             raise OptionError(f"{place} is a list; got {brief(value)}.")

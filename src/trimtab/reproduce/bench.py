@@ -1,0 +1,165 @@
+"""What one worker of a reproduction holds, and how a system is measured there: everything once, on test items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trimtab.artifact import Knob
+from trimtab.evals.graders import repetition
+from trimtab.evals.likelihood import divergence, pair_margins, render_texts
+from trimtab.evals.tasks import Outcome, Prompt, Task, run_task
+from trimtab.pairs import Pairs
+from trimtab.render import load
+from trimtab.reproduce.data import Split, held_out_pairs, questions, training_pairs
+from trimtab.reproduce.recipe import Domain, Recipe, Sizes
+from trimtab.types import Message, Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KL_ITEMS = 16
+
+
+@dataclass(frozen=True)
+class System:
+    """What answers: a model, knobs turned on it, and turns that stand before every question."""
+
+    model: PreTrainedModel
+    knobs: Mapping[Knob, float] = field(default_factory=dict[Knob, float])
+    before: tuple[Message, ...] = ()
+
+
+class Bench:
+    """One model with the recipe's data; whatever is drawn is kept, since many systems are measured on it."""
+
+    def __init__(self, name: str, recipe: Recipe, sizes: Sizes) -> None:
+        loaded = load(name, dtype=recipe.dtype)
+        self.model: PreTrainedModel = loaded.model
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.recipe, self.sizes = recipe, sizes
+        self._tasks: dict[tuple[str, Split, int], Task] = {}
+        self._rails: list[float] | None = None
+        self._base_answers: list[tuple[Prompt, str]] | None = None
+
+    @property
+    def base(self) -> System:
+        """The model as it is."""
+        return System(self.model)
+
+    def pairs(self, domain: Domain, n: int, seed: int) -> Pairs:
+        """Draw the pairs that one seed learns from."""
+        return training_pairs(domain.pairs, n, seed=seed, data_seed=self.recipe.data_seed)
+
+    def held_out(self, domain: Domain, split: Split) -> Pairs:
+        """Draw the pairs that choose, or test."""
+        n = self.sizes.validation_pairs if split == "validation" else self.sizes.test_pairs
+        return held_out_pairs(domain.pairs, split, n, data_seed=self.recipe.data_seed)
+
+    def task(self, source: str, split: Split, n: int) -> Task:
+        """Draw questions; a task is drawn once, since it remembers the programs that it has tested."""
+        if (source, split, n) not in self._tasks:
+            self._tasks[source, split, n] = questions(source, split, n, data_seed=self.recipe.data_seed)
+        return self._tasks[source, split, n]
+
+    def guardrails(self, split: Split) -> list[Task]:
+        """Draw the questions of every guardrail."""
+        n = self.sizes.guard if split == "validation" else self.sizes.test_guard
+        return [self.task(source, split, n) for source in self.recipe.guardrails]
+
+    def run(self, system: System, task: Task, *, temperature: float = 0.0, seed: int = 0) -> Outcome:
+        """Let a system answer a task."""
+        asked = tuple(after(system.before, prompt) for prompt in task.prompts)
+        return run_task(
+            system.model,
+            self.tokenizer,
+            replace(task, prompts=asked) if system.before else task,
+            system.knobs,
+            temperature=temperature,
+            seed=seed,
+            batch_size=self.sizes.batch_size,
+        )
+
+    # --- on validation questions ----------------------------------------------------------------------------------
+
+    def validate(self, system: System, domain: Domain) -> dict[str, Any]:
+        """Return score and guardrails on validation questions, and whether guardrails stay within the budget."""
+        score = self.run(system, self.task(domain.task, "validation", self.sizes.validation)).accuracy
+        rails = [self.run(system, rail).accuracy for rail in self.guardrails("validation")]
+        if self._rails is None:
+            self._rails = [self.run(self.base, rail).accuracy for rail in self.guardrails("validation")]
+        drop = max((before - now for before, now in zip(self._rails, rails, strict=True)), default=0.0)
+        return {"score": score, "guardrails": rails, "within_budget": drop <= self.recipe.budget + 1e-9}
+
+    # --- on test questions ----------------------------------------------------------------------------------------
+
+    def measure(self, system: System, domain: Domain, *, seed: int = 0) -> dict[str, Any]:
+        """Measure a system on everything; scores are lists of one number per test item.
+
+        `greedy` and `sampled` (temperature 1) hold scores, the share of the preferred side, the score within it, broken
+        answers, repetition and length in characters; `guardrails` scores by name; `preference` 0 or 1 and the margin in
+        nats per held-out pair; `kl` KL(base || system) in nats per token over the base model's answers to guardrails.
+        """
+        task = self.task(domain.task, "test", self.sizes.test)
+        sampled = first(task, self.sizes.sampled)
+        rails = self.guardrails("test")
+        margins = self._margins(system, domain)
+        return {
+            "greedy": summary(task, self.run(system, task)),
+            "sampled": summary(sampled, self.run(system, sampled, temperature=1.0, seed=seed)),
+            "guardrails": {rail.name: self.run(system, rail).scores.tolist() for rail in rails},
+            "preference": {"right": (margins > 0).astype(float).tolist(), "margin": margins.tolist()},
+            "kl": self._divergence(system),
+        }
+
+    def score(self, system: System, domain: Domain) -> list[float]:
+        """Return the scores of the domain's test items, greedy."""
+        return self.run(system, self.task(domain.task, "test", self.sizes.test)).scores.tolist()
+
+    def _margins(self, system: System, domain: Domain) -> np.ndarray:
+        pairs = Pairs(Pair((*system.before, *p.prompt), p.chosen, p.rejected) for p in self.held_out(domain, "test"))
+        return pair_margins(system.model, self.tokenizer, pairs, [system.knobs])[0].margin
+
+    def _divergence(self, system: System) -> float | None:
+        if self._base_answers is None:
+            rails = [first(rail, KL_ITEMS) for rail in self.guardrails("test")]
+            told = [list(zip(rail.prompts, self.run(self.base, rail).answers, strict=True)) for rail in rails]
+            self._base_answers = [(prompt, answer) for items in told for prompt, answer in items if answer]
+        if not self._base_answers:
+            return None
+        said = [answer for _, answer in self._base_answers]
+        render = partial(render_texts, self.tokenizer, answers=said)
+        bare = render([after((), prompt) for prompt, _ in self._base_answers])
+        asked = render([after(system.before, prompt) for prompt, _ in self._base_answers])
+        return divergence(self.model, self.tokenizer, bare, system.knobs, other=system.model, other_texts=asked)
+
+
+def after(before: Sequence[Message], prompt: Prompt) -> tuple[Message, ...]:
+    """Put turns before a prompt."""
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return (*before, *turns)
+
+
+def first(task: Task, n: int) -> Task:
+    """Return the task's first `n` questions."""
+    if n >= len(task):
+        return task
+    rest = [""] * (len(task) - n)
+    return replace(task, prompts=task.prompts[:n], grade=lambda answers: task.grade([*answers, *rest])[:n])
+
+
+def summary(task: Task, outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome as plain JSON values."""
+    return {
+        "scores": outcome.scores.tolist(),
+        "on_side": [float(side == task.target) for side in outcome.sides] if task.target else None,
+        "side_share": outcome.share(task.target) if task.target else None,
+        "score_within_side": outcome.accuracy_within(task.target) if task.target else None,
+        "broken": float(outcome.degenerate.mean()),
+        "repetition": float(np.mean([repetition(answer) for answer in outcome.answers])),
+        "characters": float(np.mean([len(answer) for answer in outcome.answers])),
+    }
