@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from trimtab.train import Trained, train
 
 from trimtab.artifact import Knob
 from trimtab.errors import TuneError
@@ -23,6 +22,7 @@ from trimtab.ops import alpha_from_palrs
 from trimtab.pairs import Pairs
 from trimtab.reproduce.bench import Bench, System, first, summary
 from trimtab.reproduce.recipe import Domain, Steering, Training
+from trimtab.train import Trained, train
 from trimtab.tune import tune
 from trimtab.types import Message, Site
 
@@ -265,7 +265,7 @@ def _train(
         epochs=way.epochs,
         patience=way.patience,
         batch_size=way.batch_size,
-        lora=way.lora or None,
+        lora_rank=way.lora_rank or None,
         seed=seed,
         score=score,
     )

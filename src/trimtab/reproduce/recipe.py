@@ -52,11 +52,11 @@ class Training:
     loss: Literal["dpo", "simpo", "sft"]
     learning_rates: tuple[float, ...]
     betas: tuple[float, ...]
-    epochs: int = 20
+    epochs: int = 10
     patience: int = 2
     batch_size: int = 16
-    lora: int = 0
-    """Rank of the adapter; 0 trains all weights."""
+    lora_rank: int = 0
+    """Of the adapter; 0 trains all weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,8 @@ class Recipe:
     data_seed: int = 0
     """Of the questions that choose and test; the seeds of the pairs count up from 0."""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    others: Sizes = dataclasses.field(default_factory=Sizes)
+    """What models after the first use."""
     quick: Sizes = dataclasses.field(default_factory=Sizes)
     """What `--quick` uses instead."""
     thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
@@ -158,7 +160,7 @@ def _check(recipe: Recipe, place: str) -> None:
         raise OptionError(f"{place}: a recipe needs models, domains and ways to steer.")
     if recipe.main not in recipe.steering:
         raise unknown_name(f"way to steer in {place}", recipe.main, recipe.steering)
-    for sizes in (recipe.sizes, recipe.quick):
+    for sizes in (recipe.sizes, recipe.others, recipe.quick):
         for field in dataclasses.fields(sizes):
             value = getattr(sizes, field.name)
             if any(number < 1 for number in (value if isinstance(value, tuple) else (value,))):

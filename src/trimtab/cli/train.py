@@ -1,0 +1,151 @@
+"""Train on preference pairs with DPO, SimPO or SFT, tuned on validation pairs: the baseline beside a knob.
+
+The grid of learning rates and betas is tried on validation pairs, each run stops early, and the best one is written as
+a model folder that every other verb takes. Needs the `train` extra.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from trimtab.cli import options
+from trimtab.cli.options import given
+from trimtab.cli.sources import load_pairs, open_model
+from trimtab.cli.tables import columns, facts
+from trimtab.cli.terminal import Terminal
+from trimtab.errors import OptionError, unknown_name
+
+TRAIN = (
+    "learning_rates",
+    "betas",
+    "gamma_ratio",
+    "lora_rank",
+    "epochs",
+    "patience",
+    "batch_size",
+    "seed",
+    "checkpoint",
+)
+"""Options that go to `trimtab.train.train` under their own names."""
+LOSSES = ("dpo", "simpo", "sft")
+RECORD = "training.json"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("loss", metavar="LOSS", help="dpo, simpo or sft")
+    options.add_model(parser)
+    parser.add_argument("pairs", metavar="PAIRS", help="pairs to train on: a file, or prefworld:math")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the trained model, new or empty")
+    parser.add_argument("--validation", metavar="PAIRS", help="held-out pairs (default: three tenths of PAIRS)")
+    parser.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
+    options.add_checkpoint(parser)
+    grid = parser.add_argument_group("the grid")
+    grid.add_argument("--learning-rates", type=options.numbers, metavar="LIST", help="as in 1e-6,1e-5 (the default)")
+    grid.add_argument("--betas", type=options.numbers, metavar="LIST", help="default 0.1,0.3 (dpo) or 2,10 (simpo)")
+    grid.add_argument("--gamma-ratio", type=float, metavar="X", help="SimPO's gamma over its beta (default 0.5)")
+    run = parser.add_argument_group("each run")
+    run.add_argument("--lora-rank", type=int, metavar="N", help="train an adapter of this rank (default: all weights)")
+    run.add_argument("--epochs", type=int, metavar="N", help="at most (default 10)")
+    run.add_argument("--patience", type=int, metavar="N", help="epochs without improvement before it stops (default 2)")
+    run.add_argument("--batch-size", type=int, metavar="N", help="pairs of a step (default 16)")
+    run.add_argument("--seed", type=int, metavar="N", help="of order and adapter (default 0)")
+
+
+def run(args: Namespace, terminal: Terminal) -> None:
+    """Train, write the model's folder, and print the grid."""
+    if args.loss not in LOSSES:
+        raise unknown_name("loss", args.loss, LOSSES)
+    out = _new_folder(args.out)
+    pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
+    held = load_pairs(args.validation, split="validation", duplicates=args.duplicates) if args.validation else None
+    with terminal.working("Preparing"):
+        from trimtab.checkpoint import remove
+        from trimtab.train import train
+        from trimtab.train.loops import check_installed
+
+        check_installed()  # before the model is loaded, which may take long
+    with open_model(args, terminal) as (model, tokenizer):
+        working = terminal.working(f"Training on {len(pairs)} pairs ({args.loss})", counted=True)
+        with options.resumable(args.checkpoint), working as progress:
+            trained = train(
+                model,
+                tokenizer,
+                pairs,
+                loss=args.loss,
+                validation=held,
+                progress=progress,
+                **given(args, *TRAIN),
+            )
+        _write(trained.model, tokenizer, trained.record, out)
+    terminal.result({**trained.record, "out": str(out)}, _text(trained.record, out))
+    if args.checkpoint is not None:
+        remove(args.checkpoint)
+
+
+def _new_folder(text: str) -> Path:
+    """Check before any work is done that a model can be written there."""
+    if not text:
+        raise OptionError("--out is empty; pass the name of a folder.")
+    out = Path(text)
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out {text!r} is a file; pass the name of a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        raise OptionError(f"--out {text!r} is not empty, and nothing in it is replaced. Choose another folder.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise OptionError(f"--out {text!r} cannot be written: {error.strerror}.") from None
+    return out
+
+
+def _write(model: Any, tokenizer: Any, record: dict[str, Any], out: Path) -> None:
+    """Write the model beside its place and move it there, so that a folder of that name is whole."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        made = Path(scratch) / "model"
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if out.exists():
+            out.rmdir()  # empty, as checked
+        made.rename(out)
+
+
+def _text(record: dict[str, Any], out: Path) -> str:
+    chosen, table = record["chosen"], record["table"]
+    at_best = next(row for row in table if {key: row[key] for key in chosen} == chosen)
+    beta = "" if record["loss"] == "sft" else f", beta {chosen['beta']:g}"
+    used, held = record["pairs"]["count"], record["validation"]["count"]
+    head = facts(
+        {
+            "trained": f"{record['loss']} on {used} pairs, {held} held out",
+            "chosen": f"learning rate {chosen['learning_rate']:g}{beta}, by {record['chosen_by']} on validation",
+            "stopped": f"after {at_best['epochs']} epochs; the weights are those of epoch {at_best['best_epoch']}",
+            "seconds": f"{record['run']['seconds']:.1f} for this run, {record['grid']['seconds']:.1f} for the grid",
+            "written to": out,
+            "next": f'trimtab generate {shlex.quote(str(out))} "..."',
+        }
+    )
+    heads = ["", "learning rate", "beta", "preference", "margin", "best loss", "best epoch", "epochs", "seconds"]
+    rows = [
+        [
+            "*" if row is at_best else "",
+            row["learning_rate"],
+            row["beta"] or None,
+            row["preference"],
+            row["margin"],
+            min(row["validation_losses"]),
+            row["best_epoch"],
+            row["epochs"],
+            row["seconds"],
+        ]
+        for row in table
+    ]
+    return f"{head}\n\nthe grid on validation pairs (* chosen)\n{columns(heads, rows)}"

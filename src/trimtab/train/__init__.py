@@ -1,0 +1,270 @@
+"""Train on the same pairs that a knob is learned from: DPO, SimPO and SFT, tuned on validation, as a baseline."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import torch
+
+from trimtab.adapter import Adapter
+from trimtab.checkpoint import Checkpoint, describe_model, versions
+from trimtab.errors import OptionError, PairsError, unknown_name
+from trimtab.evals.cost import measured
+from trimtab.evals.likelihood import pair_margins, render_texts
+from trimtab.pairs import Pairs
+from trimtab.train.loops import History, Loss, Rows, Settings, check_installed, fit, lora, merge
+from trimtab.types import check_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["GRIDS", "Loss", "Trained", "train"]
+
+GRIDS: Mapping[Loss, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "dpo": ((1e-6, 1e-5), (0.1, 0.3)),
+    "simpo": ((1e-6, 1e-5), (2.0, 10.0)),
+    "sft": ((1e-5, 1e-4), ()),
+}
+"""Learning rates and betas that are tried where none are given, for models of some billion parameters: around DPO's
+5e-7 to 1e-6 with beta 0.1 and SimPO's 3e-7 to 1e-6 with beta 2 to 10 (their papers), upwards because pairs are few.
+Small models, and adapters, want rates ten to a hundred times larger."""
+MIN_IMPROVEMENT = 0.01
+"""Nats per pair: a validation loss that falls by less has stopped falling."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and the record of how it came about, as plain JSON values."""
+
+    model: PreTrainedModel
+    record: dict[str, Any]
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    loss: Loss = "dpo",
+    validation: Pairs | None = None,
+    learning_rates: Sequence[float] | None = None,
+    betas: Sequence[float] | None = None,
+    gamma_ratio: float = 0.5,
+    lora_rank: int | None = None,
+    epochs: int = 10,
+    patience: int = 2,
+    batch_size: int = 16,
+    seed: int = 0,
+    score: Callable[[PreTrainedModel], float] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Trained:
+    """Train a copy of `model` on pairs, at the best of a grid of settings; `model` itself stays as it is.
+
+    `loss`: "dpo" (arXiv:2305.18290, Eq. 7; the reference is `model`), "simpo" (arXiv:2405.14734, Eq. 6, with gamma =
+    `gamma_ratio` x beta) or "sft" (the chosen answers alone, no beta). Texts are rendered as for learning and
+    generating, and the answer's closing tokens count. None of `learning_rates` or `betas` stands for `GRIDS`.
+
+    Early stopping: after every epoch the loss on `validation` is taken; after `patience` epochs that lower it by less
+    than `MIN_IMPROVEMENT` the run ends, and the weights of its best epoch count. Without `validation` three tenths of
+    the prompts are held out of `pairs`. Of several settings the one counts with the largest `score(trained model)`,
+    such as accuracy on validation questions; without `score`, the one that prefers most chosen answers of `validation`
+    by log-likelihood; of equal ones the smallest rate with the largest beta.
+
+    Weights are float32 while they are trained and have the model's dtype afterwards. `lora_rank` trains an adapter of
+    that rank on all linear layers (alpha twice the rank), which is merged into the model that is returned.
+
+    `Trained.record` holds every option, the grid with what validation said of each setting, the validation loss after
+    each epoch, and what it cost: `run` is the chosen setting alone, `grid` all of them with their scores. `checkpoint`
+    is a folder that keeps finished settings of the grid; the chosen one is trained anew if it was finished by an
+    earlier call. `progress` is called with the settings that are done and their number.
+
+    Raises `MissingDependency` without TRL, `PairsError` for pairs that the model's context cannot hold or that share
+    prompts with `validation`, and `OptionError` for other options.
+    """
+    options = {
+        "gamma_ratio": gamma_ratio,
+        "lora_rank": lora_rank,
+        "epochs": epochs,
+        "patience": patience,
+        "batch_size": batch_size,
+        "seed": check_seed(seed),
+    }
+    grid = _grid(loss, learning_rates, betas)
+    _check(options)
+    check_installed()
+    Adapter(model).check_plain("training")
+    used, held = _split(pairs, validation, seed)
+    kept = Checkpoint(
+        checkpoint,
+        lambda: (
+            {"work": "training", **describe_model(model, tokenizer), "loss": loss, **options}
+            | {"pairs": used.hash(), "validation": held.hash(), "scored": score is not None}
+        ),
+    )
+    bench = _Bench(model, tokenizer, used, held, loss, options, score)
+    table: list[dict[str, Any]] = []
+    best: tuple[PreTrainedModel, int] | None = None
+    with measured() as cost:
+        for number, (rate, beta) in enumerate(grid):
+            fresh: list[PreTrainedModel] = []
+
+            def run(rate: float = rate, beta: float = beta, fresh: list[PreTrainedModel] = fresh) -> dict[str, Any]:
+                made, row = bench.run(rate, beta)
+                fresh.append(made)
+                return row
+
+            table.append(kept.step(f"rate {rate!r} beta {beta!r}", run))
+            if _best(table) == number:
+                best = (fresh[0], number) if fresh else None
+            progress(number + 1, len(grid))
+        chosen = _best(table)
+        if best is None or best[1] != chosen:  # it was trained by an earlier call, which kept its row alone
+            best = (bench.run(*grid[chosen])[0], chosen)
+    row = table[chosen]
+    record: dict[str, Any] = {
+        "loss": loss,
+        "options": options | {"learning_rates": [r for r, _ in grid], "betas": [b for _, b in grid]},
+        "pairs": {"count": len(used), "hash": used.hash()},
+        "validation": {"count": len(held), "hash": held.hash(), "held_out_of_pairs": validation is None},
+        "chosen": {"learning_rate": row["learning_rate"], "beta": row["beta"]},
+        "chosen_by": "score" if score else "preference",
+        "table": table,
+        "run": {"seconds": row["seconds"], "peak_bytes": row["peak_bytes"]},
+        "grid": {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes},
+        "trainable_parameters": bench.trainable,
+        "versions": versions(),
+    }
+    return Trained(best[0], record)
+
+
+def _grid(
+    loss: Loss, learning_rates: Sequence[float] | None, betas: Sequence[float] | None
+) -> list[tuple[float, float]]:
+    if loss not in GRIDS:
+        raise unknown_name("loss", str(loss), get_args(Loss))
+    rates = sorted(set(GRIDS[loss][0] if learning_rates is None else learning_rates))
+    strengths = sorted(set(GRIDS[loss][1] if betas is None else betas), reverse=True)
+    if loss == "sft":
+        if betas:
+            raise OptionError(f"SFT has no beta; got {list(betas)}.")
+        strengths = [0.0]
+    if not rates or not all(0 < rate < 1 for rate in rates):
+        raise OptionError(f"Learning rates lie between 0 and 1, and there is at least one; got {rates}.")
+    if not strengths or (loss != "sft" and not all(0 < beta < 1000 for beta in strengths)):
+        raise OptionError(f"Betas are positive, and there is at least one; got {strengths}.")
+    return list(product(map(float, rates), map(float, strengths)))
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    for name in ("epochs", "patience", "batch_size", "lora_rank"):
+        value = options[name]
+        if (isinstance(value, bool) or not isinstance(value, int) or value < 1) and (name, value) != (
+            "lora_rank",
+            None,
+        ):
+            raise OptionError(f"{name} counts from 1; got {value!r}.")
+    if not 0 <= options["gamma_ratio"] <= 100:
+        raise OptionError(f"gamma_ratio lies between 0 and 100; got {options['gamma_ratio']!r}.")
+
+
+def _split(pairs: Pairs, validation: Pairs | None, seed: int) -> tuple[Pairs, Pairs]:
+    for given in (pairs, *([] if validation is None else [validation])):
+        if not isinstance(given, Pairs) or not len(given):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PairsError(f"Training needs Pairs, and at least one; got {given!r}.")
+    if validation is None:
+        return pairs.split(seed=seed)
+    shared = set(pairs.prompt_hashes()) & set(validation.prompt_hashes())
+    if shared:
+        raise PairsError(
+            f"{len(shared)} of the {len(validation.prompt_hashes())} validation prompts are training prompts too, so "
+            "early stopping would not notice learning by heart. Hold out other prompts."
+        )
+    return pairs, validation
+
+
+def _best(table: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of the best row; the grid goes from mild to strong, so the first of equal ones."""
+    return max(range(len(table)), key=lambda i: (table[i]["score"], -i))
+
+
+class _Bench:
+    """One training job: the rendered texts, and how a setting of the grid is run on a copy of the model."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Pairs,
+        validation: Pairs,
+        loss: Loss,
+        options: Mapping[str, Any],
+        score: Callable[[PreTrainedModel], float] | None,
+    ) -> None:
+        self._model, self._tokenizer, self._validation = model, tokenizer, validation
+        self._loss: Loss = loss
+        self._options, self._score = options, score
+        self._rows = (self._render(pairs), self._render(validation))
+        self.trainable = 0
+
+    def _render(self, pairs: Pairs) -> Rows:
+        prompts = [pair.prompt for pair in pairs]
+        chosen = render_texts(self._tokenizer, prompts, [pair.chosen for pair in pairs])
+        rejected = render_texts(self._tokenizer, prompts, [pair.rejected for pair in pairs])
+        limit = Adapter(self._model).context_length
+        for number, texts in enumerate(zip(chosen, rejected, strict=True), 1):
+            longest = max(len(text.ids) for text in texts)
+            if limit is not None and longest > limit:
+                raise PairsError(
+                    f"Pair {number} is {longest} tokens long when rendered; this model's context holds {limit}. "
+                    "Leave long pairs out: nothing is cut."
+                )
+        if self._loss != "dpo":
+            return Rows(chosen, rejected)
+        before = pair_margins(self._model, self._tokenizer, pairs, [{}])[0]
+        return Rows(chosen, rejected, (before.chosen, before.rejected))
+
+    def run(self, rate: float, beta: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Train at one setting; return the model and its row of the table."""
+        o = self._options
+        gamma = o["gamma_ratio"] * beta
+        settings = Settings(self._loss, rate, beta, gamma, o["epochs"], o["patience"], o["batch_size"], o["seed"])
+        with measured() as cost, tempfile.TemporaryDirectory(prefix="trimtab-train-") as folder:
+            made, history = self._fit(settings, Path(folder))
+        margin = pair_margins(made, self._tokenizer, self._validation, [{}])[0].margin
+        preferred = float(np.mean(margin > 0))
+        row = {
+            "learning_rate": rate,
+            "beta": beta,
+            "score": preferred if self._score is None else float(self._score(made)),
+            "preference": preferred,
+            "margin": float(margin.mean()),
+            "validation_losses": history.validation_losses,
+            "best_epoch": history.best_epoch,
+            "epochs": len(history.validation_losses),
+            "steps": history.steps,
+            "first_loss": history.first_loss,
+            "seconds": cost.seconds,
+            "peak_bytes": cost.peak_bytes,
+        }
+        return made, row
+
+    def _fit(self, settings: Settings, folder: Path) -> tuple[PreTrainedModel, History]:
+        student = copy.deepcopy(self._model)
+        torch.nn.Module.float(student).train().requires_grad_(True)
+        rank = self._options["lora_rank"]
+        if rank is not None:
+            student = lora(student, rank, settings.seed)
+        self.trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        history = fit(student, self._tokenizer, *self._rows, settings, folder, min_improvement=MIN_IMPROVEMENT)
+        # A copy that no trainer has touched takes the weights: trainers patch the model that they are given.
+        made = copy.deepcopy(self._model)
+        made.load_state_dict(merge(student) if rank is not None else student.state_dict())
+        return made, history

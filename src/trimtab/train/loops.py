@@ -1,0 +1,318 @@
+"""TRL's trainers on our own token ids: DPO, SimPO and SFT with early stopping; the only file that imports TRL.
+
+The rows are rendered by `trimtab.render`, so that training sees token for token what learning, evaluation and
+generation see. TRL would render them itself: the two steps that do so are overridden, and a test compares every id.
+"""
+# TRL is annotated in part, and its public names count as private imports.
+# pyright: reportPrivateImportUsage=false, reportIncompatibleMethodOverride=false, reportMissingImports=false
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+
+from trimtab.errors import MissingDependency
+from trimtab.evals.likelihood import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Loss = Literal["dpo", "simpo", "sft"]
+THEIRS = r"trl|accelerate|transformers|torch|peft"
+"""Packages whose remarks on each other's releases are not the user's to mend."""
+INSTALL = 'Training needs TRL. Install it with: pip install -c constraints.txt -e ".[train]"'
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rendered pairs: the chosen and the rejected text of each, and the reference's log-likelihoods of their answers.
+
+    `reference` is `(chosen [N], rejected [N])` in nats, summed over the answer's tokens; None where the loss has no
+    reference.
+    """
+
+    chosen: Sequence[Text]
+    rejected: Sequence[Text]
+    reference: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run: what is minimised, how fast, and when it stops."""
+
+    loss: Loss
+    learning_rate: float
+    beta: float
+    gamma: float
+    epochs: int
+    patience: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run went through: the validation loss after each epoch, and the epoch whose weights were kept."""
+
+    validation_losses: list[float]
+    best_epoch: int
+    steps: int
+    first_loss: float
+
+
+def lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """Wrap a model with an adapter on all its linear layers but the head; the adapter alone is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=THEIRS)
+        torch.manual_seed(seed)
+        return cast("PreTrainedModel", get_peft_model(model, config))
+
+
+def merge(wrapped: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights of a model with its adapter added, under the names of the bare model."""
+    return cast(Any, wrapped).merge_and_unload().state_dict()
+
+
+def check_installed() -> None:
+    """Raise `MissingDependency` unless TRL, datasets and PEFT are there."""
+    if any(find_spec(name) is None for name in ("trl", "datasets", "peft")):
+        raise MissingDependency(INSTALL)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Rows,
+    validation: Rows,
+    settings: Settings,
+    folder: Path,
+    *,
+    min_improvement: float,
+) -> History:
+    """Train `model` **in place** with early stopping, and leave it at the weights of its best epoch.
+
+    Validation loss is computed after every epoch; after `patience` epochs that lower it by less than `min_improvement`
+    nats the run ends. `folder` holds checkpoints meanwhile. Random state and logging of the process are as before
+    afterwards.
+    """
+    with _undisturbed(settings.seed):
+        trainer = _trainer(model, tokenizer, train, validation, settings, folder, min_improvement)
+        trainer.train()
+    state = trainer.state
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
+    return History(losses, int(np.argmin(losses)) + 1, state.global_step, first)
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Rows,
+    validation: Rows,
+    settings: Settings,
+    folder: Path,
+    min_improvement: float,
+) -> Any:
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    shared: dict[str, Any] = {
+        "output_dir": str(folder),
+        "learning_rate": settings.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_only_model": True,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 5,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+        "bf16": False,  # weights are float32 while they are trained
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "use_cpu": next(model.parameters()).device.type == "cpu",
+        "dataloader_pin_memory": False,
+    }
+    callbacks = [EarlyStoppingCallback(settings.patience, min_improvement)]
+    tables = [Dataset.from_list(_COLUMNS[settings.loss](rows)) for rows in (train, validation)]
+    make = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss]
+    trainer = make(model, tokenizer, tables[0], tables[1], settings, shared, callbacks)
+    trainer.remove_callback(PrinterCallback)  # which prints every loss on stdout
+    return trainer
+
+
+# --- one trainer per loss -------------------------------------------------------------------------------------------
+
+
+def _dpo(
+    model: Any, tokenizer: Any, train: Any, validation: Any, settings: Settings, shared: Any, callbacks: Any
+) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # the ids are there
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # and so are the reference's log-likelihoods
+
+    config = DPOConfig(**shared, beta=settings.beta, max_length=None, precompute_ref_log_probs=True)
+    return Trainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _simpo(
+    model: Any, tokenizer: Any, train: Any, validation: Any, settings: Settings, shared: Any, callbacks: Any
+) -> Any:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    class Trainer(CPOTrainer):
+        def tokenize_row(self, feature: Any, model: Any = None) -> Any:
+            return {}  # the ids are there
+
+    # TRL divides gamma by beta within the sigmoid and multiplies the whole by beta: its gamma is the paper's.
+    config = CPOConfig(
+        **shared,
+        loss_type="simpo",
+        cpo_alpha=0.0,
+        beta=settings.beta,
+        simpo_gamma=settings.gamma,
+        max_length=max(map(len, (*train["chosen_input_ids"], *train["rejected_input_ids"]))),
+    )
+    return Trainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _sft(
+    model: Any, tokenizer: Any, train: Any, validation: Any, settings: Settings, shared: Any, callbacks: Any
+) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(**shared, completion_only_loss=True, max_length=None)
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+# --- rows as the trainers' columns ----------------------------------------------------------------------------------
+
+
+def _dpo_columns(rows: Rows) -> list[dict[str, Any]]:
+    assert rows.reference is not None
+    return [
+        {
+            "prompt_ids": chosen.ids[: chosen.start],
+            "chosen_ids": chosen.ids[chosen.start :],
+            "rejected_ids": rejected.ids[rejected.start :],
+            "ref_chosen_logps": float(good),
+            "ref_rejected_logps": float(bad),
+        }
+        for chosen, rejected, good, bad in zip(rows.chosen, rows.rejected, *rows.reference, strict=True)
+    ]
+
+
+def _simpo_columns(rows: Rows) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    for chosen, rejected in zip(rows.chosen, rows.rejected, strict=True):
+        row: dict[str, Any] = {"prompt": "", "chosen": "", "rejected": ""}  # texts that TRL looks at, and we do not use
+        row |= {"prompt_input_ids": chosen.ids[: chosen.start], "prompt_attention_mask": [1] * chosen.start}
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            row[f"{name}_input_ids"] = text.ids
+            row[f"{name}_attention_mask"] = [1] * len(text.ids)
+            row[f"{name}_labels"] = [-100] * text.start + text.ids[text.start :]
+        made.append(row)
+    return made
+
+
+def _sft_columns(rows: Rows) -> list[dict[str, Any]]:
+    return [
+        {"input_ids": text.ids, "completion_mask": [0] * text.start + [1] * (len(text.ids) - text.start)}
+        for text in rows.chosen
+    ]
+
+
+_COLUMNS: Mapping[Loss, Callable[[Rows], list[dict[str, Any]]]] = {
+    "dpo": _dpo_columns,
+    "simpo": _simpo_columns,
+    "sft": _sft_columns,
+}
+
+
+# --- the process as it was ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _undisturbed(seed: int) -> Generator[None]:
+    """Keep what the trainers set for the whole process to the time within: random states, logging, bars, warnings."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging
+
+    python, numpy_state, verbosity = random.getstate(), np.random.get_state(), logging.get_verbosity()
+    theirs, bars = datasets_logging.get_verbosity(), datasets_logging.is_progress_bar_enabled()
+    own_bars = logging.is_progress_bar_enabled()
+    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    before = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=THEIRS)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        logging.set_verbosity(verbosity)
+        datasets_logging.set_verbosity(theirs)
+        if own_bars:
+            logging.enable_progress_bar()
+        if bars:
+            datasets_logging.enable_progress_bar()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,257 @@
+"""Training through TRL: our token ids, the papers' losses, early stopping, the grid, and a model left as it was."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pico import model, tokenizer
+from trimtab.cli import main
+from trimtab.errors import MissingDependency, OptionError, PairsError, UnknownName
+from trimtab.evals.likelihood import pair_margins, render_texts
+from trimtab.generate import generate
+from trimtab.pairs import Pairs
+from trimtab.render import Renderer
+from trimtab.train import GRIDS, train
+from trimtab.train import loops as loops_module
+
+pytest.importorskip("trl", reason="training needs the train extra")
+
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+TURNS = [*QUESTION, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "And now?"}]
+RECORDS: list[dict[str, Any]] = [
+    {"prompt": "One?", "chosen": "yes", "rejected": "no"},
+    {"prompt": "Two, and longer?", "chosen": "yes indeed", "rejected": "n"},
+    {"prompt": QUESTION, "chosen": [{"role": "assistant", "content": "yes"}], "rejected": "never"},
+    {"prompt": TURNS, "chosen": "y", "rejected": "not at all"},
+]
+PAIRS = Pairs.from_records(RECORDS)
+HELD = Pairs.from_records([{"prompt": f"Held {i}?", "chosen": "yes", "rejected": "no"} for i in range(3)])
+FAST: dict[str, Any] = {"validation": HELD, "learning_rates": (3e-3,), "epochs": 3, "batch_size": 2}
+
+
+def one_beta(loss: str) -> dict[str, Any]:
+    return {} if loss == "sft" else {"betas": (GRIDS[loss][1][0],)}  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "sft"])
+@pytest.mark.parametrize("chat", [True, False], ids=["template", "no template"])
+def test_every_batch_holds_the_renderers_ids_and_its_split(
+    loss: str, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tokenizer(chat=chat)
+    pairs = PAIRS if chat else Pairs.from_records(RECORDS[:2])
+    seen: list[dict[str, torch.Tensor]] = []
+    make = loops_module._trainer
+
+    def spied(*arguments: Any) -> Any:
+        trainer = make(*arguments)
+        collate = trainer.data_collator
+
+        def watch(rows: Any) -> Any:
+            seen.append(collate(rows))
+            return seen[-1]
+
+        trainer.data_collator = watch
+        return trainer
+
+    monkeypatch.setattr(loops_module, "_trainer", spied)
+    train(model(), words, pairs, loss=loss, **FAST | {"epochs": 1}, **one_beta(loss))  # pyright: ignore[reportArgumentType]
+    found = {row for batch in seen for row in rows_of(batch)}
+    expected: set[tuple[tuple[int, ...], int]] = set()
+    for pair in (*pairs, *HELD):
+        for answer in (pair.chosen, pair.rejected) if loss != "sft" else (pair.chosen,):
+            full = Renderer(words).full(pair.prompt, answer)
+            expected.add((tuple(full.ids), full.response_start))
+    assert found == expected
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], int]]:
+    """The texts of a TRL batch, each with the place where its answer starts."""
+    if "completion_mask" in batch:  # DPO
+        parts = [(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])]
+    elif "labels" in batch:  # SFT
+        parts = [(batch["input_ids"], batch["attention_mask"], batch["labels"] != -100)]
+    else:
+        names = ("chosen", "rejected")
+        parts = [(batch[f"{n}_input_ids"], batch[f"{n}_attention_mask"], batch[f"{n}_labels"] != -100) for n in names]
+    rows: list[tuple[tuple[int, ...], int]] = []
+    for ids, mask, answer in parts:
+        for row, keep, told in zip(ids, mask.bool(), answer.bool(), strict=True):
+            start = int(told[keep].long().argmax())
+            assert told[keep][start:].all()  # to the end, closing tokens included
+            rows.append((tuple(row[keep].tolist()), start))
+    return rows
+
+
+def test_dpo_starts_at_ln_2_and_simpo_and_sft_where_their_formulae_say() -> None:
+    lm, words = model(), tokenizer()
+    one_batch: dict[str, Any] = {"validation": HELD, "learning_rates": (1e-9,), "epochs": 1, "batch_size": 8}
+    first = {
+        loss: train(lm, words, PAIRS, loss=loss, **one_batch, **one_beta(loss)).record["table"][0]["first_loss"]
+        for loss in ("dpo", "simpo", "sft")
+    }
+    assert first["dpo"] == pytest.approx(np.log(2), abs=1e-4)
+    margins = pair_margins(lm, words, PAIRS, [{}])[0]
+    texts = [
+        render_texts(words, [p.prompt for p in PAIRS], [getattr(p, n) for p in PAIRS]) for n in ("chosen", "rejected")
+    ]
+    lengths = [np.array([len(t.ids) - t.start for t in side]) for side in texts]
+    beta = GRIDS["simpo"][1][0]
+    gap = beta * (margins.chosen / lengths[0] - margins.rejected / lengths[1]) - 0.5 * beta
+    assert first["simpo"] == pytest.approx(float(np.log1p(np.exp(-gap)).mean()), abs=1e-3)
+    assert first["sft"] == pytest.approx(float(-margins.chosen.sum() / lengths[0].sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "sft"])
+@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "adapter"])
+def test_training_prefers_what_was_chosen_and_leaves_model_and_process_alone(loss: str, rank: int | None) -> None:
+    lm, words = model(), tokenizer()
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    trained = train(lm, words, PAIRS, loss=loss, lora_rank=rank, **FAST | {"epochs": 6}, **one_beta(loss))  # pyright: ignore[reportArgumentType]
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
+    assert not lm.training
+    assert "forward" not in vars(trained.model)  # nothing that a trainer patches
+    assert type(trained.model) is type(lm)
+    untrained, after = (pair_margins(m, words, HELD, [{}])[0] for m in (lm, trained.model))
+    assert (after.chosen if loss == "sft" else after.margin).mean() > (
+        untrained.chosen if loss == "sft" else untrained.margin
+    ).mean()
+    assert len(generate(trained.model, words, ["One?"], max_new_tokens=3)) == 1
+    assert json.loads(json.dumps(trained.record)) == trained.record
+
+
+def test_half_precision_comes_back_and_runs_repeat() -> None:
+    lm, words = model(dtype=torch.bfloat16), tokenizer()
+    one, two = (train(lm, words, PAIRS, betas=(0.1,), **FAST) for _ in range(2))
+    assert one.model.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+    assert one.record["table"][0]["validation_losses"] == two.record["table"][0]["validation_losses"]
+    other = train(lm, words, PAIRS, betas=(0.1,), seed=5, **FAST)
+    assert other.record["table"][0]["validation_losses"] != one.record["table"][0]["validation_losses"]
+
+
+def test_a_run_stops_when_validation_does_not_improve_and_keeps_its_best_epoch() -> None:
+    lm, words = model(), tokenizer()
+    wrong = Pairs.from_records([{"prompt": f"Held {i}?", "chosen": "no", "rejected": "yes"} for i in range(3)])
+    options = FAST | {"validation": wrong, "epochs": 9, "patience": 2}
+    trained = train(lm, words, PAIRS, betas=(0.5,), **options)
+    row = trained.record["table"][0]
+    assert row["epochs"] == 3  # the first is the best, and two more bring nothing
+    assert row["best_epoch"] == 1
+    assert row["validation_losses"][0] == min(row["validation_losses"])
+    alone = train(lm, words, PAIRS, betas=(0.5,), **options | {"epochs": 1, "patience": 1})
+    kept, last = (pair_margins(t.model, words, wrong, [{}])[0].margin.mean() for t in (trained, alone))
+    assert kept > -20
+    assert abs(kept - last) < 0.5 * abs(last) + 1  # the first epoch's weights (under another schedule of the rate)
+
+
+def test_the_grid_goes_by_the_score_and_of_equal_settings_takes_the_mildest() -> None:
+    lm, words = model(), tokenizer()
+    options = FAST | {"learning_rates": (3e-3, 1e-3), "epochs": 1}
+    asked: list[Any] = []
+
+    def second_best(made: Any) -> float:
+        asked.append(made)
+        return float(len(asked) == 3)
+
+    trained = train(lm, words, PAIRS, betas=(0.1, 0.5), score=second_best, **options)
+    grid = [(row["learning_rate"], row["beta"]) for row in trained.record["table"]]
+    assert grid == [(1e-3, 0.5), (1e-3, 0.1), (3e-3, 0.5), (3e-3, 0.1)]
+    assert trained.record["chosen"] == {"learning_rate": 3e-3, "beta": 0.5}
+    assert trained.model is asked[2]
+    equal = train(lm, words, PAIRS, betas=(0.1, 0.5), score=lambda _: 1.0, **options)
+    assert equal.record["chosen"] == {"learning_rate": 1e-3, "beta": 0.5}
+    assert equal.record["run"]["seconds"] < equal.record["grid"]["seconds"]
+
+
+def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    lm, words = model(), tokenizer()
+    options = FAST | {"learning_rates": (1e-3, 3e-3), "epochs": 1, "betas": (0.1,)}
+    whole = train(lm, words, PAIRS, **options)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(lm, words, PAIRS, checkpoint=tmp_path / "kept", progress=stop, **options)
+    seen: list[tuple[int, int]] = []
+    again = train(lm, words, PAIRS, checkpoint=tmp_path / "kept", progress=lambda *p: seen.append(p), **options)
+    assert seen == [(1, 2), (2, 2)]
+    timeless = [{k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in again.record["table"]]
+    assert timeless == [
+        {k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in whole.record["table"]
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+    with pytest.raises(OptionError, match="holds another job"):
+        train(lm, words, PAIRS, checkpoint=tmp_path / "kept", **options | {"epochs": 2})
+
+
+def test_without_validation_prompts_are_held_out() -> None:
+    lm, words = model(), tokenizer()
+    pairs = Pairs.from_records([{"prompt": f"Q {i}?", "chosen": "yes", "rejected": "no"} for i in range(10)])
+    record = train(lm, words, pairs, learning_rates=(1e-3,), betas=(0.1,), epochs=1).record
+    assert record["pairs"]["count"] + record["validation"]["count"] == 10
+    assert record["validation"]["held_out_of_pairs"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"loss": "dpos"}, UnknownName, "Did you mean 'dpo'"),
+        ({"learning_rates": ()}, OptionError, "at least one"),
+        ({"learning_rates": (-1.0,)}, OptionError, "between 0 and 1"),
+        ({"betas": (0.0,)}, OptionError, "positive"),
+        ({"loss": "sft", "betas": (0.1,)}, OptionError, "SFT has no beta"),
+        ({"epochs": 0}, OptionError, "epochs counts from 1; got 0"),
+        ({"lora_rank": 0}, OptionError, "lora_rank counts from 1"),
+        ({"patience": 1.5}, OptionError, "patience counts from 1"),
+        ({"validation": PAIRS}, PairsError, "validation prompts are training prompts too"),
+        ({"validation": Pairs()}, PairsError, "at least one"),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        train(model(), tokenizer(), PAIRS, **{"validation": HELD} | options)
+
+
+def test_a_pair_beyond_the_context_is_refused_by_its_number() -> None:
+    long = Pairs.from_records([RECORDS[0], {"prompt": "Long?", "chosen": "yes " * 200, "rejected": "no"}])
+    with pytest.raises(PairsError, match=r"Pair 2 is \d+ tokens long when rendered; this model's context holds 64"):
+        train(model(max_position_embeddings=64), tokenizer(), long, validation=HELD)
+
+
+def test_a_missing_package_prints_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops_module, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match=r'pip install -c constraints.txt -e "\.\[train\]"'):
+        train(model(), tokenizer(), PAIRS, validation=HELD)
+
+
+def test_the_verb_writes_a_model_that_the_other_verbs_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, data, out = tmp_path / "pico", tmp_path / "pairs.jsonl", tmp_path / "trained"
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    Pairs.from_records([{"prompt": f"Q {i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]).save(data)
+    words = ["train", "dpo", str(folder), str(data), "--out", str(out), "--epochs", "1", "--learning-rates", "1e-3"]
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert record["out"] == str(out)
+    assert json.loads((out / "training.json").read_text())["chosen"] == record["chosen"]
+    assert main([*words]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["generate", str(out), "Hi", "--max-new-tokens", "2"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "pico", "trained"]
+    assert main(["train", "dop", str(folder), str(data), "--out", str(tmp_path / "x")]) == 2
+    assert "Did you mean 'dpo'" in capsys.readouterr().err
