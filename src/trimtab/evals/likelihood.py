@@ -74,13 +74,26 @@ def pair_margins(
     if answer_tokens is not None:
         texts = [Text(text.ids[: text.start + answer_tokens], text.start) for text in texts]
     rows = [(text, setting) for setting in settings for text in texts]
+    sums = log_likelihoods(model, tokenizer, rows, token_budget=token_budget, kept=kept)
+    n = len(pairs)
+    blocks = sums.reshape(len(settings), 2, n)
+    return [Margins(block[0], block[1]) for block in blocks]
+
+
+def log_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    token_budget: int = 8192,
+    kept: Checkpoint = NO_CHECKPOINT,
+) -> np.ndarray:
+    """Return the log-likelihood of each row's answer under its knobs, in nats, summed over the answer's tokens."""
     sums = np.zeros(len(rows))
     for number, batch in enumerate(_batches(rows, token_budget)):
         score = partial(_likelihoods, model, tokenizer, [rows[i] for i in batch])
         sums[batch] = kept.step(f"margins {number}", score)
-    n = len(pairs)
-    blocks = sums.reshape(len(settings), 2, n)
-    return [Margins(block[0], block[1]) for block in blocks]
+    return sums
 
 
 def divergence(

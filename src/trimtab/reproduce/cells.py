@@ -126,6 +126,7 @@ def _tuned(bench: Bench, domain: Domain, way: Steering, knob: Knob) -> Knob:
         guardrails=bench.guardrails("validation"),
         gains=bench.recipe.gains,
         where=way.where,
+        rank_pairs=min(sizes.rank_pairs, sizes.validation_pairs),
         finalists=sizes.finalists,
         budget=bench.recipe.budget,
         dose_response=False,
@@ -231,8 +232,10 @@ def grid(bench: Bench, domain: Domain, way: Training, n: int) -> Record:
         found = bench.validate(System(model), domain)
         return found["score"] if found["within_budget"] else found["score"] - 1
 
+    rates = tuple(sorted(way.learning_rates))[: bench.sizes.grid]
+    betas = tuple(sorted(way.betas, reverse=True))[: max(1, bench.sizes.grid // len(rates))]
     with measured() as cost:
-        record = _train(bench, domain, way, n, 0, way.learning_rates, way.betas, score).record
+        record = _train(bench, domain, way, n, 0, rates, betas, score).record
     return {"record": record, "tune": cost_record(cost)}
 
 
@@ -262,7 +265,7 @@ def _train(
         validation=bench.held_out(domain, "validation"),
         learning_rates=learning_rates,
         betas=betas,
-        epochs=way.epochs,
+        epochs=bench.sizes.epochs,
         patience=way.patience,
         batch_size=way.batch_size,
         lora_rank=way.lora_rank or None,
