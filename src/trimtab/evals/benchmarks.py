@@ -153,10 +153,16 @@ def read_humaneval(path: Path) -> list[Question]:
         Question(
             f"Complete this Python function. Answer with the whole function and nothing else.\n\n```python\n"
             f"{record['prompt'].rstrip()}\n```",
-            Program(record["prompt"], f"{record['test']}\ncheck({record['entry_point']})\n", record["entry_point"]),
+            humaneval_program(record),
         )
         for _, record in _records(path, fields)
     ]
+
+
+def humaneval_program(record: Mapping[str, Any]) -> Program:
+    """Return how an answer to a record of HumanEval is tested."""
+    entry = record["entry_point"].strip()
+    return Program(record["prompt"], f"{record['test']}\ncheck({entry})\n", entry)
 
 
 def read_mbpp(path: Path) -> list[Question]:
@@ -175,24 +181,27 @@ def read_mbpp(path: Path) -> list[Question]:
         shown = "\n".join(map(str, tests))
         asked = f"{record['text'].strip()} Answer with Python code that passes these tests:\n\n{shown}"
         called = re.search(r"assert[\s(]+(?:\w+\()*?(\w+)\(", str(tests[0]))
-        program = Program(record["test_setup_code"], shown, called[1] if called else "")
+        program = Program("", f"{record['test_setup_code']}\n{shown}", called[1] if called else "")
         questions.append(Question(asked, program))
     return questions
 
 
 def program_of(answer: str, truth: Program) -> str:
-    """Return the program that tests an answer: its code, or the prompt with it, and the tests."""
-    code = extract_code(answer)
-    defines = re.search(rf"^(?:async )?def {re.escape(truth.entry_point)}\b", code, re.MULTILINE)
-    # A function's docstring ends the prompt, so a bare body continues it; helpers of the prompt are kept either way.
-    continued = truth.before + code if not defines else f"{_preamble(truth)}\n{code}"
-    return f"{continued}\n{truth.after}"
+    """Return the program that tests an answer: its code, or the prompt's function with it as its body, and the tests.
 
-
-def _preamble(truth: Program) -> str:
-    """Return what stands in the prompt before its last function: imports, and helpers that the answer may use."""
-    starts = list(re.finditer(rf"^def {re.escape(truth.entry_point)}\b", truth.before, re.MULTILINE))
-    return truth.before[: starts[-1].start()] if starts else truth.before
+    The prompt's docstring is left out: it does nothing, and a body may be indented by another step than it.
+    """
+    code, entry = extract_code(answer), re.escape(truth.entry_point)
+    # What stands before the function in the prompt, imports and helpers, an answer may use.
+    if re.search(rf"^(?:async )?def {entry}\b", code, re.MULTILINE) or not truth.entry_point:
+        start = re.search(rf"^def {entry}\b", truth.before, re.MULTILINE)
+        before = f"{truth.before[: start.start()] if start else truth.before}\n"
+    else:
+        head = re.search(
+            rf"^def {entry}\b.*?:[ \t]*\n(?=[ \t]*[rR]?(?:\"\"\"|'''))", truth.before, re.DOTALL | re.MULTILINE
+        )
+        before = truth.before[: head.end()] if head else truth.before
+    return f"{before}{code}\n{truth.after}"
 
 
 def _tested(name: str, questions: Sequence[Question], *, timeout: float = 10.0) -> Task:
