@@ -268,6 +268,21 @@ def test_a_chat_prompt_has_the_renderers_ids(tmp_path: Path, template: str, adds
     assert lm.tok_batch_encode(["Hello?"])[0][0, 0].item() == (pico.BOS if adds_bos else renderer._plain("H")[0])
 
 
+def test_an_answer_ends_where_the_tokenizer_says_even_if_the_model_does_not(tmp_path: Path) -> None:
+    name = saved(tmp_path, template=pico.TEMPLATE, adds_bos=False)
+    lm = TrimtabLM(pretrained=name, batch_size=4)
+    prompts = ["Hello?", "a", "Where is it?", "b c"]
+    lm.model.generation_config.eos_token_id = None
+    # A random model never ends a turn: let the token that it likes best in its first answer end one.
+    (first, *_) = trimtab.generate(lm.model, lm.tokenizer, prompts[:1], max_new_tokens=2)
+    lm.tokenizer.eos_token = first.text[1]
+    ours = [answer.text for answer in trimtab.generate(lm.model, lm.tokenizer, prompts, max_new_tokens=12)]
+    chats = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    asked = requests("generate_until", [(chat, {"until": [], "max_gen_toks": 12}) for chat in chats])
+    assert lm.generate_until(asked) == ours
+    assert len(ours[0]) < 12
+
+
 @pytest.mark.parametrize("where", ["prompt", "completion"])
 def test_the_line_break_that_ends_a_template_belongs_to_the_prompt(tmp_path: Path, where: Where) -> None:
     # The harness scores it as the first token of every choice: it is in both log-likelihoods, and in no margin.

@@ -20,6 +20,7 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob, Panel, Rack, load_panel
 from trimtab.errors import MissingDependency, OptionError, TrimtabError, TrimtabWarning, unknown_name
+from trimtab.generate import end_ids
 from trimtab.render import Renderer, load
 from trimtab.runtime import steer
 from trimtab.types import check_strength
@@ -154,17 +155,17 @@ class TrimtabLM(_Base):
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes beside its results: the model, and its knobs with strengths and origins."""
         config = self.model.config
-        knobs = {
-            name: {
+        knobs: dict[str, dict[str, Any]] = {}
+        for name, strength in self._panel.setting.items():
+            knob = self._panel.rack[name]
+            origin = {"method": knob.method, "pairs_hash": knob.provenance.get("pairs_hash")}
+            knobs[name] = {
                 "strength": strength,
-                "site": str(self._panel.rack[name].site),
-                "where": self._panel.rack[name].where,
-                "gain": self._panel.rack[name].gain,
-                "method": self._panel.rack[name].method,
-                "provenance": dict(self._panel.rack[name].provenance),
+                "gain": knob.gain,
+                "site": str(knob.site),
+                "where": knob.where,
+                **origin,
             }
-            for name, strength in self._panel.setting.items()
-        }
         return {
             "model_name": config.name_or_path,
             "model_sha": getattr(config, "_commit_hash", None) or "",
@@ -215,6 +216,8 @@ class TrimtabLM(_Base):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         lengths = generation_kwargs["attention_mask"].sum(1).tolist()
+        # The harness stops at the tokenizer's EOS when all rows have come to it; a row must, or its text goes on.
+        generation_kwargs.setdefault("eos_token_id", end_ids(self.model, self.tokenizer) or None)
         with self._steered(lengths):
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
