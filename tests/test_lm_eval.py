@@ -273,9 +273,11 @@ def test_an_answer_ends_where_the_tokenizer_says_even_if_the_model_does_not(tmp_
     lm = TrimtabLM(pretrained=name, batch_size=4)
     prompts = ["Hello?", "a", "Where is it?", "b c"]
     lm.model.generation_config.eos_token_id = None
-    # A random model never ends a turn: let the token that it likes best in its first answer end one.
-    (first, *_) = trimtab.generate(lm.model, lm.tokenizer, prompts[:1], max_new_tokens=2)
-    lm.tokenizer.eos_token = first.text[1]
+    # A random model never ends a turn: let it end one where it would say the second token of its first answer.
+    (first,) = trimtab.generate(lm.model, lm.tokenizer, prompts[:1], max_new_tokens=2)
+    (likeliest,) = lm.tok_encode(first.text[1])
+    with torch.no_grad():
+        lm.model.lm_head.weight[pico.END] = 1.1 * lm.model.lm_head.weight[likeliest]
     ours = [answer.text for answer in trimtab.generate(lm.model, lm.tokenizer, prompts, max_new_tokens=12)]
     chats = [lm.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
     asked = requests("generate_until", [(chat, {"until": [], "max_gen_toks": 12}) for chat in chats])

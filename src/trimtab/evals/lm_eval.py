@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob, Panel, Rack, load_panel
+from trimtab.artifact import Knob, Panel, Rack, load_panel, model_identity
 from trimtab.errors import MissingDependency, OptionError, TrimtabError, TrimtabWarning, unknown_name
 from trimtab.generate import end_ids
 from trimtab.render import Renderer, load
@@ -154,21 +154,15 @@ class TrimtabLM(_Base):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes beside its results: the model, and its knobs with strengths and origins."""
-        config = self.model.config
+        identity = model_identity(self.model, hashes=False)
         knobs: dict[str, dict[str, Any]] = {}
         for name, strength in self._panel.setting.items():
             knob = self._panel.rack[name]
-            origin = {"method": knob.method, "pairs_hash": knob.provenance.get("pairs_hash")}
-            knobs[name] = {
-                "strength": strength,
-                "gain": knob.gain,
-                "site": str(knob.site),
-                "where": knob.where,
-                **origin,
-            }
+            applied = {"strength": strength, "gain": knob.gain, "site": str(knob.site), "where": knob.where}
+            knobs[name] = {**applied, "method": knob.method, "pairs_hash": knob.provenance.get("pairs_hash")}
         return {
-            "model_name": config.name_or_path,
-            "model_sha": getattr(config, "_commit_hash", None) or "",
+            "model_name": identity["model"],
+            "model_sha": identity["revision"] or "",
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
             "model_device": str(self.device),
@@ -265,7 +259,7 @@ class TrimtabLM(_Base):
             whole = context + continuation
             cuts.append(max(0, len(whole) - self.max_length - 1))
             # Of a text that is scored in windows, every token is said by the model, whatever window it is in.
-            end = 1 if text is None else self._prompt_end(*text, context, whole)
+            end = 1 if text is None else self._prompt_end(text[0], context, whole)
             rows.append(_Row(tuple(whole[cuts[-1] : -1]), max(1, min(end, len(whole) - 1) - cuts[-1])))
         if any(cuts):
             warnings.warn(
@@ -276,7 +270,7 @@ class TrimtabLM(_Base):
             )
         return rows
 
-    def _prompt_end(self, context: str, continuation: str, ids: list[int], whole: list[int]) -> int:
+    def _prompt_end(self, context: str, ids: list[int], whole: list[int]) -> int:
         """Count the prompt's tokens: white space at a context's end, which the harness scores, is the prompt's too."""
         if context == context.rstrip():
             return len(ids)
