@@ -23,6 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="*", help="prefworld or model folders (default: the recipe's)")
     parser.add_argument("--recipe", metavar="NAME", help="that comes with Trimtab, or a .toml file (default: PAPER)")
     parser.add_argument("--out", metavar="DIR", help="for steps, knobs and report (default out/reproduce/PAPER)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the recipe's files lie (default data)")
     parser.add_argument("--quick", action="store_true", help="a few items only: shows that all runs, and nothing else")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default 2 for small models on a CPU)")
 
@@ -55,6 +56,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
             report = reproduce(
                 recipe,
                 out=out,
+                data=args.data,
                 models=args.models,
                 quick=args.quick,
                 workers=args.workers,

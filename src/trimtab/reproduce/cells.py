@@ -16,11 +16,12 @@ from trimtab.artifact import Knob
 from trimtab.errors import TuneError
 from trimtab.evals.cost import Cost, measured
 from trimtab.evals.stats import selection_bias
-from trimtab.evals.tasks import Task
+from trimtab.evals.tasks import AnyTask
 from trimtab.learn import learn
 from trimtab.ops import alpha_from_palrs
 from trimtab.pairs import Pairs
 from trimtab.reproduce.bench import Bench, System, first, summary
+from trimtab.reproduce.data import overlap
 from trimtab.reproduce.recipe import Domain, Steering, Training
 from trimtab.train import Trained, train
 from trimtab.tune import tune
@@ -41,8 +42,10 @@ def cost_record(cost: Cost) -> Record:
 
 
 def base(bench: Bench, domain: Domain) -> Record:
-    """Test the model as it is."""
-    return {"test": bench.measure(bench.base, domain)}
+    """Test the model as it is; `overlap` counts test questions that pairs of the first seed ask too."""
+    task = bench.task(domain.task, "test", bench.sizes.test)
+    shared = overlap(bench.pairs(domain, bench.sizes.many_pairs, 0), task)
+    return {"test": bench.measure(bench.base, domain), "overlap": shared}
 
 
 def examples(bench: Bench, domain: Domain, seed: int) -> Record:
@@ -202,7 +205,7 @@ def chosen_on_test(bench: Bench, domain: Domain, way: Steering) -> Record:
     task = first(whole, n)
     before = bench.run(bench.base, whole).scores
 
-    def answered(site: Site, gain: float, items: Task) -> np.ndarray:
+    def answered(site: Site, gain: float, items: AnyTask) -> np.ndarray:
         return bench.run(System(bench.model, {knob.with_(site=site, gain=gain, where="all"): 1.0}), items).scores
 
     tried = {(site, gain): answered(site, gain, task) for site in knob.vectors for gain in bench.recipe.gains}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from trimtab.render import load
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
 from trimtab.reproduce.claims import Evidence, Key
+from trimtab.reproduce.data import WORLD
 from trimtab.reproduce.recipe import Recipe, Sizes
 from trimtab.reproduce.report import Report, build, write
 from trimtab.workers import open_pool
@@ -31,8 +33,10 @@ Step = tuple[Key, dict[str, Any]]
 class Runner:
     """What one process works with: the recipe, the folder, and a bench for each model that it was asked about."""
 
-    def __init__(self, recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, job: Mapping[str, Any]) -> None:
-        self.recipe, self.sizes, self.out = recipe, sizes, out
+    def __init__(
+        self, recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, job: Mapping[str, Any]
+    ) -> None:
+        self.recipe, self.sizes, self.out, self._data = recipe, sizes, out, data
         self._kept = Checkpoint(out / "steps", lambda: job)
         self._benches: dict[str, Bench] = {}
 
@@ -43,7 +47,7 @@ class Runner:
     def _compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
         model, kind, name, *rest = key
         if model not in self._benches:
-            self._benches[model] = Bench(model, self.recipe, self.sizes[model])
+            self._benches[model] = Bench(model, self.recipe, self.sizes[model], self._data)
         bench, domain = self._benches[model], self.recipe.domains[name]
         if kind == "base":
             return cells.base(bench, domain)
@@ -111,7 +115,7 @@ def later_steps(recipe: Recipe, sizes: Mapping[str, Sizes], done: Mapping[Key, A
 
 
 def measure(
-    recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, *, workers: int, progress: Progress
+    recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, *, workers: int, progress: Progress
 ) -> dict[Key, Any]:
     """Run every step that `out` does not keep yet; return all records by key."""
     job: dict[str, Any] = {"work": "reproduce palrs", "recipe": asdict(replace(recipe, models=()))}
@@ -120,13 +124,14 @@ def measure(
         loaded = load(model, dtype=recipe.dtype)
         job[f"model {model}"] = describe_model(loaded.model, loaded.tokenizer)
         del loaded
+    job["data"] = {source: _fingerprint(data, source) for source in _sources(recipe)}
     job = json.loads(json.dumps(job))
     (out / "knobs").mkdir(parents=True, exist_ok=True)
     early = list(first_steps(recipe, sizes))
     later = sum(2 + len(recipe.training) * (size.many_seeds + size.seeds) for size in sizes.values())
     total = len(early) + later * len(recipe.domains)
     done: dict[Key, Any] = {}
-    with _running(workers, (recipe, sizes, out, job)) as run:
+    with _running(workers, (recipe, sizes, out, data, job)) as run:
         for steps in (lambda: early, lambda: list(later_steps(recipe, sizes, done))):
             for key, record in run(steps()):
                 done[key] = record
@@ -138,6 +143,7 @@ def reproduce(
     recipe: Recipe,
     *,
     out: str | Path,
+    data: str | Path = "data",
     models: Sequence[str] = (),
     quick: bool = False,
     workers: int | None = None,
@@ -146,11 +152,12 @@ def reproduce(
 ) -> Report:
     """Run the whole protocol of a recipe, write the report to `out` (JSON, Markdown, HTML), and return it.
 
-    `models` replace the recipe's: the first is measured in full, the others enough to tell whether it was lucky.
-    `workers` are processes with a thread each; None takes two where the first model is small and on a CPU, else one.
-    Finished steps stay in `out`, so the same call goes on where it was stopped. `quick` uses the recipe's smallest
-    sizes: everything runs, and no figure means anything. `progress` is called with the steps that are done, how many
-    there are, and the last one's name. Raises `OptionError` where `out` holds another run.
+    `data` is the folder below which the recipe's files lie. `models` replace the recipe's: the first is measured in
+    full, the others enough to tell whether it was lucky. `workers` are processes with a thread each; None takes two
+    where the first model is small and on a CPU, else one. Finished steps stay in `out`, so the same call goes on where
+    it was stopped. `quick` uses the recipe's smallest sizes: everything runs, and no figure means anything. `progress`
+    is called with the steps that are done, how many there are, and the last one's name. Raises `OptionError` where
+    `out` holds another run and where a file of the recipe is missing.
     """
     begun = time.perf_counter()
     names = tuple(models) or recipe.models
@@ -160,7 +167,7 @@ def reproduce(
         raise OptionError(f"workers counts from 1; got {workers}.")
     folder, sizes = Path(out), sizes_of(recipe, names, quick=quick)
     count = workers or _workers(names[0], recipe.dtype)
-    records = measure(recipe, sizes, folder, workers=count, progress=progress)
+    records = measure(recipe, sizes, folder, Path(data), workers=count, progress=progress)
     evidence = Evidence(records, recipe, sizes, command)
     report = build(evidence, quick=quick, seconds=time.perf_counter() - begun)
     write(report, folder)
@@ -175,6 +182,25 @@ def _workers(model: str, dtype: str) -> int:
     loaded = load(model, dtype=dtype).model
     small = sum(p.numel() for p in loaded.parameters()) < SMALL and Adapter(loaded).input_device.type == "cpu"
     return min(2, os.cpu_count() or 1) if small else 1
+
+
+def _sources(recipe: Recipe) -> set[str]:
+    domains = recipe.domains.values()
+    return {*recipe.guardrails, *(d.pairs for d in domains), *(d.task for d in domains)}
+
+
+def _fingerprint(data: Path, source: str) -> str:
+    """Return the sha256 of the file that a source names; of PrefWorld, which is part of the package, its name."""
+    if source.startswith(WORLD):
+        return source
+    file = data / source.rpartition(":")[2]
+    if not file.exists():
+        raise OptionError(f"The recipe's {source!r} is not there: no file {str(file)!r}. Name its folder by --data.")
+    files = [file] if file.is_file() else sorted(path for path in file.rglob("*") if path.is_file())
+    state = hashlib.sha256()
+    for path in files:
+        state.update(path.read_bytes())
+    return state.hexdigest()
 
 
 @contextmanager
@@ -201,9 +227,9 @@ def _running(workers: int, begin: tuple[Any, ...]) -> Generator[Callable[[list[S
 _runner: Runner | None = None
 
 
-def _begin(recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, job: Mapping[str, Any]) -> None:
+def _begin(recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, job: Mapping[str, Any]) -> None:
     global _runner
-    _runner = Runner(recipe, sizes, out, job)
+    _runner = Runner(recipe, sizes, out, data, job)
 
 
 def _step(key: Key, arguments: Mapping[str, Any]) -> tuple[Key, Any]:

@@ -36,6 +36,7 @@ def build(evidence: Evidence, *, quick: bool, seconds: float) -> Report:
     }
     for kind in ("dose", "map", "naive"):
         report[kind] = {m: {d: tables.curve(e, m, d, kind) for d in domains} for m in models}
+    report["overlap"] = {m: {d: e.found(m, "base", d)[0]["overlap"] for d in domains} for m in models}
     report["summary"] = _summary(report, e)
     return report
 
@@ -56,6 +57,9 @@ def _summary(report: Report, e: Evidence) -> str:
             f"On {domain}, {e.sizes.pairs} pairs steer the model from {_percent(base)} to {_percent(main['greedy'])} "
             f"percent right" + (f"; {', '.join(trained)}" if trained else "") + "."
         )
+        shared = report["overlap"][first][domain]
+        if shared:
+            said.append(f"Mind that {shared} test questions of {domain} are asked by pairs too: it was not held out.")
     held = sum(claim["holds"] for claim in report["claims"])
     said.append(f"{held} of {len(report['claims'])} claims hold.")
     if report["quick"]:
