@@ -31,7 +31,8 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right; vertical-align: top; }
 th { background: #f4f4f4; white-space: nowrap; }
 th:first-child, td:first-child, .words { text-align: left; }
-td.words { min-width: 14rem; }
+td { white-space: nowrap; }
+td.words { min-width: 14rem; white-space: normal; }
 pre { background: #f4f4f4; overflow-x: auto; padding: .75rem; }
 """
 

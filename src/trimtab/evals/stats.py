@@ -83,18 +83,26 @@ def bootstrap_runs(
         raise OptionError("Groups are pairs of scores [S, N] and [R, N] of the same items, and at least one.")
     tail, random = (1 - _level(level)) / 2, np.random.default_rng(seed)
     means = np.zeros(draws)
-    for a, b in groups:
-        items = _shares(random, draws, a.shape[1])
-        for runs, sign in ((a, -1.0), (b, 1.0)):
-            means += sign * ((_shares(random, draws, len(runs)) @ runs) * items).sum(axis=1) / len(groups)
+    for group in groups:
+        count = group[0].shape[1]
+        rows = max(1, CHUNK // count)
+        for start in range(0, draws, rows):
+            size = min(rows, draws - start)
+            items = random.integers(count, size=(size, count))
+            for runs, sign in zip(group, (-1.0, 1.0), strict=True):
+                drawn = np.take_along_axis(_resampled(random, size, runs), items, axis=1)
+                means[start : start + size] += sign * drawn.mean(axis=1) / len(groups)
     estimate = float(np.mean([b.mean() - a.mean() for a, b in groups]))
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
 
 
-def _shares(random: np.random.Generator, draws: int, count: int) -> Runs:
-    """Draw how often each of `count` things is resampled, as shares `[draws, count]`."""
-    return random.multinomial(count, np.full(count, 1 / count), size=draws) / count
+def _resampled(random: np.random.Generator, size: int, runs: Runs) -> Runs:
+    """Return `size` means of as many runs `[S, N]` as there are, drawn with replacement: `[size, N]`."""
+    count = len(runs)
+    picks = random.integers(count, size=(size, count))
+    shares = np.stack([(picks == run).mean(axis=1) for run in range(count)], axis=1)
+    return shares @ runs
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:

@@ -65,7 +65,9 @@ class Bench:
     def task(self, source: str, split: Split, n: int) -> AnyTask:
         """Draw questions; a task is drawn once, since it remembers the programs that it has tested."""
         if (source, split, n) not in self._tasks:
-            self._tasks[source, split, n] = self._data.questions(source, split, n)
+            task = self._data.questions(source, split, n)
+            limit = min(task.max_new_tokens, self.sizes.max_new_tokens)
+            self._tasks[source, split, n] = replace(task, max_new_tokens=limit)
         return self._tasks[source, split, n]
 
     def guardrails(self, split: Split) -> list[AnyTask]:

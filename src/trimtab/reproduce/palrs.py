@@ -126,6 +126,7 @@ def measure(
         del loaded
     job["data"] = {source: _fingerprint(data, source) for source in _sources(recipe)}
     job = json.loads(json.dumps(job))
+    Checkpoint(out / "steps", lambda: job)  # before any worker: another run in this folder is the user's to know
     (out / "knobs").mkdir(parents=True, exist_ok=True)
     early = list(first_steps(recipe, sizes))
     later = sum(2 + len(recipe.training) * (size.many_seeds + size.seeds) for size in sizes.values())

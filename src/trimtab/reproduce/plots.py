@@ -43,7 +43,7 @@ def by_system(tables: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figure:
                 axis.plot(100 * row["greedy"], y, _MARKS[number % len(_MARKS)], color=colour, markersize=6)
         axis.set_yticks(range(len(titles)), titles if panel == 0 else [])
         axis.invert_yaxis()
-        axis.set(xlabel="percent of test questions answered rightly (greedy)", title=domain, xlim=(-3, 103))
+        axis.set(xlabel="percent right (greedy)", title=domain, xlim=(-3, 103))
         axis.grid(axis="x", color="#dddddd", linewidth=0.8)
         axis.spines[["top", "right", "left"]].set_visible(False)
     handles = [_mark(axes[0], _KIND_COLOURS[kind], "o", name) for kind, name in _KINDS.items()]
@@ -85,16 +85,13 @@ def by_dose(curves: Mapping[str, Row], rails: Sequence[str]) -> Figure:
     for axis, (domain, curve) in zip(axes, curves.items(), strict=True):
         rows = curve["rows"]
         alphas = [row["alpha"] for row in rows]
-        axis.plot(alphas, [100 * row["score"] for row in rows], "o-", color=COLOURS[0], linewidth=2, label=domain)
+        axis.plot(alphas, [100 * row["score"] for row in rows], "o-", color=COLOURS[0], linewidth=2, label="score")
         for i, (rail, colour) in enumerate(zip(rails, (COLOURS[2], COLOURS[3], COLOURS[4], COLOURS[5]), strict=False)):
             axis.plot(alphas, [100 * row["guardrails"][i] for row in rows], "--", color=colour, label=rail)
         axis.plot(alphas, [100 * row["broken"] for row in rows], ":", color="#000000", label="broken answers")
-        axis.axvline(curve["chosen_alpha"], color=COLOURS[0], alpha=0.4)
-        axis.annotate("chosen", (curve["chosen_alpha"], 101), ha="center", fontsize=9, annotation_clip=False)
-        axis.axvline(curve["paper_alpha_1"], color=GREY, alpha=0.6)
-        axis.annotate("paper's 1", (curve["paper_alpha_1"], 101), ha="center", fontsize=9, annotation_clip=False)
-        axis.set(xlabel="alpha (multiples of the mean residual norm)", ylabel="percent", ylim=(-3, 107))
-        axis.set_title(domain, pad=14)
+        axis.axvline(curve["chosen_alpha"], color=COLOURS[0], alpha=0.35, linewidth=5, label="chosen alpha")
+        axis.axvline(curve["paper_alpha_1"], color=GREY, alpha=0.5, linewidth=5, label="the paper's alpha 1")
+        axis.set(xlabel="alpha (multiples of the mean residual norm)", ylabel="percent", ylim=(-3, 103), title=domain)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return drawn
@@ -128,17 +125,16 @@ def by_seconds(tables: Mapping[str, Sequence[Row]]) -> Figure:
     for axis, (domain, rows) in zip(axes, tables.items(), strict=True):
         for row in rows:
             seconds = (row["learn_seconds"] or 0.0) + (row["tune_seconds"] or 0.0)
-            if not seconds or row["kind"] == "base":
+            if not seconds or row["kind"] == "base" or row["control"]:
                 continue
             axis.plot(seconds, 100 * row["greedy"], "o", color=_KIND_COLOURS[row["kind"]])
-            axis.annotate(
-                row["name"] + (f" {row['pairs']}" if row["kind"] == "train" else ""),
-                (seconds, 100 * row["greedy"]),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=8,
-            )
+            label = row["name"] + (f" {row['pairs']}" if row["kind"] == "train" else "")
+            at = (seconds, 100 * row["greedy"])
+            axis.annotate(label, at, xytext=(4, 3), textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
+        axis.set_xlim(1, 10_000)
+        axis.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
+        axis.minorticks_off()
         axis.set(xlabel="seconds, learning and tuning", ylabel="percent right (greedy)", title=domain, ylim=(-3, 106))
         axis.spines[["top", "right"]].set_visible(False)
     return drawn

@@ -81,6 +81,8 @@ class Sizes:
     epochs: int = 10
     grid: int = 100
     """Settings of a training grid that are tried, of the mildest first."""
+    max_new_tokens: int = 100_000
+    """Answers are cut there, or where their task cuts them if that is earlier."""
     batch_size: int = 128
 
 

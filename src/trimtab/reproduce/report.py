@@ -233,7 +233,7 @@ def html(report: Report) -> str:
     doses = {d: report["dose"][first][d] for d in domains if report["dose"][first][d]}
     if doses:
         label = (
-            f"Validation questions over the dose on {first}. Grey line: where the paper's alpha 1 would be (Eq. 4), a "
+            f"Validation questions over the dose on {first}. The paper's alpha 1 (Eq. 4) adds a "
             "vector as long as the mean chosen activation."
         )
         sections.append(("How strong", figure(plots.by_dose(doses, rails), label, "dose")))
@@ -247,7 +247,7 @@ def html(report: Report) -> str:
         for domain in domains:
             rows = report["tables"][model][domain]
             said = [_tested(report["tests"][model][domain]), _naive(report["naive"][model][domain])]
-            text = table(SYSTEM_HEADS, system_rows(rows)) + "".join(map(paragraph, said))
+            text = table(SYSTEM_HEADS, system_rows(rows), words=(0,)) + "".join(map(paragraph, said))
             sections.append((f"All figures: {domain} on {model}", text))
     spent = f"Command: {report['command']}. It took {report['seconds']:.0f} seconds."
     made = ", ".join(f"{name} {number}" for name, number in report["versions"].items())

@@ -45,6 +45,7 @@ def compare(e: Evidence, model: str, domain: str) -> list[Row]:
                 "kind": kind,
                 "name": str(rest[0]) if rest else kind,
                 "pairs": pairs,
+                "control": kind == "steer" and e.recipe.steering[str(rest[0])].control,
                 "seeds": len(found),
                 "greedy": float(greedy.mean()),
                 "by_seed": greedy.mean(axis=1).tolist(),
@@ -140,6 +141,8 @@ def counts(e: Evidence, model: str, domain: str) -> list[Row]:
     rows: list[Row] = []
     for title, kind, name, numbers in ways:
         for n in numbers:
+            if not e.found(model, kind, domain, name, n):  # models after the first see fewer counts
+                continue
             means = e.scores(GREEDY, model, kind, domain, name, n).mean(axis=1)
             rows.append({"system": title, "pairs": n, "mean": float(means.mean()), "by_seed": means.tolist()})
     return rows
