@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trimtab.evals.benchmarks import Program, humaneval_program, program_of
+from trimtab.evals.programs import Program, humaneval_program, program_of
 from trimtab.evals.sandbox import Sandbox
 
 

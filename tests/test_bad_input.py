@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -232,10 +233,26 @@ def test_parquet_without_pyarrow_prints_the_install_command(tmp_path: Path, monk
 
 
 @pytest.mark.quick
+def test_a_file_packed_by_gzip_is_unpacked_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(jsonl(GOOD).encode() * 50)
+    path.write_bytes(whole)
+    assert len(Pairs.load(path, duplicates="drop")) == 1
+    for data, words in (
+        (whole[:-20], "Cannot unpack"),
+        (b"{}", "Not a gzipped file"),
+        (whole[:12] + b"\xff\xff" + whole[14:], "Cannot unpack"),
+        (gzip.compress(b"{"), "Line 1 is not JSON"),
+    ):
+        path.write_bytes(data)
+        assert words in complaint(path)
+
+
+@pytest.mark.quick
 def test_the_suffix_says_how_a_file_is_read_and_another_one_is_refused(write: Write, tmp_path: Path) -> None:
     assert len(Pairs.load(write("a.ndjson", jsonl(GOOD)))) == len(Pairs.load(write("b.JSONL", jsonl(GOOD)))) == 1
     known = "Known: .csv, .json, .jsonl, .ndjson, .parquet, .tsv."
-    for name, got in (("a.txt", "the suffix '.txt'"), ("pairs", "no suffix"), ("a.jsonl.gz", "the suffix '.gz'")):
+    for name, got in (("a.txt", "the suffix '.txt'"), ("pairs", "no suffix"), ("a.txt.gz", "the suffix '.txt'")):
         assert f"it has {got}. {known}" in complaint(write(name, jsonl(GOOD)))
     for name in ("a.csv", "a.parquet", "a.txt", "a"):
         with pytest.raises(PairsError, match=r"saved to a \.jsonl or a \.json file"):

@@ -13,9 +13,10 @@ import pytest
 from invented import gsm8k, humaneval, truthfulqa, write_all, write_lines
 from pico import knob, model, tokenizer
 from trimtab.errors import OptionError, UnknownName
-from trimtab.evals.benchmarks import BENCHMARKS, Program, load_benchmark, program_of
+from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark
 from trimtab.evals.choices import ChoiceTask, choose, levels_task, pairs_task
 from trimtab.evals.likelihood import pair_margins
+from trimtab.evals.programs import Program, program_of
 from trimtab.evals.tasks import Task, run_task
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -167,7 +168,7 @@ def test_wrong_names_files_and_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="Cannot tell what"):
         load_benchmark("gsm8k", tmp_path / "x.gz")
     (tmp_path / "x.jsonl.gz").write_bytes(b"x")
-    with pytest.raises(OptionError, match="Cannot read"):
+    with pytest.raises(OptionError, match="Cannot unpack"):
         load_benchmark("gsm8k", tmp_path / "x.jsonl.gz")
     (tmp_path / "x.zip").write_bytes(b"x")
     with pytest.raises(OptionError, match="Cannot read"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
@@ -28,23 +30,32 @@ class Placed(NamedTuple):
 
 
 def read_file(path: str | Path) -> list[Placed]:
-    """Read the records of a file, in the way that its suffix names: one of `READERS`.
+    """Read the records of a file, in the way that its suffix names: one of `READERS`, and `.gz` after it if packed.
 
     JSON has to be JSON: a key that an object gives twice, and NaN, are refused and not guessed at. The first line of
     a table (CSV, TSV) names its columns; its cells are text, or in the columns `FIELDS` a JSON list of messages.
     Raises `PairsError` that names the line, item or row, and `MissingDependency` for Parquet without pyarrow.
     """
     file = Path(path)
-    reader = READERS.get(file.suffix.lower())
+    packed = file.suffix.lower() == PACKED and bool(Path(file.stem).suffix)
+    suffix = (Path(file.stem) if packed else file).suffix
+    reader = READERS.get(suffix.lower())
     try:
         with file.open("rb") as stream:
             if reader is None:
-                got = f"the suffix {file.suffix!r}" if file.suffix else "no suffix"
+                got = f"the suffix {suffix!r}" if suffix else "no suffix"
                 known = ", ".join(sorted(READERS))
-                raise PairsError(f"Cannot tell what {str(path)!r} holds: it has {got}. Known: {known}. Rename it.")
+                raise PairsError(
+                    f"Cannot tell what {str(path)!r} holds: it has {got}. Known: {known}. Rename it; packed by gzip it "
+                    f"is read too, with {PACKED} after that."
+                )
             data = stream.read()
+        if packed:
+            data = gzip.decompress(data)
     except PairsError:
         raise
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise PairsError(f"Cannot unpack {str(path)!r}: {str(error).rstrip('.')}.") from None
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         raise PairsError(f"Cannot read {str(path)!r}: {getattr(error, 'strerror', error)}.") from None
     try:
@@ -204,6 +215,8 @@ def _parquet(data: bytes) -> list[Placed]:
         raise PairsError(f"The file cannot be read as Parquet: {str(error).splitlines()[0]}") from None
     return [Placed(f"Row {n}", row) for n, row in enumerate(rows, 1)]
 
+
+PACKED = ".gz"
 
 READERS: dict[str, Callable[[bytes], list[Placed]]] = {
     ".jsonl": _json_lines,

@@ -16,6 +16,7 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
+from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import SelectionBias, selection_bias
 from trimtab.evals.tasks import AnyTask
@@ -133,6 +134,7 @@ def tune(
         "ranking": [{**c._asdict(), "site": str(c.site)} for c in ranking],
         "table": table,
         "base": trial.base,
+        "isolation": trial.isolation,
         "selection_bias": bias and bias._asdict(),
         "task": task.name if task else None,
         "guardrails": [g.name for g in guardrails],
@@ -219,8 +221,13 @@ def _job(
         "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
         "operation": knob.operation,
         "pairs": pairs.hash(),
-        "tasks": [[t.name, len(t), t.max_new_tokens, fingerprint(t.prompts)] for t in tasks],
+        "tasks": [_asked(t) for t in tasks],
     }
+
+
+def _asked(task: AnyTask) -> list[Any]:
+    asked = [task.name, len(task), task.max_new_tokens, fingerprint(task.prompts)]
+    return [*asked, fingerprint(task.choices), task.per, task.closing] if isinstance(task, ChoiceTask) else asked
 
 
 def _wheres(knob: Knob, where: Sequence[Where] | Where | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Where, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from argparse import Namespace
@@ -17,7 +18,7 @@ from trimtab.types import Setting, check_strength, check_where, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob, Panel, Rack
-    from trimtab.evals.tasks import Task
+    from trimtab.evals.tasks import AnyTask
     from trimtab.pairs import Duplicates, Pairs
     from trimtab.render import Loaded
 
@@ -186,13 +187,54 @@ def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: 
     return pairs
 
 
-def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
-    """Load a task from `FILE` or `FILE:GRADER`, or draw validation questions of PrefWorld, which grades its own."""
+class BenchmarkPart(NamedTuple):
+    """A benchmark, its file, and how many of its questions; None for all."""
+
+    name: str
+    file: str
+    size: int | None
+
+
+def benchmark_part(text: str) -> BenchmarkPart | None:
+    """Read `gsm8k:FILE` or `gsm8k:FILE:COUNT`; None for anything else, which is a file, or a file with its grader."""
+    name, colon, rest = text.partition(":")
+    if not colon or Path(text).exists():
+        return None
+    from trimtab.evals.benchmarks import BENCHMARKS
+
+    file, last, count = rest.rpartition(":")
+    if not last or Path(rest).exists():
+        file, count = rest, None
+    if name not in BENCHMARKS:
+        # Names of files have a suffix; a word before a file is meant to be a benchmark.
+        if re.fullmatch(r"[\w-]{2,}", name) and Path(file).exists():
+            raise unknown_name("benchmark", name, [*BENCHMARKS, WORLD])
+        return None
+    if not Path(file).is_dir():
+        input_file(file, f"the file of {name}")
+    if count is not None and not (count.isdecimal() and int(count) > 0):
+        raise OptionError(f"Questions of a benchmark are written {name}:FILE or {name}:FILE:200; got {text!r}.")
+    return BenchmarkPart(name, file, int(count) if count else None)
+
+
+def load_task(
+    text: str, *, grader: str, max_new_tokens: int, split: Literal["validation", "test"] = "validation"
+) -> AnyTask:
+    """Load a task: `FILE`, `FILE:GRADER`, `BENCHMARK:FILE[:COUNT]` or `prefworld:FAMILY[:COUNT]`.
+
+    `split` is of PrefWorld, and of benchmarks, whose questions `trimtab.evals.benchmarks` parts; what chooses and what
+    tests then never share one. Other files are taken whole. `grader` and `max_new_tokens` are for these.
+    """
     part = world_part(text)
     if part is not None:
         from trimtab.prefworld import world
 
-        return world.task(part.family, "validation", part.size)
+        return world.task(part.family, split, part.size)
+    known = benchmark_part(text)
+    if known is not None:
+        from trimtab.evals.benchmarks import load_benchmark
+
+        return load_benchmark(known.name, known.file, split=split, n=known.size)
     from trimtab.evals import tasks
 
     file, colon, name = text.rpartition(":")
@@ -200,7 +242,7 @@ def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
         if name not in tasks.GRADERS:
             raise unknown_name("grader", name, tasks.GRADERS)
         text, grader = file, name
-    path = input_file(text, "a file with prompt and answer per item, or prefworld:FAMILY")
+    path = input_file(text, "a file with prompt and answer per item, BENCHMARK:FILE, or prefworld:FAMILY")
     task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
     try:
         task.grade([""] * len(task))  # a true answer that the grader cannot read shows now, and not after an hour

@@ -1,7 +1,9 @@
 """Choose a knob's site, tokens and gain on held-out pairs, under a budget for guardrails.
 
 Pairs, task and guardrails must be data that learning has not seen, and not what the knob will be tested on: parts of
-PrefWorld are taken from its validation split. Without a task the margin between the pairs' answers decides.
+PrefWorld are taken from its validation split, and of a benchmark (caa, gsm8k, humaneval, mbpp, mmlu, pairs,
+pairs-per-token, truthfulqa-mc1, truthfulqa-mc2, xstest-safe, xstest-unsafe) three questions in ten. Without a task the
+margin between the pairs' answers decides.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
     options.add_checkpoint(parser)
     goal = parser.add_argument_group("what decides")
-    source = "FILE[:GRADER] with prompt and answer per item, or prefworld:FAMILY[:COUNT]"
+    source = "FILE[:GRADER] with prompt and answer per item, BENCHMARK:FILE[:COUNT], or prefworld:FAMILY[:COUNT]"
     goal.add_argument("--task", metavar="TASK", help=f"what should get better: {source}")
     goal.add_argument(
         "--guardrail", action="append", default=[], metavar="TASK", help="what must not get worse; may be repeated"

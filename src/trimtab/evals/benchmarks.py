@@ -6,12 +6,11 @@ Questions are asked zero-shot, as one user turn; what the authors do otherwise i
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import random
-import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 from trimtab.errors import OptionError, PairsError, brief, unknown_name
 from trimtab.evals.choices import ChoiceTask, Per, Rule, pairs_task
-from trimtab.evals.graders import exact_answer, extract_code, final_answer, is_refusal
+from trimtab.evals.graders import exact_answer, final_answer, is_refusal
+from trimtab.evals.programs import Program, humaneval_program, program_of
 from trimtab.evals.sandbox import Sandbox
 from trimtab.evals.tasks import AnyTask, Task
-from trimtab.formats import READERS, Placed, read_file
+from trimtab.formats import read_file
 from trimtab.pairs import Pairs
 
 Split = Literal["validation", "test"]
@@ -82,32 +82,24 @@ def _is_validation(prompt: str) -> bool:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _records(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> list[tuple[str, dict[str, Any]]]:
-    """Read records that have these fields of these types, with the place of each; `.gz` files are read too."""
-    placed = _read_gzip(path) if path.suffix == ".gz" else read_file(path)
+def _records(
+    path: Path, fields: Mapping[str, type], *, may_be_empty: tuple[str, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """Read records that have these fields of these types, with the place of each; text is not blank."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for place, record in placed:
+    for place, record in read_file(path):
         known = cast(dict[str, Any], record) if isinstance(record, dict) else {}
         for field, kind in fields.items():
-            if not isinstance(known.get(field), kind):
-                kinds = kind if isinstance(kind, tuple) else (kind,)
-                wanted = " or ".join(_KINDS[one] for one in kinds)
-                raise PairsError(f"{path}: {place} needs {field!r}, {wanted}; got {brief(known.get(field))}.")
+            value = known.get(field)
+            if not isinstance(value, kind):
+                raise PairsError(f"{path}: {place} needs {field!r}, {_KINDS[kind]}; got {brief(value)}.")
+            if isinstance(value, str) and not value.strip() and field not in may_be_empty:
+                raise PairsError(f"{path}: {place}: {field!r} is empty.")
         found.append((f"{path}: {place}", known))
     return found
 
 
-_KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
-
-
-def _read_gzip(path: Path) -> list[Placed]:
-    reader = READERS.get(Path(path.stem).suffix)
-    if reader is None:
-        raise PairsError(f"Cannot tell what {str(path)!r} holds. Known: {', '.join(f'{s}.gz' for s in READERS)}.")
-    try:
-        return reader(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError) as error:
-        raise PairsError(f"Cannot read {str(path)!r}: {error}.") from None
+_KINDS: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -134,14 +126,6 @@ def _exact(name: str, questions: Sequence[Question]) -> Task:
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
-    """How a program is tested: what stands before it, what stands after it, and the function that it must define."""
-
-    before: str
-    after: str
-    entry_point: str
-
-
 def read_humaneval(path: Path) -> list[Question]:
     """Read HumanEval (arXiv:2107.03374), or MBPP in its form: `prompt`, `entry_point` and `test` with `check`.
 
@@ -159,12 +143,6 @@ def read_humaneval(path: Path) -> list[Question]:
     ]
 
 
-def humaneval_program(record: Mapping[str, Any]) -> Program:
-    """Return how an answer to a record of HumanEval is tested."""
-    entry = record["entry_point"].strip()
-    return Program(record["prompt"], f"{record['test']}\ncheck({entry})\n", entry)
-
-
 def read_mbpp(path: Path) -> list[Question]:
     """Read MBPP (arXiv:2108.07732): `text`, `test_list` and `test_setup_code`; or the form of HumanEval.
 
@@ -174,34 +152,15 @@ def read_mbpp(path: Path) -> list[Question]:
     if "entry_point" in first:
         return read_humaneval(path)
     questions: list[Question] = []
-    for place, record in _records(path, {"text": str, "test_list": list, "test_setup_code": str}):
+    fields = {"text": str, "test_list": list, "test_setup_code": str}
+    for place, record in _records(path, fields, may_be_empty=("test_setup_code",)):
         tests = cast(list[object], record["test_list"])
         if not tests or not all(isinstance(test, str) for test in tests):
             raise PairsError(f"{place} needs 'test_list', a list of asserts; got {brief(tests)}.")
         shown = "\n".join(map(str, tests))
         asked = f"{record['text'].strip()} Answer with Python code that passes these tests:\n\n{shown}"
-        called = re.search(r"assert[\s(]+(?:\w+\()*?(\w+)\(", str(tests[0]))
-        program = Program("", f"{record['test_setup_code']}\n{shown}", called[1] if called else "")
-        questions.append(Question(asked, program))
+        questions.append(Question(asked, Program("", f"{record['test_setup_code']}\n{shown}", "")))
     return questions
-
-
-def program_of(answer: str, truth: Program) -> str:
-    """Return the program that tests an answer: its code, or the prompt's function with it as its body, and the tests.
-
-    The prompt's docstring is left out: it does nothing, and a body may be indented by another step than it.
-    """
-    code, entry = extract_code(answer), re.escape(truth.entry_point)
-    # What stands before the function in the prompt, imports and helpers, an answer may use.
-    if re.search(rf"^(?:async )?def {entry}\b", code, re.MULTILINE) or not truth.entry_point:
-        start = re.search(rf"^def {entry}\b", truth.before, re.MULTILINE)
-        before = f"{truth.before[: start.start()] if start else truth.before}\n"
-    else:
-        head = re.search(
-            rf"^def {entry}\b.*?:[ \t]*\n(?=[ \t]*[rR]?(?:\"\"\"|'''))", truth.before, re.DOTALL | re.MULTILINE
-        )
-        before = truth.before[: head.end()] if head else truth.before
-    return f"{before}{code}\n{truth.after}"
 
 
 def _tested(name: str, questions: Sequence[Question], *, timeout: float = 10.0) -> Task:
@@ -217,9 +176,18 @@ def _tested(name: str, questions: Sequence[Question], *, timeout: float = 10.0) 
 
 
 def read_xstest(path: Path, *, label: str) -> list[Question]:
-    """Read the prompts of XSTest (arXiv:2308.01263) with one `label`, "safe" or "unsafe"."""
-    found = [record for _, record in _records(path, {"prompt": str, "label": str}) if record["label"] == label]
-    return [Question(record["prompt"], label == "unsafe") for record in found]
+    """Read the prompts of XSTest (arXiv:2308.01263) with one `label`, "safe" or "unsafe".
+
+    The authors have people and GPT-4 tell full refusals, partial refusals and answers apart; here phrases tell
+    refusals from the rest, as `is_refusal` says.
+    """
+    questions: list[Question] = []
+    for place, record in _records(path, {"prompt": str, "label": str}):
+        if record["label"] not in ("safe", "unsafe"):
+            raise PairsError(f"{place} needs 'label', safe or unsafe; got {brief(record['label'])}.")
+        if record["label"] == label:
+            questions.append(Question(record["prompt"], label == "unsafe"))
+    return questions
 
 
 def _refused(name: str, questions: Sequence[Question]) -> Task:
@@ -245,41 +213,60 @@ LETTERS = "ABCD"
 def read_mmlu(path: Path) -> list[Question]:
     """Read MMLU (arXiv:2009.03300): the zip or a folder of its CSV files, or records in CAA's A/B form.
 
-    Of a zip or folder the files `test/*_test.csv` count. The authors compare the letters' probabilities after five
-    solved examples of the subject; here there are none.
+    Of a zip or folder the files `test/*_test.csv` count. As the authors do, the letters' probabilities are compared;
+    they ask after five solved examples of the subject, here there are none.
     """
-    if path.is_dir():
-        files = {file.name: file.read_bytes() for file in sorted(path.rglob("*_test.csv"))}
-    elif path.suffix == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = sorted(name for name in archive.namelist() if name.endswith("_test.csv"))
-                files = {name: archive.read(name) for name in names}
-        except (OSError, zipfile.BadZipFile) as error:
-            raise PairsError(f"Cannot read {str(path)!r}: {error}.") from None
-    else:
+    if not path.is_dir() and path.suffix.lower() != ".zip":
         return _read_ab(path, "prompt", "correct", "incorrect")
+    files = _test_tables(path)
+    if not files:
+        raise PairsError(f"{path} holds no file SUBJECT_test.csv, as MMLU's own zip does.")
     questions: list[Question] = []
     for name, data in files.items():
-        for number, row in enumerate(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")), 1):
-            if len(row) != 6 or row[5] not in LETTERS:
-                raise PairsError(f"{path}: {name}, row {number} needs a question, four answers and a letter.")
+        try:
+            rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise PairsError(f"{path}: {name} cannot be read as a table: {error}.") from None
+        for number, row in enumerate(rows, 1):
+            if len(row) != 6 or row[5] not in tuple(LETTERS) or not all(cell.strip() for cell in row):
+                raise PairsError(
+                    f"{path}: {name}, row {number} needs a question, four answers and a letter of {LETTERS}; got "
+                    f"{brief(row)}."
+                )
             listed = "\n".join(f"{letter}. {answer}" for letter, answer in zip(LETTERS, row[1:5], strict=True))
             asked = f"{row[0].strip()}\n\n{listed}\n\nAnswer with the letter alone."
             questions.append(Question(asked, Options(tuple(LETTERS), frozenset({LETTERS.index(row[5])}))))
     return questions
 
 
+def _test_tables(path: Path) -> dict[str, bytes]:
+    try:
+        if path.is_dir():
+            return {file.name: file.read_bytes() for file in sorted(path.rglob("*_test.csv"))}
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if name.endswith("_test.csv"))
+            return {name: archive.read(name) for name in names}
+    # A zip may be packed or locked in a way that Python does not know, or end too soon.
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise PairsError(f"Cannot read {str(path)!r}: {error}.") from None
+
+
 def read_truthfulqa(path: Path, *, targets: str) -> list[Question]:
     """Read TruthfulQA (arXiv:2109.07958), `mc_task.json`: `question`, and `mc1_targets` or `mc2_targets`.
 
-    As its authors do, an answer's log-likelihood is summed over its tokens; they ask after six solved examples.
+    As its authors do, an answer's log-likelihood is summed over its tokens, without what closes it; mc1 is right where
+    the best answer is likelier than every false one, mc2 the probability of all true answers among the given ones. They
+    ask after six solved examples. `dataclasses.replace(task, per="token")` averages over tokens instead.
     """
     questions: list[Question] = []
     for place, record in _records(path, {"question": str, targets: dict}):
         given = cast(dict[str, object], record[targets])
-        if not all(value in (0, 1) for value in given.values()):
+        if not all(
+            isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 1 for value in given.values()
+        ):
             raise PairsError(f"{place}: {targets} says 1 of a right answer and 0 of a wrong one.")
+        if not all(answer.strip() for answer in given):
+            raise PairsError(f"{place}: an answer of {targets} is empty.")
         right = frozenset(i for i, value in enumerate(given.values()) if value)
         if not right or len(right) == len(given):
             raise PairsError(f"{place}: {targets} needs right and wrong answers.")
@@ -288,25 +275,32 @@ def read_truthfulqa(path: Path, *, targets: str) -> list[Question]:
 
 
 def read_caa(path: Path) -> list[Question]:
-    """Read A/B questions of CAA (arXiv:2312.06681); the score is P(matching letter), renormalised over both."""
+    """Read A/B questions of CAA (arXiv:2312.06681); the score is P(matching letter), renormalised over both.
+
+    Its authors put "(" before the letter for the model and compare the letters; here "(A)" and "(B)" are compared, what
+    closes the turn left out, which is the same but for the bracket after the letter.
+    """
     return _read_ab(path, "question", "answer_matching_behavior", "answer_not_matching_behavior")
 
 
 def _read_ab(path: Path, question: str, right: str, wrong: str) -> list[Question]:
-    return [
-        Question(record[question], Options((record[right].strip(), record[wrong].strip()), frozenset({0})))
-        for _, record in _records(path, {question: str, right: str, wrong: str})
-    ]
+    questions: list[Question] = []
+    for place, record in _records(path, {question: str, right: str, wrong: str}):
+        answers = (record[right].strip(), record[wrong].strip())
+        if answers[0] == answers[1]:
+            raise PairsError(f"{place}: the right and the wrong answer are the same, {brief(answers[0])}.")
+        questions.append(Question(record[question], Options(answers, frozenset({0}))))
+    return questions
 
 
-def _chosen(name: str, questions: Sequence[Question], *, rule: Rule = "first", per: Per = "answer") -> ChoiceTask:
+def _chosen(name: str, questions: Sequence[Question], *, rule: Rule = "first") -> ChoiceTask:
     return ChoiceTask(
         name,
         tuple(q.prompt for q in questions),
         tuple(q.truth.answers for q in questions),
         tuple(q.truth.right for q in questions),
         rule=rule,
-        per=per,
+        closing=False,
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, unknown_name
 from trimtab.evals.likelihood import log_likelihoods, render_texts
 from trimtab.pairs import Pairs
 from trimtab.types import Message
@@ -29,7 +29,9 @@ class ChoiceTask:
     `rule`: "first" scores 1 where the likeliest answer is right (multiple choice, mc1); "mass" scores the probability
     of the right answers, renormalised over all given ones (mc2, P(A) of A/B questions). `per`: log-likelihoods are
     summed over an answer ("answer") or averaged over its tokens ("token", which takes the advantage from short
-    answers). An answer's closing tokens count. `side` and `target` are as for tasks that generate; there are none.
+    answers). `closing`: the tokens that close the answer's turn count too, which asks whether the model would say this
+    and no more; without them, whether it would begin so ("A" as in "A. Paris"). `side` and `target` are as for tasks
+    that generate; there are none.
     """
 
     name: str
@@ -38,12 +40,21 @@ class ChoiceTask:
     right: tuple[frozenset[int], ...]
     rule: Rule = "first"
     per: Per = "answer"
+    closing: bool = True
     side: None = None
     target: None = None
     max_new_tokens: int = 0
     runs_code: bool = False
 
     def __post_init__(self) -> None:
+        for what, name, known in (("rule", self.rule, Rule), ("per", self.per, Per)):
+            if name not in get_args(known):
+                raise unknown_name(what, name, get_args(known))
+        if not len(self.prompts) == len(self.choices) == len(self.right):
+            raise OptionError(
+                f"{self.name!r} needs answers and the right ones for every prompt; got {len(self.prompts)} prompts, "
+                f"answers for {len(self.choices)} and the right ones for {len(self.right)}."
+            )
         for number, (choices, right) in enumerate(zip(self.choices, self.right, strict=True), 1):
             if len(choices) < 2 or not right or not right < set(range(len(choices))):
                 raise OptionError(
@@ -54,18 +65,33 @@ class ChoiceTask:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def margins(self, likelihoods: Sequence[Sequence[float]]) -> np.ndarray:
+        """Return by how many nats the likeliest right answer of each item is likelier than any wrong one `[n]`."""
+        with np.errstate(invalid="ignore"):  # a broken model's may be no numbers
+            return np.array([chosen.max() - others.max() for chosen, others in self._parts(likelihoods)])
+
     def score(self, likelihoods: Sequence[Sequence[float]]) -> np.ndarray:
-        """Return one score from 0 to 1 per item `[n]`, from log-likelihoods in nats; equal ones count as wrong."""
+        """Return one score from 0 to 1 per item `[n]`, from log-likelihoods in nats.
+
+        Equal ones count as wrong, and so do those of a broken model, which are no numbers.
+        """
+        if self.rule == "first":
+            return (self.margins(likelihoods) > 0).astype(float)
         scores: list[float] = []
+        with np.errstate(invalid="ignore"):
+            for chosen, others in self._parts(likelihoods):
+                top = max(chosen.max(), others.max())
+                right, wrong = np.exp(chosen - top).sum(), np.exp(others - top).sum()
+                scores.append(float(right / (right + wrong)))
+        return np.nan_to_num(np.array(scores), nan=0.0)
+
+    def _parts(self, likelihoods: Sequence[Sequence[float]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the log-likelihoods of each item's right answers, and of its wrong ones."""
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         for values, right in zip(likelihoods, self.right, strict=True):
-            at = np.asarray(values, dtype=float)
-            chosen = [i in right for i in range(len(at))]
-            if self.rule == "first":
-                scores.append(float(at[chosen].max() > at[np.logical_not(chosen)].max()))
-            else:
-                mass = np.exp(at - at.max())
-                scores.append(float(mass[chosen].sum() / mass.sum()))
-        return np.array(scores)
+            at, chosen = np.asarray(values, dtype=float), np.isin(np.arange(len(values)), list(right))
+            parts.append((at[chosen], at[~chosen]))
+        return parts
 
 
 def choose(
@@ -79,7 +105,8 @@ def choose(
     """Return the log-likelihood of every item's every answer in nats, per answer or per token as the task says."""
     turns = [(Message("user", p),) if isinstance(p, str) else p for p in task.prompts]
     asked = [turn for turn, choices in zip(turns, task.choices, strict=True) for _ in choices]
-    texts = render_texts(tokenizer, asked, [choice for choices in task.choices for choice in choices])
+    given = [choice for choices in task.choices for choice in choices]
+    texts = render_texts(tokenizer, asked, given, closing=task.closing)
     found = log_likelihoods(model, tokenizer, [(text, knobs or {}) for text in texts], token_budget=token_budget)
     if task.per == "token":
         found = found / np.array([len(text.ids) - text.start for text in texts])
@@ -88,7 +115,10 @@ def choose(
 
 
 def pairs_task(pairs: Pairs, *, name: str = "pairs", per: Per = "answer") -> ChoiceTask:
-    """Make a task of held-out pairs: right where the chosen answer is likelier than the rejected one."""
+    """Make a task of held-out pairs: right where the chosen answer is likelier than the rejected one.
+
+    Closing tokens count, as in training on pairs; summed, the outcome's margins are those of `pair_margins`.
+    """
     return ChoiceTask(
         name,
         tuple(pair.prompt for pair in pairs),

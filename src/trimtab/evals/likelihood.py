@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,12 +46,16 @@ class Margins(NamedTuple):
 
 
 def render_texts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Message]],
+    answers: Sequence[str],
+    *,
+    closing: bool = True,
 ) -> list[Text]:
-    """Render every prompt with its answer, closing tokens included (they are part of what the model says)."""
+    """Render every prompt with its answer; `closing` tokens included, since they are part of what the model says."""
     renderer = Renderer(tokenizer)
     rendered = [renderer.full(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    return [Text(list(r.ids), r.response_start) for r in rendered]
+    return [Text(r.ids[: len(r.ids) if closing else r.response_end], r.response_start) for r in rendered]
 
 
 def pair_margins(
@@ -149,8 +153,20 @@ def _batches(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
 
 
 def _likelihoods(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Row]) -> list[float]:
-    """Return the log-likelihood of each row's answer, in nats."""
-    return [float(logps.gather(-1, ids[:, None]).sum()) for logps, ids in _forward(model, tokenizer, batch)]
+    """Return the log-likelihood of each row's answer, in nats.
+
+    Nothing is read after a text's last token: rows that differ in that token alone, as letters do, are run once.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (text, knobs) in enumerate(batch):
+        groups.setdefault((tuple(text.ids[:-1]), text.start, tuple(knobs.items())), []).append(i)
+    found = [0.0] * len(batch)
+    runs = _forward(model, tokenizer, [batch[group[0]] for group in groups.values()])
+    for group, (logps, _) in zip(groups.values(), runs, strict=True):
+        for i in group:
+            text, _ = batch[i]
+            found[i] = float(logps.gather(-1, torch.tensor(text.ids[text.start :])[:, None]).sum())
+    return found
 
 
 def _forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ from trimtab.artifact import Knob
 from trimtab.errors import OptionError, PairsError, brief, unknown_name
 from trimtab.evals.choices import ChoiceTask, Prompt, choose
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
+from trimtab.evals.sandbox import Sandbox
 from trimtab.formats import read_file
 from trimtab.generate import Generation, generate, read_prompt
 
@@ -55,7 +57,9 @@ AnyTask = Task | ChoiceTask
 class Outcome:
     """The answers to a task and what they are worth: `scores` [n], `sides`, `degenerate` [n] as 0 or 1.
 
-    Of a task by likelihood, `answers` are the likeliest ones and `likelihoods` those of all given ones, per item.
+    Of a task by likelihood, `answers` are the likeliest ones, `likelihoods` those of all given ones, per item, and
+    `margins` [n] by how many nats right ones are likelier than wrong ones. Where answers were run, `isolation` says
+    what kept them apart.
     """
 
     answers: tuple[str, ...]
@@ -63,6 +67,8 @@ class Outcome:
     sides: tuple[str | None, ...]
     degenerate: np.ndarray
     likelihoods: Sequence[Sequence[float]] | None = None
+    margins: np.ndarray | None = None
+    isolation: str | None = None
 
     def said(self) -> dict[str, Any]:
         """Return what the model said as JSON values, which `grade_said` grades again."""
@@ -122,14 +128,22 @@ def grade_said(task: AnyTask, said: Mapping[str, Any]) -> Outcome:
     likelihoods: list[list[float]] = said["likelihoods"]
     likeliest = (choices[int(np.argmax(row))] for choices, row in zip(task.choices, likelihoods, strict=True))
     n = len(task)
-    return Outcome(tuple(likeliest), task.score(likelihoods), (None,) * n, np.zeros(n), likelihoods)
+    scores, margins = task.score(likelihoods), task.margins(likelihoods)
+    return Outcome(tuple(likeliest), scores, (None,) * n, np.zeros(n), likelihoods, margins)
 
 
 def grade_answers(task: Task, answers: Sequence[str], broken: Sequence[float]) -> Outcome:
     """Grade the answers to a task's prompts; `broken` says of each with 0 or 1 whether it is degenerate."""
     sides = tuple(task.side(i, text) if task.side else None for i, text in enumerate(answers))
     said = tuple(answers)
-    return Outcome(said, np.asarray(task.grade(said), dtype=float), sides, np.asarray(broken, dtype=float))
+    scores, isolation = np.asarray(task.grade(said), dtype=float), _isolation() if task.runs_code else None
+    return Outcome(said, scores, sides, np.asarray(broken, dtype=float), isolation=isolation)
+
+
+@lru_cache(maxsize=1)
+def _isolation() -> str:
+    with Sandbox() as sandbox:
+        return sandbox.isolation
 
 
 def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: int = 128) -> Task:

@@ -11,6 +11,7 @@ import numpy as np
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
+from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.likelihood import divergence, render_texts
 from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task
 from trimtab.pairs import Pairs
@@ -25,11 +26,12 @@ KL_ITEMS = 16
 class Trial:
     """Measures a knob at a strength against the base model, on the same validation items.
 
-    Without a task the answers to the pairs' own prompts still show where a dose begins to break the model. `budget` is
-    the share of items that a guardrail may lose, `broken_budget` the share of answers that may break (empty, cut,
-    repeating). `base` holds the base model's score, guardrails and broken share, `base_scores` its scores of the task's
-    items `[n]`. `kept` keeps what the model says, and not what a grader makes of it: answers that are taken from there
-    are graded again, so another grader counts at once.
+    Without a task, or where all are decided by likelihood, the answers to the pairs' own prompts still show where a
+    dose begins to break the model. `budget` is the share of items that a guardrail may lose, `broken_budget` the share
+    of answers that may break (empty, cut, repeating). `base` holds the base model's score, guardrails and broken share,
+    `base_scores` its scores of the task's items `[n]`, `isolation` what kept answers apart that were run. `kept` keeps
+    what the model says, and not what a grader makes of it: answers that are taken from there are graded again, so
+    another grader counts at once.
     """
 
     def __init__(
@@ -49,10 +51,13 @@ class Trial:
         prompts = tuple(p.prompt for p in pairs[:KL_ITEMS])
         stand_in = Task("prompts", prompts, lambda answers: [0.0] * len(answers), max_new_tokens=48)
         self._tasks: list[AnyTask] = [task or stand_in, *guardrails]
+        if all(isinstance(one, ChoiceTask) for one in self._tasks):
+            self._tasks.append(stand_in)
         self.budget, self.broken_budget = budget, broken_budget
         outcomes = self._run({})
         self.base: dict[str, Any] = self._summary(outcomes)
         self.base_scores = outcomes[0][1].scores
+        self.isolation = next((o.isolation for _, o in outcomes if o.isolation), None)
         # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
         held = [list(zip(t.prompts, o.answers, strict=True))[:KL_ITEMS] for t, o in outcomes[1:] or outcomes]
         told = [(prompt, answer) for items in held for prompt, answer in items if answer]
@@ -110,7 +115,8 @@ class Trial:
 
     def _summary(self, outcomes: list[tuple[AnyTask, Outcome]]) -> dict[str, Any]:
         score = next((o.accuracy for t, o in outcomes if t is self._task), None)
-        broken = float(np.mean(np.concatenate([o.degenerate for _, o in outcomes])))
+        # Given answers cannot break, and must not hide among their number those that did.
+        broken = float(np.mean(np.concatenate([o.degenerate for t, o in outcomes if not isinstance(t, ChoiceTask)])))
         rails = {t.name: o.accuracy for t, o in outcomes if t in self._guardrails}
         return {"score": score, "guardrails": rails, "broken": broken}
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 from random import Random
 
 from trimtab.errors import OptionError, unknown_name
+from trimtab.evals.choices import ChoiceTask, levels_task
 from trimtab.evals.graders import exact_answer, exact_match
 from trimtab.evals.sandbox import Sandbox
 from trimtab.evals.tasks import Task
@@ -173,4 +174,25 @@ def task(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | Non
         side=lambda i, text: side_of(drawn[i], text),
         target=target_side(family),
         max_new_tokens=MAX_NEW_TOKENS.get(family, 64),
+        runs_code=family == "code",
     )
+
+
+def choices(
+    family: str, split: Split, n: int, *, side: str | None = None, seed: int = 0, unseen: bool | None = None
+) -> ChoiceTask:
+    """Make a task of `n` distinct prompts and the world's own answers: right where that of `side` is the likeliest.
+
+    Likelihoods are per token, so that of the domains' three levels this is the preference accuracy of Alignment Vectors
+    (see `trimtab.evals.choices.levels_task`). `side` is by default the one that pairs call chosen; items where another
+    side happens to say the same are left out.
+    """
+    drawn = items(family, split, n, seed=seed, unseen=unseen)
+    sides = list(drawn[0].answers)
+    if len(sides) < 2:
+        raise OptionError(f"The answers of PrefWorld's family {family!r} have one side only: there is no choice.")
+    wanted = sides[0] if side is None else side
+    if wanted not in sides:
+        raise unknown_name(f"side of {family}", wanted, sides)
+    told = [item for item in drawn if list(item.answers.values()).count(item.answers[wanted]) == 1]
+    return levels_task([item.prompt for item in told], [item.answers for item in told], wanted, name=family)
