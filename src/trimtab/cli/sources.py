@@ -146,6 +146,10 @@ def warn_outside(rack: Rack, setting: Setting) -> None:
 # Pairs and tasks
 
 
+Split = Literal["train", "validation", "test"]
+"""Of PrefWorld; files are taken whole."""
+
+
 class WorldPart(NamedTuple):
     """A family of PrefWorld, and how many of its questions."""
 
@@ -170,7 +174,7 @@ def world_part(text: str) -> WorldPart | None:
     return WorldPart(family, int(count) if colon else WORLD_COUNT)
 
 
-def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: Duplicates) -> Pairs:
+def load_pairs(text: str, *, split: Split, duplicates: Duplicates) -> Pairs:
     """Load pairs from a file, or draw them from a split of PrefWorld: the same name gives the same pairs."""
     from trimtab.pairs import Pairs
 
@@ -186,13 +190,13 @@ def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: 
     return pairs
 
 
-def load_task(text: str, *, grader: str, max_new_tokens: int) -> Task:
-    """Load a task from `FILE` or `FILE:GRADER`, or draw validation questions of PrefWorld, which grades its own."""
+def load_task(text: str, *, grader: str, max_new_tokens: int, split: Split = "validation") -> Task:
+    """Load a task from `FILE` or `FILE:GRADER`, or draw questions of a split of PrefWorld, which grades its own."""
     part = world_part(text)
     if part is not None:
         from trimtab.prefworld import world
 
-        return world.task(part.family, "validation", part.size)
+        return world.task(part.family, split, part.size)
     from trimtab.evals import tasks
 
     file, colon, name = text.rpartition(":")
