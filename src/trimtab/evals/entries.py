@@ -83,9 +83,10 @@ def describe_neutral(read: Perplexity, bare: Perplexity | None = None) -> dict[s
         "texts": len(read.nats),
         "tokens": int(read.tokens.sum()),
         "perplexity": read.per_token,
+        "nats_per_token": float(read.nats.sum() / read.tokens.sum()),
         "bits_per_byte": read.bits_per_byte,
     }
-    return entry if bare is None else entry | {"nats_per_token": as_fields(perplexity_change(bare, read))}
+    return entry if bare is None else entry | {"change": as_fields(perplexity_change(bare, read))}
 
 
 def compare_manner(bare: Sequence[Said], said: Sequence[Said]) -> dict[str, Any]:

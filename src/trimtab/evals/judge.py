@@ -147,13 +147,15 @@ class Judge:
         cases = zip(prompts, answers_a, answers_b, same, strict=True)
         asked = [self._request(p, *order) for p, a, b, alike in cases if not alike for order in ((a, b), (b, a))]
         replies: list[_Reply] = []
-        stop, pool = threading.Event(), ThreadPoolExecutor(self.parallel)
+        stop, pool = _Stop(), ThreadPoolExecutor(self.parallel)
         try:
             for reply in pool.map(lambda body: _ask(self, kept, body, stop), asked):
                 replies.append(reply)
                 progress(len(replies), len(asked))
+        except _Stopped:
+            raise stop.failures[0] from None
         finally:
-            stop.set()  # whoever waits to try again
+            stop.set()  # after Ctrl-C too, nobody waits to try again
             pool.shutdown(cancel_futures=True)
         verdicts: list[Verdict] = [reply.verdict for reply in replies]
         said = iter(verdicts)
@@ -207,6 +209,18 @@ class _Reply(NamedTuple):
     written: int | None
 
 
+class _Stopped(Exception):
+    """A call was not made, or not again, since the work has ended."""
+
+
+class _Stop(threading.Event):
+    """Set when the work has ended; `failures` holds what ended it, if it was a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[JudgeError] = []
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follow no redirect: urllib would send the key along, to wherever it points."""
 
@@ -214,12 +228,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _ask(judge: Judge, kept: Checkpoint, body: bytes, stop: threading.Event) -> _Reply:
+def _ask(judge: Judge, kept: Checkpoint, body: bytes, stop: _Stop) -> _Reply:
     """Make a call, unless its reply is kept; a reply that was cut holds no verdict."""
     fresh: list[bool] = []
 
     def call() -> dict[str, Any]:
-        said = _call(judge, body, stop)
+        if stop.is_set():
+            raise _Stopped
+        try:
+            said = _call(judge, body, stop)
+        except JudgeError as error:
+            stop.failures.append(error)
+            stop.set()
+            raise
         fresh.append(True)
         return said
 
@@ -228,7 +249,7 @@ def _ask(judge: Judge, kept: Checkpoint, body: bytes, stop: threading.Event) -> 
     return _Reply(verdict, bool(fresh), said["read"], said["written"])
 
 
-def _call(judge: Judge, body: bytes, stop: threading.Event) -> dict[str, Any]:
+def _call(judge: Judge, body: bytes, stop: _Stop) -> dict[str, Any]:
     wait, url = judge.backoff, f"{judge.base_url.rstrip('/')}/chat/completions"
     tries = judge.retries + 1
     for number in range(1, tries + 1):
@@ -239,7 +260,7 @@ def _call(judge: Judge, body: bytes, stop: threading.Event) -> dict[str, Any]:
             if number == tries:
                 raise JudgeError(f"The judge at {url} {again}, {tries} times in a row. Try later.") from None
             if stop.wait(min(LONGEST_WAIT, asked)):
-                raise JudgeError("Judging was stopped.") from None
+                raise _Stopped from None
             wait *= 2
         else:
             return _read(data, url)
