@@ -40,7 +40,7 @@ from trimtab.tune import tune
 
 PROMPTS = tuple(f"What is {n} + {n}?" for n in range(8))
 PAIRS = Pairs.from_records(
-    [{"prompt": f"Is {n} odd?", "chosen": f"{n} it is", "rejected": f"no {n}"} for n in range(6)]
+    [{"prompt": f"Is {n} odd?", "chosen": f"{n} it is", "rejected": f"is {n} no"} for n in range(6)]
 )
 NEUTRAL = ["The cat sat on the mat.", "It was a fine day, and nobody said a word.", "a b c"]
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
@@ -78,7 +78,7 @@ def test_perplexity_is_the_exponential_of_what_the_model_itself_says(model: Any,
     (found,) = perplexities(model, words, NEUTRAL, [{}])
     for text, nats, tokens, length in zip(NEUTRAL, found.nats, found.tokens, found.bytes, strict=True):
         ids = torch.tensor([words.encode(text, add_special_tokens=False)])
-        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        logps = model(input_ids=ids).logits[0, :-1].detach().log_softmax(-1)
         assert nats == pytest.approx(-float(logps.gather(-1, ids[0, 1:, None]).sum()), rel=1e-4)
         assert (tokens, length) == (len(text) - 1, len(text) - 1)  # nothing predicts the first of them
     assert found.per_token == pytest.approx(math.exp(found.nats.sum() / found.tokens.sum()))
@@ -96,7 +96,7 @@ def test_a_text_beyond_the_context_is_read_in_windows_that_predict_every_token_o
     for at in range(1, 50, 15):
         window = torch.tensor([ids[at - 1 : at + 15]])
         assert window.shape[1] <= 16
-        logps = short(input_ids=window).logits[0, :-1].log_softmax(-1)
+        logps = short(input_ids=window).logits[0, :-1].detach().log_softmax(-1)
         nats -= float(logps.gather(-1, window[0, 1:, None]).sum())
     assert found.nats[0] == pytest.approx(nats, rel=1e-4)
 
@@ -200,7 +200,7 @@ def test_every_task_is_compared_with_the_bare_model_on_the_same_items(model: Any
         assert after["broken"] == b.degenerate.mean()
         p_values.append(mcnemar(a.scores, b.scores))
         assert after["p"] == p_values[-1]
-        early = after["sides"].get("early", {"share": 0.0, "accuracy": None})
+        early = after.get("sides", {}).get("early", {"share": 0.0, "accuracy": None})
         assert (early["share"], early["accuracy"]) == (b.share("early"), b.accuracy_within("early"))
     assert [row["p_holm"] for row in entry["tasks"]] == holm(p_values)
     assert any(row["difference"]["estimate"] for row in entry["tasks"])  # the knob did something
@@ -243,12 +243,14 @@ def test_preference_is_how_often_and_how_much_the_chosen_answers_are_likelier(mo
 
 
 def test_scores_between_0_and_1_get_bootstrap_intervals_and_no_mcnemar(model: Any, words: Any) -> None:
-    task = Task("thirds", PROMPTS, lambda answers: [(len(a) + ord(a[-1]) % 3) / 20 for a in answers], max_new_tokens=6)
+    task = Task("thirds", PROMPTS, lambda answers: [sum(map(ord, a)) % 7 / 7 for a in answers], max_new_tokens=6)
     found = evaluate(model, words, [task], {strong(): 1.0})
     row = found.settings[0]["tasks"][0]
     assert (row["interval"], row["p"]) == ("bootstrap", None)
     assert "p_holm" not in row
-    assert row["accuracy"]["low"] < row["accuracy"]["estimate"] < row["accuracy"]["high"]
+    bare = found.bare["tasks"][0]["accuracy"]
+    assert bare == bootstrap_mean(run_task(model, words, task).scores)._asdict()
+    assert bare["low"] < bare["estimate"] < bare["high"]
 
 
 def test_the_bare_model_is_measured_alone(model: Any, words: Any) -> None:
@@ -309,8 +311,14 @@ def test_prompts_that_learning_or_tuning_has_seen_are_warned_of(model: Any, word
     assert list(found.notes) == [str(caught[0].message)]
     held = Pairs.from_records([{"prompt": f"Held {n}", "chosen": "a it", "rejected": "no b"} for n in range(4)])
     task = graded("tuned on", [f"Task {n}" for n in range(4)])
-    options: dict[str, Any] = {"gains": (0.2,), "finalists": 1, "dose_response": False, "broken_budget": 1.0}
-    tuned = tune(knob, model, words, held, task=task, **options)
+    options: dict[str, Any] = {
+        "gains": (0.2,),
+        "finalists": 1,
+        "dose_response": False,
+        "broken_budget": 1.0,
+        "budget": 1.0,
+    }
+    tuned = tune(knob, model, words, held, guardrails=[task], **options)
     with pytest.warns(TrimtabWarning) as caught:
         found = evaluate(model, words, [graded("again", ["Task 0", "Task 9"])], {tuned: 1.0}, pairs=held)
     assert [note.split(":")[0] for note in found.notes] == [
