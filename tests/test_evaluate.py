@@ -388,6 +388,8 @@ def test_kept_answers_are_not_made_again_and_are_graded_again(
         ({"tasks": [graded(), graded()]}, "need names of their own"),
         ({"tasks": [graded()], "guardrails": [graded()]}, "need names of their own"),
         ({"tasks": [graded("prompts")]}, "cannot be named 'prompts'"),
+        ({"tasks": [graded("none", [])]}, "Task 'none' is empty"),
+        ({"tasks": [graded()], "pairs": Pairs()}, "The set of pairs is empty"),
         ({"tasks": [graded()], "temperature": 0.0}, "a temperature above 0; got 0"),
         ({"tasks": [graded()], "seed": -1}, "The seed is"),
         ({"tasks": [graded()], "kl_items": -1}, "kl_items is 0 or more"),

@@ -52,7 +52,8 @@ def _tasks(bare: Row, steered: Row | None) -> Table | None:
                 f"{_ends(change, signed=True)}{'' if p is None else f'; p {_p(p)}'})."
             )
     heads = ["task", "role", "n", "setting", "right", "95 %", "gain", "95 %", "p (Holm)", "broken", "tokens", "KL"]
-    unit = "Percent right; KL to base in nats per token; tokens per answer."
+    right = "Percent right; " if any("accuracy" in row for row in bare["tasks"]) else "Answers to the pairs' prompts; "
+    unit = f"{right}percent broken (empty, cut, repeating); tokens per answer; KL to base in nats per token."
     return Table("\n".join([*said, unit]), heads, rows)
 
 

@@ -87,7 +87,8 @@ def evaluate(
     asks = [Ask(task, role, "greedy") for task, role in graded]
     asks += [Ask(task, "task", "sampled") for task in tasks if sampled]
     if pairs is not None and (judge is not None or not graded):
-        asks.append(Ask(_prompts_of(pairs, max_new_tokens), PROMPTS, "greedy"))
+        # Beside tasks they are there for the judge alone.
+        asks.append(Ask(_prompts_of(pairs, judge_items if graded else None, max_new_tokens), PROMPTS, "greedy"))
     options = {
         "sampled": sampled,
         "temperature": temperature,
@@ -244,8 +245,8 @@ def _job(
 # Before the work
 
 
-def _prompts_of(pairs: Pairs, max_new_tokens: int) -> Task:
-    prompts = tuple(dict.fromkeys(pair.prompt for pair in pairs))
+def _prompts_of(pairs: Pairs, limit: int | None, max_new_tokens: int) -> Task:
+    prompts = tuple(dict.fromkeys(pair.prompt for pair in pairs))[:limit]
     return Task(PROMPTS, prompts, lambda answers: [0.0] * len(answers), max_new_tokens=max_new_tokens)
 
 
@@ -264,7 +265,11 @@ def _check(
         raise OptionError(f"Tasks and guardrails need names of their own; got {', '.join(names)}.")
     if PROMPTS in names:
         raise OptionError(f"A task cannot be named {PROMPTS!r}, which is what the pairs' own prompts are called.")
-    if not graded and not pairs and not neutral:
+    empty = [*(f"Task {task.name!r}" for task, _ in graded if not len(task.prompts))]
+    empty += ["The set of pairs"] if pairs is not None and not len(pairs) else []
+    if empty:
+        raise OptionError(f"{empty[0]} is empty: there is nothing to measure in it. Leave it out.")
+    if not graded and pairs is None and not neutral:
         raise OptionError("There is nothing to measure. Pass a task, a guardrail, pairs or neutral text.")
     if judge is not None and not doses:
         raise OptionError("A judge compares steered answers with bare ones. Pass a knob.")
