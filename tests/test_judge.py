@@ -217,9 +217,10 @@ def test_a_refusal_is_said_in_the_endpoints_words_without_the_key(
     assert KEY not in str(caught.value)
 
 
-def test_a_redirect_is_not_followed_since_the_key_would_go_along(endpoint: Endpoint) -> None:
-    endpoint.say = lambda first, second: (307, {"Location": f"{endpoint.url}/elsewhere"}, {})
-    with pytest.raises(JudgeError, match=r"redirects \(307\)"):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_is_not_followed_since_the_key_would_go_along(endpoint: Endpoint, status: int) -> None:
+    endpoint.say = lambda first, second: (status, {"Location": f"{endpoint.url}/elsewhere"}, {})
+    with pytest.raises(JudgeError, match=rf"redirects \({status}\)"):
         ask(judge(endpoint, parallel=1), ["a"], ["b"])
     assert len(endpoint.requests) == 1
 
