@@ -16,6 +16,7 @@ import torch
 import pico
 from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.evals import evaluate as module
+from trimtab.evals.choices import pairs_task
 from trimtab.evals.effects import (
     Divergence,
     divergence_of_answers,
@@ -262,6 +263,18 @@ def test_the_bare_model_is_measured_alone(model: Any, words: Any) -> None:
     calls.clear()
     evaluate(model, words, [graded()], {strong(): 1.0}, progress=lambda d, t: calls.append((d, t)))
     assert calls == [(i, 4) for i in range(1, 5)]
+
+
+def test_a_task_by_likelihood_has_scores_and_no_manner(model: Any, words: Any) -> None:
+    task, knob = pairs_task(PAIRS, name="choices"), strong()
+    found = evaluate(model, words, [task], {knob: 1.0}, sampled=True)
+    bare, steered = pair_margins(model, words, PAIRS, [{}, {knob: 1.0}])
+    (row,) = found.settings[0]["tasks"]  # and not once more, sampled
+    assert (row["mode"], row["accuracy"]["estimate"]) == ("likelihood", (steered.margin > 0).mean())
+    assert row["difference"]["estimate"] == pytest.approx((steered.margin > 0).mean() - (bare.margin > 0).mean())
+    assert not {"broken", "tokens", "kl"} & row.keys()
+    assert found.settings[0]["side_effects"] == {"kl": None, "kl_on": []}
+    assert found.bare["cost"]["tokens"] == 0
 
 
 # The spec

@@ -10,7 +10,17 @@ import pytest
 
 from trimtab.errors import OptionError
 from trimtab.evals import stats
-from trimtab.evals.stats import Interval, bootstrap_mean, holm, mcnemar, paired_bootstrap, selection_bias, wilson
+from trimtab.evals.stats import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_runs,
+    cohen_kappa,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    selection_bias,
+    wilson,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -192,3 +202,48 @@ def test_one_setting_is_not_chosen_and_an_even_gain_is_no_noise() -> None:
     assert selection_bias([0] * 4, [[1] * 4, [1] * 4]).expected == 0
     with pytest.raises(OptionError, match="at least one setting"):
         selection_bias([0, 1], [])
+
+
+# --- agreement of labels --------------------------------------------------------------------------------------------
+
+
+def test_kappa_equals_a_worked_example_and_chance_is_zero() -> None:
+    # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: agreement .7, chance .5.
+    a, b = "y" * 25 + "n" * 25, "y" * 20 + "n" * 5 + "y" * 10 + "n" * 15
+    assert cohen_kappa(a, b) == pytest.approx(0.4)
+    assert cohen_kappa(a, a) == 1.0
+    random = np.random.default_rng(0)
+    assert abs(cohen_kappa(list(random.integers(2, size=20_000)), list(random.integers(2, size=20_000)))) < 0.02
+    assert np.isnan(cohen_kappa([1, 1], [1, 1]))
+    with pytest.raises(OptionError, match="got 1 and 2"):
+        cohen_kappa([1], [1, 2])
+
+
+# --- several runs of one system -------------------------------------------------------------------------------------
+
+
+def test_intervals_over_runs_cover_the_choice_of_pairs_as_well_as_of_items() -> None:
+    random = np.random.default_rng(0)
+    covered, naive = 0, 0
+    for trial in range(150):
+        base = random.random((1, 60)) < 0.3
+        gains = 0.2 + 0.1 * random.standard_normal((5, 1))  # every draw of pairs has a gain of its own
+        runs = np.maximum(base, random.random((5, 60)) < gains / 0.7)
+        interval = bootstrap_runs([(base.astype(float), runs.astype(float))], draws=400, seed=trial)
+        covered += interval.low <= 0.2 <= interval.high
+        alone = paired_bootstrap(base[0], runs.mean(axis=0), draws=400, seed=trial)
+        naive += alone.low <= 0.2 <= alone.high
+    assert covered / 150 > 0.85
+    assert naive < covered
+
+
+def test_groups_of_runs_are_averaged_and_the_same_arguments_give_the_same_interval() -> None:
+    a, b = np.zeros((1, 10)), np.ones((3, 10))
+    assert bootstrap_runs([(a, b)]) == pytest.approx(Interval(1.0, 1.0, 1.0))
+    assert bootstrap_runs([(a, b), (a, np.zeros((2, 10)))]) == pytest.approx(Interval(0.5, 0.5, 0.5))
+    mixed = np.random.default_rng(0).integers(2, size=(4, 30)).astype(float)
+    one = bootstrap_runs([(mixed[:1], mixed)])
+    assert one == bootstrap_runs([(mixed[:1], mixed)])
+    assert one.low < one.estimate < one.high
+    with pytest.raises(OptionError, match="of the same items"):
+        bootstrap_runs([(a, np.ones((3, 9)))])

@@ -113,7 +113,7 @@ def generate(
         for knob in {knob for dose in doses for knob in dose}:
             knob.check(model, tokenizer, strict=strict, hashes=False)
     markers = _markers(renderer, doses, thinking)
-    ends, device = _end_ids(model, tokenizer), adapter.input_device
+    ends, device = end_ids(model, tokenizer), adapter.input_device
     stream = None if on_text is None else _Stream(renderer, ends, on_text)
     results: dict[int, Generation] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -293,7 +293,7 @@ def _names(setting: Setting | Dose) -> dict[str, float]:
     return {key.name if isinstance(key, Knob) else key: float(strength) for key, strength in setting.items()}
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Collect the ids that end a turn, from the tokenizer and from the model's generation settings."""
     own: object = model.generation_config.eos_token_id
     known: list[object] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]

@@ -18,7 +18,7 @@ from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import SelectionBias, selection_bias
-from trimtab.evals.tasks import Task
+from trimtab.evals.tasks import AnyTask
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
@@ -46,8 +46,8 @@ def tune(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     *,
-    task: Task | None = None,
-    guardrails: Sequence[Task] = (),
+    task: AnyTask | None = None,
+    guardrails: Sequence[AnyTask] = (),
     gains: Sequence[float] = GAINS,
     where: Sequence[Where] | Where | None = None,
     finalists: int = 3,
@@ -163,9 +163,13 @@ def tune(
     return chosen.with_(tuning=tuning)
 
 
-def _check_kinds(knob: Knob, pairs: Pairs, tasks: Sequence[Task]) -> None:
+def _check_kinds(knob: Knob, pairs: Pairs, tasks: Sequence[AnyTask]) -> None:
     """Raise `OptionError` for what is no knob, no pairs or no task, as when arguments change places."""
-    for value, kind, wanted in ((knob, Knob, "a Knob"), (pairs, Pairs, "Pairs"), *((t, Task, "a Task") for t in tasks)):
+    for value, kind, wanted in (
+        (knob, Knob, "a Knob"),
+        (pairs, Pairs, "Pairs"),
+        *((t, AnyTask, "a Task") for t in tasks),
+    ):
         if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(
                 f"tune(knob, model, tokenizer, pairs, task=..., guardrails=[...]) wants {wanted} where it got "
@@ -206,14 +210,14 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
     return replace(knob.with_(site=site), vectors=kept)
 
 
-def _prompt_hashes(pairs: Pairs, tasks: Sequence[Task]) -> list[str]:
+def _prompt_hashes(pairs: Pairs, tasks: Sequence[AnyTask]) -> list[str]:
     """Return the hashes of all prompts that the choice rests on, so that a later test on them can be warned of."""
     asked = {prompt_hash(read_prompt(prompt)) for task in tasks for prompt in task.prompts}
     return sorted(asked | set(pairs.prompt_hashes()))
 
 
 def _job(
-    knob: Knob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, tasks: Sequence[Task]
+    knob: Knob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, tasks: Sequence[AnyTask]
 ) -> dict[str, Any]:
     """Return what the kept steps depend on; graders are not among it, since kept answers are graded again."""
     return {
@@ -273,7 +277,7 @@ def _best(
     scores: Sequence[np.ndarray],
     trial: Trial,
     name: str,
-    task: Task | None,
+    task: AnyTask | None,
     bias: SelectionBias | None,
 ) -> Mapping[str, Any]:
     """Choose among the rows within the budgets as `tune` says; warns if the choice is no better than the base."""
@@ -335,7 +339,7 @@ def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], trial: Trial) -
 def _check(
     pairs: Pairs,
     gains: Sequence[float],
-    guardrails: Sequence[Task],
+    guardrails: Sequence[AnyTask],
     budgets: tuple[float, float],
     counts: tuple[int, int, int],
     strengths: Sequence[float],

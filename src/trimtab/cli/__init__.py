@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, check, demo, eval, generate, inspect, learn, train, tune
+from trimtab.cli import chat, check, demo, eval, generate, inspect, learn, reproduce, train, tune
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
@@ -24,6 +24,7 @@ VERBS: dict[str, ModuleType] = {
     "chat": chat,
     "inspect": inspect,
     "check": check,
+    "reproduce": reproduce,
     "demo": demo,
 }
 """Each has `add_options(parser)` and `run(args, terminal)`; the first line of its docstring is its help. What `run`

@@ -41,7 +41,9 @@ def _tasks(bare: Row, steered: Row | None) -> Table | None:
             right = [None, None] if accuracy is None else [_percent(accuracy["estimate"]), _ends(accuracy)]
             gain = [None, None] if change is None else [_signed(change["estimate"]), _ends(change, signed=True)]
             kl = own.get("kl")
-            manner = [_percent(own["broken"]), f"{own['tokens']:.1f}", None if kl is None else f"{kl['estimate']:.3g}"]
+            broken, tokens = own.get("broken"), own.get("tokens")
+            manner: list[object] = [None if broken is None else _percent(broken)]
+            manner += [None if tokens is None else f"{tokens:.1f}", None if kl is None else f"{kl['estimate']:.3g}"]
             rows.append([label, row["role"], row["n"], setting, *right, *gain, _p(own.get("p_holm")), *manner])
         if steered is not None and row["role"] == "task":
             own = steered["tasks"][i]

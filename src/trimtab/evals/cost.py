@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 import time
 from collections.abc import Generator
@@ -53,9 +55,16 @@ def measured() -> Generator[Cost]:
 
 
 def _restart_peak() -> int | None:
-    """Let the kernel count the peak of resident memory anew (proc(5), clear_refs); return the bytes in use now."""
+    """Let the kernel count the peak of resident memory anew (proc(5), clear_refs); return the bytes in use now.
+
+    What earlier work has freed goes back to the system first: else the process would keep it, work would use it again,
+    and the second of two like jobs would seem to need nothing.
+    """
     if sys.platform != "linux":
         return None
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # not granted in every container
         (_SELF / "clear_refs").write_text("5")
         return _status("VmRSS")

@@ -14,7 +14,7 @@ from trimtab.artifact import Knob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.errors import OptionError, PairsError, brief
 from trimtab.evals.graders import repetition
-from trimtab.evals.likelihood import Text, divergences, likelihoods, render_texts
+from trimtab.evals.likelihood import Text, divergences, log_likelihoods, render_texts
 from trimtab.evals.stats import Interval, Scores, bootstrap_ratio, paired_bootstrap
 from trimtab.evals.tasks import Prompt
 from trimtab.files import read_bytes, reason
@@ -165,7 +165,8 @@ def perplexities(
         lengths.append(length)
     if not windows:
         raise OptionError("There is no neutral text. Pass at least one.")
-    sums = likelihoods(model, tokenizer, windows, settings, kept=kept, key="neutral")
+    rows = [(window, setting) for setting in settings for window in windows]
+    sums = log_likelihoods(model, tokenizer, rows, kept=kept, key="neutral").reshape(len(settings), len(windows))
     tokens = np.bincount(owners, [len(window.ids) - window.start for window in windows])
     return [Perplexity(np.bincount(owners, -row), tokens, np.array(lengths, dtype=float)) for row in sums]
 

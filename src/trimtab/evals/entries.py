@@ -11,16 +11,16 @@ from trimtab.evals.cost import Cost
 from trimtab.evals.effects import Divergence, Manner, Perplexity, effect, perplexity_change
 from trimtab.evals.likelihood import Margins
 from trimtab.evals.stats import Interval, Scores, bootstrap_mean, mcnemar, paired_bootstrap, wilson
-from trimtab.evals.tasks import Outcome, Task
+from trimtab.evals.tasks import AnyTask, Outcome
 
 PROMPTS = "prompts"
 """Stands for a task where the pairs' own prompts are answered: no grader, but manner, judge and side effects."""
 
 
 class Ask(NamedTuple):
-    """A task to be answered: its role ("task", "guardrail" or `PROMPTS`), greedily or sampled."""
+    """A task to be answered: its role ("task", "guardrail" or `PROMPTS`), and "greedy", "sampled" or "likelihood"."""
 
-    task: Task
+    task: AnyTask
     role: str
     mode: str
 
@@ -47,6 +47,8 @@ def describe_answers(ask: Ask, said: Said) -> dict[str, Any]:
             name: {"share": outcome.share(side), "accuracy": outcome.accuracy_within(side)}
             for name, side in named.items()
         }
+    if ask.mode == "likelihood":
+        return row
     return row | {
         "broken": float(outcome.degenerate.mean()),
         "repetition": float(said.manner.repetition.mean()),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from trimtab.checkpoint import Checkpoint, describe_model
 from trimtab.errors import OptionError, TrimtabWarning
+from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.cost import Cost, measured
 from trimtab.evals.effects import Divergence, divergence_of_answers, manner, own_answers, perplexities
 from trimtab.evals.entries import (
@@ -29,7 +30,7 @@ from trimtab.evals.evaluation import Evaluation, describe_spec
 from trimtab.evals.judge import Judge
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import holm
-from trimtab.evals.tasks import Outcome, Task, grade_answers, run_task
+from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task
 from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
 from trimtab.runtime import Dose
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task] = (),
+    tasks: Sequence[AnyTask] = (),
     settings: Dose | Sequence[Dose] = (),
     *,
-    guardrails: Sequence[Task] = (),
+    guardrails: Sequence[AnyTask] = (),
     pairs: Pairs | None = None,
     neutral: Sequence[str] | None = None,
     judge: Judge | None = None,
@@ -68,7 +69,8 @@ def evaluate(
     the bare model with its bootstrap interval, McNemar's exact p for scores of 0 and 1, adjusted by Holm over all
     tasks, guardrails and modes of one setting; shares of the sides and accuracy within each; broken answers,
     repetition, length in tokens; KL(base || steered) in nats per token along the bare model's own answers to the first
-    `kl_items` prompts. Answers are greedy; `sampled` asks each task (not guardrails) once more at `temperature`.
+    `kl_items` prompts. Answers are greedy; `sampled` asks each task (not guardrails) once more at `temperature`. Of
+    tasks by likelihood there are scores and differences only.
 
     `pairs`: share of pairs whose chosen answer is likelier (ties half) and the margin in nats. `neutral`: perplexity
     of texts without a prompt (see `trimtab.evals.effects` for what is steered there). `judge` compares the steered
@@ -84,8 +86,8 @@ def evaluate(
     graded = [*((task, "task") for task in tasks), *((task, "guardrail") for task in guardrails)]
     _check(graded, pairs, neutral, judge, doses, (temperature, seed), (kl_items, judge_items))
     notes = _seen_before(doses, graded, pairs)
-    asks = [Ask(task, role, "greedy") for task, role in graded]
-    asks += [Ask(task, "task", "sampled") for task in tasks if sampled]
+    asks = [Ask(task, role, "likelihood" if isinstance(task, ChoiceTask) else "greedy") for task, role in graded]
+    asks += [Ask(task, "task", "sampled") for task in tasks if sampled and not isinstance(task, ChoiceTask)]
     if pairs is not None and (judge is not None or not graded):
         # Beside tasks they are there for the judge alone.
         asks.append(Ask(_prompts_of(pairs, judge_items if graded else None, max_new_tokens), PROMPTS, "greedy"))
@@ -163,13 +165,14 @@ class _Bench:
                     batch_size=self._batch,
                 )
             fresh.append(made)
-            costs = {"seconds": cost.seconds, "peak": cost.peak_bytes}
-            return {"answers": list(made.answers), "broken": made.degenerate.tolist(), **costs}
+            return {"said": made.said(), "seconds": cost.seconds, "peak": cost.peak_bytes}
 
         said = self._kept.step(f"answers {number} {ask.role} {ask.mode} {ask.task.name}", run)
-        outcome = fresh[0] if fresh else grade_answers(ask.task, said["answers"], said["broken"])
+        outcome = fresh[0] if fresh else grade_said(ask.task, said["said"])
         advance()
-        how = manner(self._tokenizer, ask.task.prompts, outcome.answers)
+        # By likelihood nothing is said.
+        spoken = outcome.answers if ask.mode != "likelihood" else [""] * len(outcome.answers)
+        how = manner(self._tokenizer, ask.task.prompts, spoken)
         return Said(outcome, how, Cost(said["seconds"], said["peak"]))
 
     def diverge(self, ask: Ask, number: int, dose: Dose, bare: Outcome, items: int) -> Divergence | None:
@@ -251,7 +254,7 @@ def _prompts_of(pairs: Pairs, limit: int | None, max_new_tokens: int) -> Task:
 
 
 def _check(
-    graded: Sequence[tuple[Task, str]],
+    graded: Sequence[tuple[AnyTask, str]],
     pairs: Pairs | None,
     neutral: Sequence[str] | None,
     judge: Judge | None,
@@ -285,7 +288,7 @@ def _check(
             check_strength(strength, f"strength of {knob.name!r}")
 
 
-def _seen_before(doses: Sequence[Dose], graded: Sequence[tuple[Task, str]], pairs: Pairs | None) -> list[str]:
+def _seen_before(doses: Sequence[Dose], graded: Sequence[tuple[AnyTask, str]], pairs: Pairs | None) -> list[str]:
     """Say, and warn, of every part of the data whose prompts a knob was learned from or tuned on."""
     parts = {task.name: {prompt_hash(read_prompt(p)) for p in task.prompts} for task, _ in graded}
     if pairs is not None:

@@ -73,30 +73,29 @@ def pair_margins(
     texts = render_texts(tokenizer, prompts * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs])
     if answer_tokens is not None:
         texts = [Text(text.ids[: text.start + answer_tokens], text.start) for text in texts]
-    sums = likelihoods(model, tokenizer, texts, settings, token_budget=token_budget, kept=kept, key="margins")
+    rows = [(text, setting) for setting in settings for text in texts]
+    sums = log_likelihoods(model, tokenizer, rows, token_budget=token_budget, kept=kept)
     return [Margins(*block) for block in sums.reshape(len(settings), 2, len(pairs))]
 
 
-def likelihoods(
+def log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
-    settings: Sequence[Mapping[Knob, float]],
+    rows: Sequence[Row],
     *,
     token_budget: int = 8192,
     kept: Checkpoint = NO_CHECKPOINT,
-    key: str = "likelihoods",
+    key: str = "margins",
 ) -> np.ndarray:
-    """Return log-likelihoods in nats, summed over each text from its start on, under every setting, [S, N].
+    """Return the log-likelihood of each row's answer under its knobs, in nats, summed over the answer's tokens.
 
-    Rows of different settings share batches. Batches that `kept` holds under `key` are not run again.
+    Batches that `kept` holds under `key` are not run again.
     """
-    rows = [(text, setting) for setting in settings for text in texts]
     sums = np.zeros(len(rows))
     for number, batch in enumerate(_batches(rows, token_budget)):
         score = partial(_likelihoods, model, tokenizer, [rows[i] for i in batch])
         sums[batch] = kept.step(f"{key} {number}", score)
-    return sums.reshape(len(settings), len(texts))
+    return sums
 
 
 def divergence(

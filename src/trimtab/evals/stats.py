@@ -8,6 +8,7 @@ interval, bit for bit.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from statistics import NormalDist
@@ -168,6 +169,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = largest
     return adjusted
+
+
+def cohen_kappa(a: Sequence[object], b: Sequence[object]) -> float:
+    """Return how far two labellings agree beyond chance (Cohen 1960): 1 is agreement, 0 what chance would bring.
+
+    NaN where both give every item one and the same label, which leaves chance no room.
+
+    >>> cohen_kappa([1, 1, 0, 0], [1, 0, 0, 0])
+    0.5
+    """
+    if len(a) != len(b) or not len(a):
+        raise OptionError(f"Labels must be of the same items, and at least one; got {len(a)} and {len(b)}.")
+    same = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+    first, second = Counter(a), Counter(b)
+    chance = sum(first[label] * second[label] for label in first) / len(a) ** 2
+    return math.nan if chance == 1 else (same - chance) / (1 - chance)
 
 
 class SelectionBias(NamedTuple):

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from trimtab.artifact import Knob
 from trimtab.errors import OptionError, PairsError, brief, unknown_name
+from trimtab.evals.choices import ChoiceTask, Prompt, choose
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
 from trimtab.formats import read_file
 from trimtab.generate import Generation, generate, read_prompt
-from trimtab.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Prompt = str | tuple[Message, ...]
 
 GRADERS: dict[str, Callable[[str, str], bool]] = {
     "exact_answer": exact_answer,
@@ -43,19 +41,34 @@ class Task:
     side: Callable[[int, str], str | None] | None = None
     target: str | None = None
     max_new_tokens: int = 128
+    runs_code: bool = False
+    """Answers are run, in the sandbox."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
+AnyTask = Task | ChoiceTask
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """The answers to a task and what they are worth: `scores` [n], `sides`, `degenerate` [n] as 0 or 1."""
+    """The answers to a task and what they are worth: `scores` [n], `sides`, `degenerate` [n] as 0 or 1.
+
+    Of a task by likelihood, `answers` are the likeliest ones and `likelihoods` those of all given ones, per item.
+    """
 
     answers: tuple[str, ...]
     scores: np.ndarray
     sides: tuple[str | None, ...]
     degenerate: np.ndarray
+    likelihoods: Sequence[Sequence[float]] | None = None
+
+    def said(self) -> dict[str, Any]:
+        """Return what the model said as JSON values, which `grade_said` grades again."""
+        if self.likelihoods is not None:
+            return {"likelihoods": [list(values) for values in self.likelihoods]}
+        return {"answers": list(self.answers), "broken": self.degenerate.tolist()}
 
     @property
     def accuracy(self) -> float:
@@ -75,14 +88,19 @@ class Outcome:
 def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: AnyTask,
     knobs: Mapping[Knob, float] | None = None,
     *,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 128,
 ) -> Outcome:
-    """Generate an answer to every prompt of a task under one knob setting, and grade them."""
+    """Generate an answer to every prompt of a task under one knob setting, and grade them.
+
+    Of a task by likelihood nothing is generated: `temperature`, `seed` and `batch_size` have no effect there.
+    """
+    if isinstance(task, ChoiceTask):
+        return grade_said(task, {"likelihoods": choose(model, tokenizer, task, knobs)})
     made: list[Generation] = generate(
         model,
         tokenizer,
@@ -95,6 +113,16 @@ def run_task(
         strict=None,
     )
     return grade_answers(task, [g.text for g in made], [float(degenerate(g.text, g.finished)) for g in made])
+
+
+def grade_said(task: AnyTask, said: Mapping[str, Any]) -> Outcome:
+    """Grade what a model has said, in the form of `Outcome.said`."""
+    if not isinstance(task, ChoiceTask):
+        return grade_answers(task, said["answers"], said["broken"])
+    likelihoods: list[list[float]] = said["likelihoods"]
+    likeliest = (choices[int(np.argmax(row))] for choices, row in zip(task.choices, likelihoods, strict=True))
+    n = len(task)
+    return Outcome(tuple(likeliest), task.score(likelihoods), (None,) * n, np.zeros(n), likelihoods)
 
 
 def grade_answers(task: Task, answers: Sequence[str], broken: Sequence[float]) -> Outcome:

@@ -12,7 +12,7 @@ from trimtab.artifact import Knob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.evals.effects import own_answers
 from trimtab.evals.likelihood import divergence
-from trimtab.evals.tasks import Outcome, Task, grade_answers, run_task
+from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task
 from trimtab.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Trial:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         pairs: Pairs,
-        task: Task | None,
-        guardrails: list[Task],
+        task: AnyTask | None,
+        guardrails: list[AnyTask],
         budget: float,
         broken_budget: float,
         batch_size: int,
@@ -47,7 +47,7 @@ class Trial:
         self._task, self._guardrails = task, guardrails
         prompts = tuple(p.prompt for p in pairs[:KL_ITEMS])
         stand_in = Task("prompts", prompts, lambda answers: [0.0] * len(answers), max_new_tokens=48)
-        self._tasks = [task or stand_in, *guardrails]
+        self._tasks: list[AnyTask] = [task or stand_in, *guardrails]
         self.budget, self.broken_budget = budget, broken_budget
         outcomes = self._run({})
         self.base: dict[str, Any] = self._summary(outcomes)
@@ -91,20 +91,20 @@ class Trial:
             advance()
         return sorted(rows, key=lambda row: row["strength"])
 
-    def _run(self, setting: Mapping[Knob, float]) -> list[tuple[Task, Outcome]]:
+    def _run(self, setting: Mapping[Knob, float]) -> list[tuple[AnyTask, Outcome]]:
         return [(t, self._outcome(f"answers {i} {_spell(setting)}", t, setting)) for i, t in enumerate(self._tasks)]
 
-    def _outcome(self, key: str, task: Task, setting: Mapping[Knob, float]) -> Outcome:
+    def _outcome(self, key: str, task: AnyTask, setting: Mapping[Knob, float]) -> Outcome:
         fresh: list[Outcome] = []
 
-        def answer() -> dict[str, list[Any]]:
+        def answer() -> dict[str, Any]:
             fresh.append(run_task(self._model, self._tokenizer, task, setting, batch_size=self._batch))
-            return {"answers": list(fresh[0].answers), "broken": fresh[0].degenerate.tolist()}
+            return fresh[0].said()
 
         said = self._kept.step(key, answer)
-        return fresh[0] if fresh else grade_answers(task, said["answers"], said["broken"])
+        return fresh[0] if fresh else grade_said(task, said)
 
-    def _summary(self, outcomes: list[tuple[Task, Outcome]]) -> dict[str, Any]:
+    def _summary(self, outcomes: list[tuple[AnyTask, Outcome]]) -> dict[str, Any]:
         score = next((o.accuracy for t, o in outcomes if t is self._task), None)
         broken = float(np.mean(np.concatenate([o.degenerate for _, o in outcomes])))
         rails = {t.name: o.accuracy for t, o in outcomes if t in self._guardrails}

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trimtab.artifact import Knob
+from trimtab.evals.choices import ChoiceTask, Prompt
 from trimtab.evals.graders import repetition
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
-from trimtab.evals.tasks import Outcome, Prompt, Task, run_task
+from trimtab.evals.tasks import AnyTask, Outcome, run_task
 from trimtab.pairs import Pairs
 from trimtab.render import load
-from trimtab.reproduce.data import Split, held_out_pairs, questions, training_pairs
+from trimtab.reproduce.data import Data, Split
 from trimtab.reproduce.recipe import Domain, Recipe, Sizes
 from trimtab.types import Message, Pair
 
@@ -37,12 +39,12 @@ class System:
 class Bench:
     """One model with the recipe's data; whatever is drawn is kept, since many systems are measured on it."""
 
-    def __init__(self, name: str, recipe: Recipe, sizes: Sizes) -> None:
+    def __init__(self, name: str, recipe: Recipe, sizes: Sizes, root: Path) -> None:
         loaded = load(name, dtype=recipe.dtype)
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
-        self.recipe, self.sizes = recipe, sizes
-        self._tasks: dict[tuple[str, Split, int], Task] = {}
+        self.recipe, self.sizes, self._data = recipe, sizes, Data(root, recipe.data_seed)
+        self._tasks: dict[tuple[str, Split, int], AnyTask] = {}
         self._rails: list[float] | None = None
         self._base_answers: list[tuple[Prompt, str]] | None = None
 
@@ -53,25 +55,25 @@ class Bench:
 
     def pairs(self, domain: Domain, n: int, seed: int) -> Pairs:
         """Draw the pairs that one seed learns from."""
-        return training_pairs(domain.pairs, n, seed=seed, data_seed=self.recipe.data_seed)
+        return self._data.training_pairs(domain.pairs, n, seed=seed)
 
     def held_out(self, domain: Domain, split: Split) -> Pairs:
         """Draw the pairs that choose, or test."""
         n = self.sizes.validation_pairs if split == "validation" else self.sizes.test_pairs
-        return held_out_pairs(domain.pairs, split, n, data_seed=self.recipe.data_seed)
+        return self._data.held_out_pairs(domain.pairs, split, n)
 
-    def task(self, source: str, split: Split, n: int) -> Task:
+    def task(self, source: str, split: Split, n: int) -> AnyTask:
         """Draw questions; a task is drawn once, since it remembers the programs that it has tested."""
         if (source, split, n) not in self._tasks:
-            self._tasks[source, split, n] = questions(source, split, n, data_seed=self.recipe.data_seed)
+            self._tasks[source, split, n] = self._data.questions(source, split, n)
         return self._tasks[source, split, n]
 
-    def guardrails(self, split: Split) -> list[Task]:
+    def guardrails(self, split: Split) -> list[AnyTask]:
         """Draw the questions of every guardrail."""
         n = self.sizes.guard if split == "validation" else self.sizes.test_guard
         return [self.task(source, split, n) for source in self.recipe.guardrails]
 
-    def run(self, system: System, task: Task, *, temperature: float = 0.0, seed: int = 0) -> Outcome:
+    def run(self, system: System, task: AnyTask, *, temperature: float = 0.0, seed: int = 0) -> Outcome:
         """Let a system answer a task."""
         asked = tuple(after(system.before, prompt) for prompt in task.prompts)
         return run_task(
@@ -144,15 +146,17 @@ def after(before: Sequence[Message], prompt: Prompt) -> tuple[Message, ...]:
     return (*before, *turns)
 
 
-def first(task: Task, n: int) -> Task:
+def first(task: AnyTask, n: int) -> AnyTask:
     """Return the task's first `n` questions."""
     if n >= len(task):
         return task
+    if isinstance(task, ChoiceTask):
+        return replace(task, prompts=task.prompts[:n], choices=task.choices[:n], right=task.right[:n])
     rest = [""] * (len(task) - n)
     return replace(task, prompts=task.prompts[:n], grade=lambda answers: task.grade([*answers, *rest])[:n])
 
 
-def summary(task: Task, outcome: Outcome) -> dict[str, Any]:
+def summary(task: AnyTask, outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as plain JSON values."""
     return {
         "scores": outcome.scores.tolist(),

@@ -16,11 +16,12 @@ from trimtab.artifact import Knob
 from trimtab.errors import TuneError
 from trimtab.evals.cost import Cost, measured
 from trimtab.evals.stats import selection_bias
-from trimtab.evals.tasks import Task
+from trimtab.evals.tasks import AnyTask
 from trimtab.learn import learn
 from trimtab.ops import alpha_from_palrs
 from trimtab.pairs import Pairs
 from trimtab.reproduce.bench import Bench, System, first, summary
+from trimtab.reproduce.data import overlap
 from trimtab.reproduce.recipe import Domain, Steering, Training
 from trimtab.train import Trained, train
 from trimtab.tune import tune
@@ -41,8 +42,10 @@ def cost_record(cost: Cost) -> Record:
 
 
 def base(bench: Bench, domain: Domain) -> Record:
-    """Test the model as it is."""
-    return {"test": bench.measure(bench.base, domain)}
+    """Test the model as it is; `overlap` counts test questions that pairs of the first seed ask too."""
+    task = bench.task(domain.task, "test", bench.sizes.test)
+    shared = overlap(bench.pairs(domain, bench.sizes.many_pairs, 0), task)
+    return {"test": bench.measure(bench.base, domain), "overlap": shared}
 
 
 def examples(bench: Bench, domain: Domain, seed: int) -> Record:
@@ -126,6 +129,7 @@ def _tuned(bench: Bench, domain: Domain, way: Steering, knob: Knob) -> Knob:
         guardrails=bench.guardrails("validation"),
         gains=bench.recipe.gains,
         where=way.where,
+        rank_pairs=min(sizes.rank_pairs, sizes.validation_pairs),
         finalists=sizes.finalists,
         budget=bench.recipe.budget,
         dose_response=False,
@@ -201,7 +205,7 @@ def chosen_on_test(bench: Bench, domain: Domain, way: Steering) -> Record:
     task = first(whole, n)
     before = bench.run(bench.base, whole).scores
 
-    def answered(site: Site, gain: float, items: Task) -> np.ndarray:
+    def answered(site: Site, gain: float, items: AnyTask) -> np.ndarray:
         return bench.run(System(bench.model, {knob.with_(site=site, gain=gain, where="all"): 1.0}), items).scores
 
     tried = {(site, gain): answered(site, gain, task) for site in knob.vectors for gain in bench.recipe.gains}
@@ -231,8 +235,10 @@ def grid(bench: Bench, domain: Domain, way: Training, n: int) -> Record:
         found = bench.validate(System(model), domain)
         return found["score"] if found["within_budget"] else found["score"] - 1
 
+    rates = tuple(sorted(way.learning_rates))[: bench.sizes.grid]
+    betas = tuple(sorted(way.betas, reverse=True))[: max(1, bench.sizes.grid // len(rates))]
     with measured() as cost:
-        record = _train(bench, domain, way, n, 0, way.learning_rates, way.betas, score).record
+        record = _train(bench, domain, way, n, 0, rates, betas, score).record
     return {"record": record, "tune": cost_record(cost)}
 
 
@@ -262,7 +268,7 @@ def _train(
         validation=bench.held_out(domain, "validation"),
         learning_rates=learning_rates,
         betas=betas,
-        epochs=way.epochs,
+        epochs=bench.sizes.epochs,
         patience=way.patience,
         batch_size=way.batch_size,
         lora_rank=way.lora_rank or None,

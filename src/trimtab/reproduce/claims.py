@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from trimtab.evals.stats import Interval, bootstrap_runs
-from trimtab.reproduce.palrs import Key
 from trimtab.reproduce.recipe import Recipe, Sizes
 
+Key = tuple[str, ...]
+"""Model, kind of step, domain and what else tells it from others, as in `("prefworld", "steer", "math", "palrs", "100",
+"0")`: way to steer, pairs, seed."""
 Records = Mapping[Key, Any]
 Matrix = np.ndarray
 UNKNOWN = "numbers not available to us"
@@ -41,8 +43,10 @@ class Claim:
 class Evidence:
     """The records of a run, as scores `[S, N]` by model, domain and system."""
 
-    def __init__(self, records: Records, recipe: Recipe, sizes: Sizes, models: Sequence[str], command: str) -> None:
-        self.records, self.recipe, self.sizes, self.models, self.command = records, recipe, sizes, models, command
+    def __init__(self, records: Records, recipe: Recipe, sizes: Mapping[str, Sizes], command: str) -> None:
+        self.records = {key: records[key] for key in sorted(records, key=lambda key: (len(key), key[-1], key))}
+        self.recipe, self.models, self.command = recipe, list(sizes), command
+        self.sizes = sizes[self.models[0]]  # pairs are as many for every model
 
     def found(self, model: str, kind: str, domain: str, *rest: object) -> list[Any]:
         """Return the records of all seeds of one system."""

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model
+from trimtab.errors import OptionError
 from trimtab.render import load
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
+from trimtab.reproduce.claims import Evidence, Key
+from trimtab.reproduce.data import WORLD
 from trimtab.reproduce.recipe import Recipe, Sizes
+from trimtab.reproduce.report import Report, build, write
 from trimtab.workers import open_pool
 
 Progress = Callable[[int, int, str], None]
-Key = tuple[str, ...]
-"""Model, kind of step, domain and what else tells it from others, as in `("prefworld", "steer", "math", "palrs", "100",
-"0")`: way to steer, pairs, seed."""
 Step = tuple[Key, dict[str, Any]]
 
 
 class Runner:
     """What one process works with: the recipe, the folder, and a bench for each model that it was asked about."""
 
-    def __init__(self, recipe: Recipe, sizes: Sizes, out: Path, job: Mapping[str, Any]) -> None:
-        self.recipe, self.sizes, self.out = recipe, sizes, out
+    def __init__(
+        self, recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, job: Mapping[str, Any]
+    ) -> None:
+        self.recipe, self.sizes, self.out, self._data = recipe, sizes, out, data
         self._kept = Checkpoint(out / "steps", lambda: job)
         self._benches: dict[str, Bench] = {}
 
@@ -39,7 +47,7 @@ class Runner:
     def _compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
         model, kind, name, *rest = key
         if model not in self._benches:
-            self._benches[model] = Bench(model, self.recipe, self.sizes)
+            self._benches[model] = Bench(model, self.recipe, self.sizes[model], self._data)
         bench, domain = self._benches[model], self.recipe.domains[name]
         if kind == "base":
             return cells.base(bench, domain)
@@ -53,9 +61,9 @@ class Runner:
         way = self.recipe.steering[rest[0]]
         if kind == "steer":
             n, seed = int(rest[1]), int(rest[2])
-            controls = rest[0] == self.recipe.main and n == self.sizes.pairs
+            controls = rest[0] == self.recipe.main and n == self.sizes[model].pairs
             return cells.steered(bench, domain, way, n, seed, knob_file(self.out, key), controls=controls)
-        file = knob_file(self.out, (model, "steer", name, rest[0], str(self.sizes.pairs), "0"))
+        file = knob_file(self.out, (model, "steer", name, rest[0], str(self.sizes[model].pairs), "0"))
         if kind == "dose":
             return cells.dose(bench, domain, file)
         if kind == "map":
@@ -69,68 +77,130 @@ def knob_file(out: Path, key: Key) -> Path:
     return out / "knobs" / f"{'-'.join(part.replace('/', '-') for part in key)}.knob.safetensors"
 
 
-def first_steps(recipe: Recipe, sizes: Sizes, models: tuple[str, ...]) -> Iterator[Key]:
+def sizes_of(recipe: Recipe, models: Sequence[str], *, quick: bool) -> dict[str, Sizes]:
+    """Return how many items each model uses: the first the recipe's own sizes, the others its smaller ones."""
+    if quick:
+        return dict.fromkeys(models, recipe.quick)
+    return {model: recipe.others if number else recipe.sizes for number, model in enumerate(models)}
+
+
+def first_steps(recipe: Recipe, sizes: Mapping[str, Sizes]) -> Iterator[Step]:
     """Yield the steps that need no other, the long ones first."""
-    for model in models:
-        for domain in recipe.domains:
-            for name in recipe.training:
-                for n in (sizes.many_pairs, sizes.pairs):
-                    yield model, "grid", domain, name, str(n)
-    for model in models:
-        for domain in recipe.domains:
-            yield model, "base", domain
-            yield model, "naive", domain, recipe.main
-            for seed in range(sizes.seeds):
-                yield model, "examples", domain, str(seed)
-                for name in recipe.steering:
-                    yield model, "steer", domain, name, str(sizes.pairs), str(seed)
-            for n in sizes.counts:
-                for seed in range(sizes.count_seeds):
-                    yield model, "steer", domain, recipe.main, str(n), str(seed)
+    for (model, size), domain, name in product(sizes.items(), recipe.domains, recipe.training):
+        for n in (size.many_pairs, size.pairs):
+            yield (model, "grid", domain, name, str(n)), {}
+    for (model, size), domain in product(sizes.items(), recipe.domains):
+        yield (model, "base", domain), {}
+        yield (model, "naive", domain, recipe.main), {}
+        for seed in range(size.seeds):
+            yield (model, "examples", domain, str(seed)), {}
+            for name in recipe.steering:
+                yield (model, "steer", domain, name, str(size.pairs), str(seed)), {}
+        for n, seed in product(size.counts, range(size.count_seeds)):
+            yield (model, "steer", domain, recipe.main, str(n), str(seed)), {}
 
 
-def later_steps(recipe: Recipe, sizes: Sizes, models: tuple[str, ...], done: Mapping[Key, Any]) -> Iterator[Step]:
+def later_steps(recipe: Recipe, sizes: Mapping[str, Sizes], done: Mapping[Key, Any]) -> Iterator[Step]:
     """Yield the steps that need the settings of a grid, or a knob; curves of a refused knob are left out."""
-    for model in models:
-        for domain in recipe.domains:
-            for name in recipe.training:
-                for n, seeds in ((sizes.many_pairs, sizes.many_seeds), (sizes.pairs, sizes.seeds)):
-                    chosen = done[model, "grid", domain, name, str(n)]["record"]["chosen"]
-                    for seed in range(seeds):
-                        setting = (chosen["learning_rate"], chosen["beta"])
-                        yield (model, "train", domain, name, str(n), str(seed)), {"setting": setting}
-            if "refused" not in done[model, "steer", domain, recipe.main, str(sizes.pairs), "0"]:
-                yield (model, "dose", domain, recipe.main), {}
-                yield (model, "map", domain, recipe.main), {}
+    for (model, size), domain in product(sizes.items(), recipe.domains):
+        for name in recipe.training:
+            for n, seeds in ((size.many_pairs, size.many_seeds), (size.pairs, size.seeds)):
+                chosen = done[model, "grid", domain, name, str(n)]["record"]["chosen"]
+                setting = (chosen["learning_rate"], chosen["beta"])
+                for seed in range(seeds):
+                    yield (model, "train", domain, name, str(n), str(seed)), {"setting": setting}
+        if "refused" not in done[model, "steer", domain, recipe.main, str(size.pairs), "0"]:
+            yield (model, "dose", domain, recipe.main), {}
+            yield (model, "map", domain, recipe.main), {}
 
 
 def measure(
-    recipe: Recipe,
-    models: tuple[str, ...],
-    out: Path,
-    *,
-    quick: bool,
-    workers: int,
-    progress: Progress,
-) -> tuple[dict[Key, Any], dict[str, Any]]:
-    """Run every step that `out` does not keep yet; return all records by key, and what they depend on."""
-    sizes = recipe.quick if quick else recipe.sizes
-    job: dict[str, Any] = {"work": "reproduce palrs", "recipe": asdict(replace(recipe, models=models)), "quick": quick}
-    for model in models:
+    recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, *, workers: int, progress: Progress
+) -> dict[Key, Any]:
+    """Run every step that `out` does not keep yet; return all records by key."""
+    job: dict[str, Any] = {"work": "reproduce palrs", "recipe": asdict(replace(recipe, models=()))}
+    job["sizes"] = {model: asdict(size) for model, size in sizes.items()}
+    for model in sizes:
         loaded = load(model, dtype=recipe.dtype)
         job[f"model {model}"] = describe_model(loaded.model, loaded.tokenizer)
         del loaded
+    job["data"] = {source: _fingerprint(data, source) for source in _sources(recipe)}
     job = json.loads(json.dumps(job))
     (out / "knobs").mkdir(parents=True, exist_ok=True)
-    early: list[Step] = [(key, {}) for key in first_steps(recipe, sizes, models)]
-    later = len(recipe.domains) * len(models) * (2 + len(recipe.training) * (sizes.many_seeds + sizes.seeds))
+    early = list(first_steps(recipe, sizes))
+    later = sum(2 + len(recipe.training) * (size.many_seeds + size.seeds) for size in sizes.values())
+    total = len(early) + later * len(recipe.domains)
     done: dict[Key, Any] = {}
-    with _running(workers, (recipe, sizes, out, job)) as run:
-        for steps in (lambda: early, lambda: list(later_steps(recipe, sizes, models, done))):
+    with _running(workers, (recipe, sizes, out, data, job)) as run:
+        for steps in (lambda: early, lambda: list(later_steps(recipe, sizes, done))):
             for key, record in run(steps()):
                 done[key] = record
-                progress(len(done), len(early) + later, " ".join(key))
-    return done, job
+                progress(len(done), total, " ".join(key))
+    return done
+
+
+def reproduce(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    data: str | Path = "data",
+    models: Sequence[str] = (),
+    quick: bool = False,
+    workers: int | None = None,
+    command: str = "",
+    progress: Progress = lambda done, total, what: None,
+) -> Report:
+    """Run the whole protocol of a recipe, write the report to `out` (JSON, Markdown, HTML), and return it.
+
+    `data` is the folder below which the recipe's files lie. `models` replace the recipe's: the first is measured in
+    full, the others enough to tell whether it was lucky. `workers` are processes with a thread each; None takes two
+    where the first model is small and on a CPU, else one. Finished steps stay in `out`, so the same call goes on where
+    it was stopped. `quick` uses the recipe's smallest sizes: everything runs, and no figure means anything. `progress`
+    is called with the steps that are done, how many there are, and the last one's name. Raises `OptionError` where
+    `out` holds another run and where a file of the recipe is missing.
+    """
+    begun = time.perf_counter()
+    names = tuple(models) or recipe.models
+    if len(set(names)) < len(names):
+        raise OptionError(f"A model is named twice: {', '.join(names)}.")
+    if workers is not None and workers < 1:
+        raise OptionError(f"workers counts from 1; got {workers}.")
+    folder, sizes = Path(out), sizes_of(recipe, names, quick=quick)
+    count = workers or _workers(names[0], recipe.dtype)
+    records = measure(recipe, sizes, folder, Path(data), workers=count, progress=progress)
+    evidence = Evidence(records, recipe, sizes, command)
+    report = build(evidence, quick=quick, seconds=time.perf_counter() - begun)
+    write(report, folder)
+    return report
+
+
+SMALL = 50_000_000
+"""Parameters below which a model is small enough for two processes to beat two threads."""
+
+
+def _workers(model: str, dtype: str) -> int:
+    loaded = load(model, dtype=dtype).model
+    small = sum(p.numel() for p in loaded.parameters()) < SMALL and Adapter(loaded).input_device.type == "cpu"
+    return min(2, os.cpu_count() or 1) if small else 1
+
+
+def _sources(recipe: Recipe) -> set[str]:
+    domains = recipe.domains.values()
+    return {*recipe.guardrails, *(d.pairs for d in domains), *(d.task for d in domains)}
+
+
+def _fingerprint(data: Path, source: str) -> str:
+    """Return the sha256 of the file that a source names; of PrefWorld, which is part of the package, its name."""
+    if source.startswith(WORLD):
+        return source
+    file = data / source.rpartition(":")[2]
+    if not file.exists():
+        raise OptionError(f"The recipe's {source!r} is not there: no file {str(file)!r}. Name its folder by --data.")
+    files = [file] if file.is_file() else sorted(path for path in file.rglob("*") if path.is_file())
+    state = hashlib.sha256()
+    for path in files:
+        state.update(path.read_bytes())
+    return state.hexdigest()
 
 
 @contextmanager
@@ -157,9 +227,9 @@ def _running(workers: int, begin: tuple[Any, ...]) -> Generator[Callable[[list[S
 _runner: Runner | None = None
 
 
-def _begin(recipe: Recipe, sizes: Sizes, out: Path, job: Mapping[str, Any]) -> None:
+def _begin(recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, job: Mapping[str, Any]) -> None:
     global _runner
-    _runner = Runner(recipe, sizes, out, job)
+    _runner = Runner(recipe, sizes, out, data, job)
 
 
 def _step(key: Key, arguments: Mapping[str, Any]) -> tuple[Key, Any]:

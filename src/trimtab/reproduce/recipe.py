@@ -52,7 +52,6 @@ class Training:
     loss: Literal["dpo", "simpo", "sft"]
     learning_rates: tuple[float, ...]
     betas: tuple[float, ...]
-    epochs: int = 10
     patience: int = 2
     batch_size: int = 16
     lora_rank: int = 0
@@ -77,7 +76,11 @@ class Sizes:
     test_pairs: int = 100
     sampled: int = 200
     map_items: int = 100
+    rank_pairs: int = 8
     finalists: int = 3
+    epochs: int = 10
+    grid: int = 100
+    """Settings of a training grid that are tried, of the mildest first."""
     batch_size: int = 128
 
 

@@ -1,0 +1,75 @@
+"""Measure a paper's claims again, on PrefWorld or on models of your own, and say which of them hold.
+
+Everything is chosen on validation data and tested once, beside controls, other methods and tuned training. Finished
+steps are kept in the output folder: the same command goes on after it was stopped.
+"""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from trimtab.cli.sources import quiet_transformers
+from trimtab.cli.terminal import Terminal
+from trimtab.errors import OptionError, unknown_name
+
+PAPERS = ("palrs",)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("paper", metavar="PAPER", help="palrs")
+    parser.add_argument("models", metavar="MODEL", nargs="*", help="prefworld or model folders (default: the recipe's)")
+    parser.add_argument("--recipe", metavar="NAME", help="that comes with Trimtab, or a .toml file (default: PAPER)")
+    parser.add_argument("--out", metavar="DIR", help="for steps, knobs and report (default out/reproduce/PAPER)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the recipe's files lie (default data)")
+    parser.add_argument("--quick", action="store_true", help="a few items only: shows that all runs, and nothing else")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default 2 for small models on a CPU)")
+
+
+def run(args: Namespace, terminal: Terminal) -> None:
+    """Run the protocol and print summary and claims."""
+    if args.paper not in PAPERS:
+        raise unknown_name("paper", args.paper, PAPERS)
+    if args.out == "":
+        raise OptionError("--out is empty; pass the name of a folder.")
+    out = Path(args.out or f"out/reproduce/{args.paper}{'-quick' if args.quick else ''}")
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out {str(out)!r} is a file; pass a folder.")
+    with terminal.working("Preparing"):
+        from trimtab.reproduce.palrs import reproduce
+        from trimtab.reproduce.recipe import load_recipe
+
+        recipe = load_recipe(args.recipe or args.paper)
+    words = ["trimtab", "reproduce", args.paper, *args.models]
+    words += [f"--recipe={args.recipe}"] if args.recipe else []
+    command = shlex.join([*words, *(["--quick"] if args.quick else [])])
+    working = terminal.working(f"Reproducing {args.paper}", counted=True)
+    try:
+        with working as show, quiet_transformers():
+
+            def progress(done: int, total: int, what: str) -> None:
+                show(done, total)
+                terminal.note(f"{done} of {total}: {what}")
+
+            report = reproduce(
+                recipe,
+                out=out,
+                data=args.data,
+                models=args.models,
+                quick=args.quick,
+                workers=args.workers,
+                command=command,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{str(out)!r} keeps the finished steps; the same command goes on from there") from None
+    lines = [report["summary"], ""]
+    for claim in report["claims"]:
+        unit = "times" if claim["id"].startswith("faster") else "points"
+        scale = 1 if unit == "times" else 100
+        figures = [f"{scale * claim[key]:.1f}" for key in ("measured", "low", "high")]
+        verdict = "holds " if claim["holds"] else "fails "
+        lines.append(f"{verdict} {claim['statement']}: {figures[0]} {unit} ({figures[1]} to {figures[2]})")
+    terminal.result(report, "\n".join([*lines, "", f"The report is {out / 'report.html'}."]))

@@ -1,0 +1,1 @@
+"""Published claims re-measured under one protocol: settings from a recipe file, a table, plots, and what holds."""

@@ -1,0 +1,255 @@
+"""The report of a reproduction: JSON for programs, Markdown, and one HTML page for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trimtab.checkpoint import versions
+from trimtab.evals.page import figure, page, paragraph, table
+from trimtab.files import write_atomically
+from trimtab.reproduce import plots, tables
+from trimtab.reproduce.claims import Evidence, claims
+
+Report = dict[str, Any]
+
+
+def build(evidence: Evidence, *, quick: bool, seconds: float) -> Report:
+    """Set everything out: claims, one table per model and domain, curves, and what the run depended on."""
+    e = evidence
+    models, domains = list(e.models), list(e.recipe.domains)
+    report: Report = {
+        "title": e.recipe.title,
+        "models": models,
+        "quick": quick,
+        "seconds": seconds,
+        "command": e.command,
+        "versions": versions(),
+        "recipe": asdict(e.recipe),
+        "claims": claims(e),
+        "tables": {m: {d: tables.compare(e, m, d) for d in domains} for m in models},
+        "tests": {m: {d: tables.tests(e, m, d) for d in domains} for m in models},
+        "counts": {m: {d: tables.counts(e, m, d) for d in domains} for m in models},
+    }
+    for kind in ("dose", "map", "naive"):
+        report[kind] = {m: {d: tables.curve(e, m, d, kind) for d in domains} for m in models}
+    report["overlap"] = {m: {d: e.found(m, "base", d)[0]["overlap"] for d in domains} for m in models}
+    report["summary"] = _summary(report, e)
+    return report
+
+
+def _summary(report: Report, e: Evidence) -> str:
+    """Say in two or three sentences of plain words what came out."""
+    first = report["models"][0]
+    said: list[str] = []
+    for domain, rows in report["tables"][first].items():
+        base = rows[0]["greedy"]
+        main = _row(rows, e.recipe.main, e.sizes.pairs)
+        trained = [
+            f"{way.title} {_percent(_row(rows, name, e.sizes.pairs)['greedy'])} from the same pairs and "
+            f"{_percent(_row(rows, name, e.sizes.many_pairs)['greedy'])} from {e.sizes.many_pairs}"
+            for name, way in e.recipe.training.items()
+        ]
+        said.append(
+            f"On {domain}, {e.sizes.pairs} pairs steer the model from {_percent(base)} to {_percent(main['greedy'])} "
+            f"percent right" + (f"; {', '.join(trained)}" if trained else "") + "."
+        )
+        shared = report["overlap"][first][domain]
+        if shared:
+            said.append(f"Mind that {shared} test questions of {domain} are asked by pairs too: it was not held out.")
+    held = sum(claim["holds"] for claim in report["claims"])
+    said.append(f"{held} of {len(report['claims'])} claims hold.")
+    if report["quick"]:
+        said.insert(0, "A quick run, which shows that everything works: its figures mean nothing.")
+    return " ".join(said)
+
+
+def _row(rows: Sequence[Mapping[str, Any]], name: str, pairs: int) -> Mapping[str, Any]:
+    return next(row for row in rows if row["name"] == name and row["pairs"] == pairs)
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html`."""
+    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(folder / "report.md", markdown(report).encode())
+    write_atomically(folder / "report.html", html(report).encode())
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+CLAIM_HEADS = ("claim", "published", "measured", "95 % interval", "holds", "rule", "n")
+SYSTEM_HEADS = (
+    "system",
+    "seeds",
+    "greedy",
+    "gain (95 % interval)",
+    "sampled",
+    "side",
+    "within side",
+    "worst guardrail",
+    "preference",
+    "KL",
+    "broken",
+    "learn s",
+    "tune s",
+    "learn MB",
+    "tune MB",
+)
+
+
+def claim_rows(report: Report) -> list[list[str]]:
+    """Return the claims as texts."""
+    rows: list[list[str]] = []
+    for claim in report["claims"]:
+        ratio = claim["id"].startswith("faster")
+        show = (lambda x: f"{x:.1f}x") if ratio else _points
+        measured, low, high = (show(claim[key]) for key in ("measured", "low", "high"))
+        holds = "yes" if claim["holds"] else "no"
+        rows.append(
+            [
+                claim["statement"],
+                claim["published"],
+                measured,
+                f"{low} to {high}",
+                holds,
+                claim["rule"],
+                str(claim["n"]),
+            ]
+        )
+    return rows
+
+
+def system_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a comparison as texts, in percent."""
+    return [
+        [
+            row["system"] + (f" ({row['refused']} refused)" if row["refused"] else ""),
+            str(row["seeds"]),
+            _percent(row["greedy"]),
+            ""
+            if row["kind"] == "base"
+            else f"{_points(row['gain'])} ({_points(row['gain_low'])} to {_points(row['gain_high'])})",
+            _percent(row["sampled"]),
+            _percent(row["side_share"]),
+            _percent(row["within_side"]),
+            "" if row["kind"] == "base" else f"{row['worst_guardrail']} {_points(row['worst_guardrail_change'])}",
+            _percent(row["preference"]),
+            _number(row["kl"], ".3f"),
+            _percent(row["broken"]),
+            _number(row["learn_seconds"], ".1f"),
+            _number(row["tune_seconds"], ".1f"),
+            _number(row["learn_bytes"], ".0f", 1 << 20),
+            _number(row["tune_bytes"], ".0f", 1 << 20),
+        ]
+        for row in rows
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f}"
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else f"{value / unit:{form}}"
+
+
+NOTES = (
+    "Percent of test questions; differences are paired, in points, with intervals from a bootstrap of seeds and items "
+    "together. Everything was chosen on validation questions and test questions were used once, except where it says "
+    "otherwise. Side: share of sampled answers in the preferred manner; within side: how many of those are right. "
+    "Guardrails: the one that changes for the worst. KL: to the bare model on its own guardrail answers, in nats per "
+    "token. Learning is reading activations, or one training run stopped early; tuning is all that chose its settings."
+)
+
+
+def _tested(rows: Sequence[Mapping[str, Any]]) -> str:
+    said = [f"{row['task']} {_points(row['difference'])} (p {row['p_holm']:.2g})" for row in rows]
+    return f"McNemar's test against the bare model, seed 0, adjusted over tasks (Holm): {'; '.join(said)}."
+
+
+def _naive(found: Mapping[str, Any]) -> str:
+    return (
+        f"Choosing the best of {found['settings']} settings on {found['items']} test questions and reporting those "
+        f"would claim {_percent(found['base'])} to {_percent(found['score'])} percent ({found['site']}, alpha "
+        f"{found['alpha']:g}); on the other test questions the same setting goes from "
+        f"{_percent(found['base_elsewhere'])} to {_percent(found['score_elsewhere'])}. The best of as many useless "
+        f"settings would seem to gain {_percent(found['selection_bias'])} points."
+    )
+
+
+def markdown(report: Report) -> str:
+    """Return the report as Markdown."""
+    lines = [f"# {report['title']}", "", report["summary"], "", "## Claims", ""]
+    lines += _markdown_table(CLAIM_HEADS, claim_rows(report))
+    for model, domains in report["tables"].items():
+        for domain, rows in domains.items():
+            lines += ["", f"## {domain} on {model}", "", *_markdown_table(SYSTEM_HEADS, system_rows(rows))]
+            p = [
+                f"{t['task']} {_points(t['difference'])} (p {t['p_holm']:.2g})" for t in report["tests"][model][domain]
+            ]
+            lines += ["", f"McNemar against the bare model, seed 0, Holm over tasks: {'; '.join(p)}."]
+            lines += ["", _naive(report["naive"][model][domain])]
+    lines += ["", NOTES, "", f"Command: `{report['command']}`, {report['seconds']:.0f} s.", ""]
+    return "\n".join(lines)
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in [list(heads), ["---"] * len(heads), *cells]]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def html(report: Report) -> str:
+    """Return the report as one page: a sentence, figures before tables, nothing loaded from elsewhere."""
+    first = report["models"][0]
+    domains = list(report["tables"][first])
+    rails = list(report["tables"][first][domains[0]][0]["guardrails"])
+    many = "; marks are models" if len(report["models"]) > 1 else ""
+    label = f"Test accuracy of every system with its 95 % interval{many}. Blue is steered, orange is trained."
+    sections = [
+        ("What came out", figure(plots.by_system(report["tables"]), label, "systems")),
+        ("Claims", table(CLAIM_HEADS, claim_rows(report), words=(0, 1, 5))),
+    ]
+    before = {d: report["tables"][first][d][0]["greedy"] for d in domains}
+    sections.append(
+        (
+            "How many pairs",
+            figure(
+                plots.by_pairs(report["counts"][first], before),
+                f"Accuracy by number of pairs on {first}; a dot is one draw of pairs, lines join means.",
+                "pairs",
+            ),
+        )
+    )
+    doses = {d: report["dose"][first][d] for d in domains if report["dose"][first][d]}
+    if doses:
+        label = (
+            f"Validation questions over the dose on {first}. Grey line: where the paper's alpha 1 would be (Eq. 4), a "
+            "vector as long as the mean chosen activation."
+        )
+        sections.append(("How strong", figure(plots.by_dose(doses, rails), label, "dose")))
+    maps = {d: report["map"][first][d] for d in domains if report["map"][first][d]}
+    if maps:
+        label = f"Validation score by layer and position read, on {first}, at the tuned knob's tokens and dose."
+        sections.append(("Where", figure(plots.by_site(maps), label, "sites")))
+    label = f"Accuracy against seconds on {first}, on a logarithmic axis."
+    sections.append(("What it costs", figure(plots.by_seconds(report["tables"][first]), label, "seconds")))
+    for model in report["models"]:
+        for domain in domains:
+            rows = report["tables"][model][domain]
+            said = [_tested(report["tests"][model][domain]), _naive(report["naive"][model][domain])]
+            text = table(SYSTEM_HEADS, system_rows(rows)) + "".join(map(paragraph, said))
+            sections.append((f"All figures: {domain} on {model}", text))
+    spent = f"Command: {report['command']}. It took {report['seconds']:.0f} seconds."
+    made = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    sections.append(("How to read this", paragraph(NOTES) + paragraph(f"{spent} {made}.")))
+    return page(report["title"], report["summary"], sections)
