@@ -598,8 +598,7 @@ def test_the_demo_prints_its_report_or_its_summary(run: Run, files: Path, monkey
 MISTAKES = [
     (
         "lern a b",
-        f"Unknown verb 'lern'. Known: {', '.join(sorted(VERBS))}. "
-        "Did you mean 'learn'?",
+        f"Unknown verb 'lern'. Known: {', '.join(sorted(VERBS))}. Did you mean 'learn'?",
     ),
     ("learn MODEL pairs.jsonl", "required: --out. See trimtab learn --help."),
     ("learn", "required: --out"),
