@@ -856,7 +856,7 @@ def test_at_a_terminal_generate_without_a_prompt_does_not_wait(
 def test_without_a_verb_the_help_is_shown_as_a_mistake(run: Run) -> None:
     out = run()
     assert (out.status, out.out) == (2, "")
-    assert all(re.search(rf"^ +{verb} ", out.err, re.MULTILINE) for verb in VERBS)
+    assert all(re.search(rf"^ +{verb}(?: |$)", out.err, re.MULTILINE) for verb in VERBS)
     assert out.err.splitlines()[-1] == f"trimtab: Pass a verb: {', '.join(VERBS)}."
 
 
