@@ -25,6 +25,7 @@ from trimtab.cli.options import Parser
 from trimtab.cli.sources import load_pairs, load_task
 from trimtab.cli.tables import sites_text, tuning_text
 from trimtab.cli.terminal import Terminal, as_options, harmless, plain_warnings
+from trimtab.evals.evaluate import evaluate
 from trimtab.evals.tasks import GRADERS
 from trimtab.generate import generate
 from trimtab.learn import learn
@@ -597,7 +598,7 @@ def test_the_demo_prints_its_report_or_its_summary(run: Run, files: Path, monkey
 MISTAKES = [
     (
         "lern a b",
-        "Unknown verb 'lern'. Known: chat, check, demo, generate, inspect, learn, tune. Did you mean 'learn'?",
+        f"Unknown verb 'lern'. Known: {', '.join(sorted(VERBS))}. Did you mean 'learn'?",
     ),
     ("learn MODEL pairs.jsonl", "required: --out. See trimtab learn --help."),
     ("learn", "required: --out"),
@@ -855,8 +856,8 @@ def test_at_a_terminal_generate_without_a_prompt_does_not_wait(
 def test_without_a_verb_the_help_is_shown_as_a_mistake(run: Run) -> None:
     out = run()
     assert (out.status, out.out) == (2, "")
-    assert all(re.search(rf"^ +{verb} ", out.err, re.MULTILINE) for verb in VERBS)
-    assert out.err.splitlines()[-1] == "trimtab: Pass a verb: learn, tune, generate, chat, inspect, check, demo."
+    assert all(re.search(rf"^ +{verb}(?: |$)", out.err, re.MULTILINE) for verb in VERBS)
+    assert out.err.splitlines()[-1] == f"trimtab: Pass a verb: {', '.join(VERBS)}."
 
 
 @pytest.mark.quick
@@ -897,7 +898,7 @@ def test_help_of_every_verb_needs_neither_torch_nor_rich(verb: str) -> None:
 
 
 def test_the_help_states_the_defaults_and_names_of_the_functions() -> None:
-    functions = {"learn": learn, "tune": tune, "generate": generate, "chat": generate}
+    functions = {"learn": learn, "tune": tune, "eval": evaluate, "generate": generate, "chat": generate}
     stated = 0
     for verb, function in functions.items():
         parser = Parser(prog=verb, description="")
@@ -915,9 +916,10 @@ def test_the_help_states_the_defaults_and_names_of_the_functions() -> None:
     parser = Parser(prog="learn", description="")
     VERBS["learn"].add_options(parser)
     assert all(method in options(parser)["method"] for method in METHODS)
-    parser = Parser(prog="tune", description="")
-    VERBS["tune"].add_options(parser)
-    assert all(grader in options(parser)["grader"] for grader in GRADERS)
+    for verb in ("tune", "eval"):
+        parser = Parser(prog=verb, description="")
+        VERBS[verb].add_options(parser)
+        assert all(grader in options(parser)["grader"] for grader in GRADERS)
 
 
 def options(parser: ArgumentParser) -> dict[str, str]:

@@ -23,6 +23,7 @@ TREE = {
     "UnknownName": KeyError,
     "TuneError": RuntimeError,
     "SandboxError": RuntimeError,
+    "JudgeError": RuntimeError,
     "MissingDependency": ImportError,
 }
 

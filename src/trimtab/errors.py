@@ -10,6 +10,7 @@ TrimtabError
 ├── UnknownName        (KeyError)      a name that is not in a list of known names
 ├── TuneError          (RuntimeError)  no setting of the knob keeps the budget
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
+├── JudgeError         (RuntimeError)  the endpoint of a judge refuses, or cannot be reached
 └── MissingDependency  (ImportError)   an optional package is not installed
 
 TrimtabWarning         (UserWarning)   the result stands, but may not mean what it seems to
@@ -64,6 +65,10 @@ class TuneError(TrimtabError, RuntimeError):
 
 class SandboxError(TrimtabError, RuntimeError):
     """The sandbox itself failed; the judged program is not to blame."""
+
+
+class JudgeError(TrimtabError, RuntimeError):
+    """The endpoint of a judge refuses, cannot be reached, or does not speak the protocol."""
 
 
 class MissingDependency(TrimtabError, ImportError):

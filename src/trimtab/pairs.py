@@ -107,13 +107,13 @@ class Pairs(Sequence[Pair]):
         """
         if not 0 < validation < 1:
             raise OptionError(f"The validation share must lie between 0 and 1, both excluded; got {validation!r}.")
-        prompts = {_question(pair): _digest([str(seed), *_question(pair)]) for pair in self._pairs}
+        prompts = {_question(pair.prompt): _digest([str(seed), *_question(pair.prompt)]) for pair in self._pairs}
         if len(prompts) < 2:
             raise PairsError(f"A split needs at least 2 different prompts; these pairs have {len(prompts)}.")
         held = min(max(round(validation * len(prompts)), 1), len(prompts) - 1)
         aside = set(sorted(prompts, key=prompts.__getitem__)[:held])
-        train = [pair for pair in self._pairs if _question(pair) not in aside]
-        return Split(Pairs(train), Pairs(pair for pair in self._pairs if _question(pair) in aside))
+        train = [pair for pair in self._pairs if _question(pair.prompt) not in aside]
+        return Split(Pairs(train), Pairs(pair for pair in self._pairs if _question(pair.prompt) in aside))
 
     def take(self, n: int, *, seed: int = 0) -> Pairs:
         """Draw `n` pairs without replacement, in their original order."""
@@ -135,7 +135,7 @@ class Pairs(Sequence[Pair]):
 
     def prompt_hashes(self) -> list[str]:
         """Return 12 hexadecimal digits for every prompt, sorted; prompts that differ in system lines only are one."""
-        return sorted({_digest(_question(pair))[:12] for pair in self._pairs})
+        return sorted({prompt_hash(pair.prompt) for pair in self._pairs})
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -159,7 +159,7 @@ class Pairs(Sequence[Pair]):
     __hash__ = None  # pyright: ignore[reportAssignmentType]  # meta may be mutable; `hash()` is the digest of the text
 
     def __repr__(self) -> str:
-        return f"Pairs({len(self)} pairs, {len({_question(pair) for pair in self._pairs})} prompts)"
+        return f"Pairs({len(self)} pairs, {len({_question(pair.prompt) for pair in self._pairs})} prompts)"
 
 
 # One pair
@@ -169,8 +169,13 @@ def _key(pair: Pair) -> tuple[tuple[str, ...], ...]:
     return (*((m.role, m.content) for m in pair.prompt), (pair.chosen, pair.rejected))
 
 
-def _question(pair: Pair) -> tuple[str, ...]:
-    return tuple(text for m in pair.prompt if m.role != "system" for text in (m.role, m.content))
+def prompt_hash(prompt: Sequence[Message]) -> str:
+    """Return 12 hexadecimal digits for a prompt; system lines do not count."""
+    return _digest(_question(prompt))[:12]
+
+
+def _question(prompt: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(text for m in prompt if m.role != "system" for text in (m.role, m.content))
 
 
 def _swap(pair: Pair) -> Pair:

@@ -21,7 +21,8 @@ from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import SelectionBias, selection_bias
 from trimtab.evals.tasks import AnyTask
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
-from trimtab.pairs import Pairs
+from trimtab.generate import read_prompt
+from trimtab.pairs import Pairs, prompt_hash
 from trimtab.render import Renderer
 from trimtab.types import THOUGHTS, WHERE, Site, Where, check_strength, check_where
 
@@ -141,6 +142,7 @@ def tune(
         "budget": budget,
         "pairs": len(pairs),
         "pairs_hash": pairs.hash(),
+        "prompt_hashes": _prompt_hashes(pairs, tasks),
         "options": {
             "gains": list(gains),
             "where": list(wheres),
@@ -208,6 +210,12 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
         )
     site = knob.site if knob.site in kept else next(iter(kept))
     return replace(knob.with_(site=site), vectors=kept)
+
+
+def _prompt_hashes(pairs: Pairs, tasks: Sequence[AnyTask]) -> list[str]:
+    """Return the hashes of all prompts that the choice rests on, so that a later test on them can be warned of."""
+    asked = {prompt_hash(read_prompt(prompt)) for task in tasks for prompt in task.prompts}
+    return sorted(asked | set(pairs.prompt_hashes()))
 
 
 def _job(

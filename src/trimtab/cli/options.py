@@ -72,8 +72,8 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, ..., or auto for all devices (default cpu)")
 
 
-def add_knobs(parser: ArgumentParser) -> None:
-    """Add knobs and their setting."""
+def add_knobs(parser: ArgumentParser, *, thinking: bool = True) -> None:
+    """Add knobs and their setting, and unless `thinking` is False the markers of thoughts."""
     parser.add_argument(
         "--knob",
         action="append",
@@ -87,12 +87,13 @@ def add_knobs(parser: ArgumentParser) -> None:
         "--set", metavar="SETTING", help="strengths by name, as in math=0.8,concise=-1; knobs not named are off"
     )
     parser.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default: as the knob says)")
-    parser.add_argument(
-        "--thinking",
-        nargs=2,
-        metavar=("OPENING", "CLOSING"),
-        help="what opens and closes thoughts, for --where thinking or answer (default: as the tokenizer has it)",
-    )
+    if thinking:
+        parser.add_argument(
+            "--thinking",
+            nargs=2,
+            metavar=("OPENING", "CLOSING"),
+            help="what opens and closes thoughts, for --where thinking or answer (default: as the tokenizer has it)",
+        )
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
 
 
@@ -110,7 +111,7 @@ def add_checkpoint(parser: ArgumentParser) -> None:
         "--checkpoint",
         metavar="DIR",
         help="keep finished steps here; the same command takes the job up again after it was stopped, and removes "
-        "them once the knob is written",
+        "them once the result is written",
     )
 
 
@@ -190,6 +191,18 @@ def assignments(texts: Iterable[str]) -> dict[str, object]:
 
 
 def output_file(text: str) -> Path:
+    """Check before any work is done that a knob can be written there; its folder is made if it is missing."""
+    path = writable(text)
+    if path.suffix == ".json":
+        raise OptionError(
+            f"--out {text!r} ends in .json, which is how panels are told from knobs. Choose another name."
+        )
+    if path.exists() and not is_knob_file(path):
+        raise OptionError(f"--out {text!r} exists and is no knob, so it is not replaced. Choose another name.")
+    return path
+
+
+def writable(text: str) -> Path:
     """Check before any work is done that a file can be written there; its folder is made if it is missing."""
     if not text:
         raise OptionError("--out is empty; pass the name of a file.")
@@ -198,12 +211,6 @@ def output_file(text: str) -> Path:
         raise OptionError(f"--out {text!r} is a folder; pass the name of a file in it.")
     if path.parent.exists() and not path.parent.is_dir():
         raise OptionError(f"--out {text!r} cannot be written: {str(path.parent)!r} is a file.")
-    if path.suffix == ".json":
-        raise OptionError(
-            f"--out {text!r} ends in .json, which is how panels are told from knobs. Choose another name."
-        )
-    if path.exists() and not is_knob_file(path):
-        raise OptionError(f"--out {text!r} exists and is no knob, so it is not replaced. Choose another name.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -147,6 +147,10 @@ def warn_outside(rack: Rack, setting: Setting) -> None:
 # Pairs and tasks
 
 
+Split = Literal["train", "validation", "test"]
+"""Of PrefWorld; files are taken whole."""
+
+
 class WorldPart(NamedTuple):
     """A family of PrefWorld, and how many of its questions."""
 
@@ -171,7 +175,7 @@ def world_part(text: str) -> WorldPart | None:
     return WorldPart(family, int(count) if colon else WORLD_COUNT)
 
 
-def load_pairs(text: str, *, split: Literal["train", "validation"], duplicates: Duplicates) -> Pairs:
+def load_pairs(text: str, *, split: Split, duplicates: Duplicates) -> Pairs:
     """Load pairs from a file, or draw them from a split of PrefWorld: the same name gives the same pairs."""
     from trimtab.pairs import Pairs
 

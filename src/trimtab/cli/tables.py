@@ -33,6 +33,21 @@ def columns(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Write the same table in Markdown.
+
+    >>> print(markdown(["site", "score"], [["4/last", None], ["a|b", 0.5]]))
+    | site | score |
+    |---|---|
+    | 4/last |  |
+    | a\\|b | 0.5 |
+    """
+    kept = [i for i in range(len(heads)) if any(row[i] is not None for row in rows)]
+    lines = [[heads[i] for i in kept], *([_cell(row[i]) for i in kept] for row in rows)]
+    first, *rest = ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]
+    return "\n".join([first, "|" + "---|" * len(kept), *rest])
+
+
 def facts(entries: Mapping[str, object]) -> str:
     """Write named facts, one per line; those that are None are left out."""
     return "\n".join(f"{key:<12}{value}" for key, value in entries.items() if value is not None)

@@ -79,9 +79,7 @@ def pair_margins(
         texts = [Text(text.ids[: text.start + answer_tokens], text.start) for text in texts]
     rows = [(text, setting) for setting in settings for text in texts]
     sums = log_likelihoods(model, tokenizer, rows, token_budget=token_budget, kept=kept)
-    n = len(pairs)
-    blocks = sums.reshape(len(settings), 2, n)
-    return [Margins(block[0], block[1]) for block in blocks]
+    return [Margins(*block) for block in sums.reshape(len(settings), 2, len(pairs))]
 
 
 def log_likelihoods(
@@ -91,12 +89,16 @@ def log_likelihoods(
     *,
     token_budget: int = 8192,
     kept: Checkpoint = NO_CHECKPOINT,
+    key: str = "margins",
 ) -> np.ndarray:
-    """Return the log-likelihood of each row's answer under its knobs, in nats, summed over the answer's tokens."""
+    """Return the log-likelihood of each row's answer under its knobs, in nats, summed over the answer's tokens.
+
+    Batches that `kept` holds under `key` are not run again.
+    """
     sums = np.zeros(len(rows))
     for number, batch in enumerate(_batches(rows, token_budget)):
         score = partial(_likelihoods, model, tokenizer, [rows[i] for i in batch])
-        sums[batch] = kept.step(f"margins {number}", score)
+        sums[batch] = kept.step(f"{key} {number}", score)
     return sums
 
 
@@ -115,17 +117,33 @@ def divergence(
     Changed is the model under `setting`; or `other`, a model with the same vocabulary, under it; or either with the
     same answers after other prompts, `other_texts`.
     """
-    total, count = 0.0, 0
+    sums = divergences(
+        model, tokenizer, texts, setting, other=other, other_texts=other_texts, token_budget=token_budget
+    )
+    count = sum(len(text.ids) - text.start for text in texts)
+    return max(sum(sums) / max(count, 1), 0.0)  # rounding can leave a little less than 0
+
+
+def divergences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    setting: Mapping[Knob, float],
+    *,
+    other: PreTrainedModel | None = None,
+    other_texts: Sequence[Text] | None = None,
+    token_budget: int = 8192,
+) -> list[float]:
+    """Return KL(base || changed) in nats, summed over each answer's tokens, [N]; see `divergence`."""
+    sums: list[float] = []
     changed = texts if other_texts is None else other_texts
     # A few texts at a time: at a real vocabulary the log-probabilities of all fill memory.
     for start in range(0, len(texts), 8):
         some = slice(start, start + 8)
         before = _log_probabilities(model, tokenizer, [(text, {}) for text in texts[some]], token_budget)
         after = _log_probabilities(other or model, tokenizer, [(text, setting) for text in changed[some]], token_budget)
-        for base, steered in zip(before, after, strict=True):
-            total += float((base.exp() * (base - steered)).sum())
-            count += len(base)
-    return max(total / max(count, 1), 0.0)  # rounding can leave a little less than 0
+        sums += [float((base.exp() * (base - steered)).sum()) for base, steered in zip(before, after, strict=True)]
+    return sums
 
 
 def _log_probabilities(

@@ -65,6 +65,26 @@ def bootstrap_mean(values: Scores, *, draws: int = 10_000, seed: int = 0, level:
     return paired_bootstrap(np.zeros(len(values)), values, draws=draws, seed=seed, level=level)
 
 
+def bootstrap_ratio(
+    parts: Scores, wholes: Scores, *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Return sum(parts) / sum(wholes), as of nats and tokens, with its percentile bootstrap interval over items `[N]`.
+
+    >>> bootstrap_ratio([3, 1], [1, 1]).estimate
+    2.0
+    """
+    first, second = _paired(parts, wholes)
+    if (second <= 0).any():
+        raise OptionError(f"What is divided by must be positive; got {float(second.min()):g}.")
+    tail, random, count = (1 - _level(level)) / 2, np.random.default_rng(seed), first.size
+    ratios: list[npt.NDArray[np.float64]] = []
+    for start in range(0, draws, rows := max(1, CHUNK // count)):
+        picked = random.integers(count, size=(min(rows, draws - start), count))
+        ratios.append(first[picked].sum(axis=1) / second[picked].sum(axis=1))
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
+    return Interval(float(first.sum() / second.sum()), float(low), float(high))
+
+
 Runs = npt.NDArray[np.floating]
 """Scores `[S, N]` of N items by S runs, such as knobs learned from S draws of pairs."""
 

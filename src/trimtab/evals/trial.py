@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.evals.choices import ChoiceTask
-from trimtab.evals.likelihood import divergence, render_texts
+from trimtab.evals.effects import own_answers
+from trimtab.evals.likelihood import divergence
 from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task
 from trimtab.pairs import Pairs
-from trimtab.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,11 +59,8 @@ class Trial:
         self.isolation = next((o.isolation for _, o in outcomes if o.isolation), None)
         # What must stay as it is shows damage; without guardrails, what the knob does to any answer.
         held = [list(zip(t.prompts, o.answers, strict=True))[:KL_ITEMS] for t, o in outcomes[1:] or outcomes]
-        told = [(prompt, answer) for items in held for prompt, answer in items if answer]
-        turns = [(Message("user", prompt),) if isinstance(prompt, str) else prompt for prompt, _ in told]
-        limit = Adapter(model).context_length
-        texts = render_texts(tokenizer, turns, [answer for _, answer in told])
-        self._texts = [text for text in texts if limit is None or len(text.ids) <= limit]
+        told = [item for items in held for item in items]
+        self._texts = own_answers(model, tokenizer, [prompt for prompt, _ in told], [answer for _, answer in told])
 
     def measure(self, knob: Knob, strength: float) -> tuple[dict[str, Any], np.ndarray]:
         """Return score, guardrails, broken share, KL and whether the budgets are kept; and the items' scores `[n]`.

@@ -82,6 +82,14 @@ class Renderer:
             raise RenderError(f"The response {response!r} has no tokens.")
         return Rendered(self._extend(ids, head + shown, around.closing), start, end)
 
+    def plain(self, text: str) -> Rendered:
+        """Render text that stands by itself, as no turn of anybody: the response, after what the tokenizer opens with.
+
+        Without an opening (BOS) the response starts at token 0, which nothing predicts.
+        """
+        ids = [*self._opening, *self._plain(text)]
+        return Rendered(ids, len(self._opening), len(ids))
+
     def response_length(self, messages: Sequence[Message], response: str) -> int:
         """Count the tokens of `response` after its prompt, without those that close the turn."""
         rendered = self.full(messages, response)
