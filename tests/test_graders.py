@@ -245,7 +245,6 @@ def test_ordinary_answers_are_hardly_ever_called_degenerate() -> None:
 # --- code, with the sandbox -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_every_humaneval_solution_passes_and_every_empty_one_fails() -> None:
     with Sandbox(timeout=30) as sandbox:
         for row in records("humaneval/HumanEval.jsonl.gz"):

@@ -347,10 +347,8 @@ def test_a_program_that_kills_its_helper_twice_is_blamed(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("fork", [True, False])
 def test_a_sandbox_that_cannot_work_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fork: bool) -> None:
     monkeypatch.setattr(module, "FORK", fork and module.FORK)
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise RuntimeError('out of order')")
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "__file__", str(broken))
+        patch.setattr(module, "START", "raise RuntimeError('out of order')")
         with Sandbox() as box, pytest.raises(SandboxError, match=r"(?s)does not answer.*out of order"):
             box.run("x = 1")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
@@ -359,13 +357,15 @@ def test_a_sandbox_that_cannot_work_says_so(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @needs_fork
-def test_a_silent_helper_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    silent = tmp_path / "silent.py"
-    silent.write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(worker, "__file__", str(silent))
+@pytest.mark.parametrize("size", [1, 10**6])  # the second does not fit into a pipe
+def test_a_silent_helper_is_given_up(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(module, "GRACE", 0.1)
-    with Sandbox(timeout=0.1) as box, pytest.raises(SandboxError, match="does not answer"):
-        box.run("x = 1")
+    with Sandbox(timeout=0.1) as box:
+        monkeypatch.setattr(module, "START", "import time; time.sleep(60)")
+        with pytest.raises(SandboxError, match="does not answer"):
+            box.run("x = 1")
+        box._process = module._launch("serve", "/", subprocess.DEVNULL)
+        assert box._exchange({"code": "#" * size, "timeout": 0.1}) is None
 
 
 def test_wrong_use_is_an_option_error() -> None:
@@ -388,8 +388,11 @@ def test_wrong_use_is_an_option_error() -> None:
 
 
 def outside(script: str, *arguments: str) -> str:
-    """Run a script that has imported the worker as `w`, in a process of its own."""
-    head = f"import os, sys; sys.path.insert(0, {str(Path(worker.__file__).parent)!r}); import _sandbox_worker as w\n"
+    """Run a script that has imported the worker as `w` and the kernel's layers as `k`, in a process of its own."""
+    head = (
+        f"import os, sys; sys.path.insert(0, {str(Path(worker.__file__).parents[2])!r})\n"
+        "from trimtab.evals import _sandbox_kernel as k, _sandbox_worker as w\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", head + script, *arguments], capture_output=True, text=True, timeout=60, check=True
     )
@@ -400,7 +403,7 @@ def test_namespaces_give_what_they_promise(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("unharmed")
     gains = outside(
-        "gains = w.isolate(); print(*gains, sep=',')\nw.drop_privileges()\n"
+        "gains = k.isolate(); print(*gains, sep=',')\nk.drop_privileges()\n"
         "import ctypes, socket\n"
         "if 'no network' in gains: assert [name for _, name in socket.if_nameindex()] == ['lo']\n"
         "if 'own process tree' in gains: assert os.getpid() == 1\n"

@@ -1,26 +1,33 @@
-"""The far side of the sandbox: a script that runs one program per forked child, under limits.
+"""The far side of the sandbox: a helper that runs one program per forked child, under limits.
 
-Started by `sandbox.py` as `python _sandbox_worker.py serve` (forks) or `once` (one program, for platforms without
-fork). Standard library only, so that a fork copies a small process.
+Started by `sandbox.py` in an isolated interpreter, to `serve` (which forks) or to run a program `once` (for platforms
+without fork). Standard library only, so that a fork copies a small process.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
-import math
 import os
+import select
 import struct
 import sys
 import time
 import types
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from trimtab.evals import _sandbox_kernel as kernel
 
 MAX_RESULT = 1 << 20
 """Bytes that one program may return, over all its calls."""
+
+ORPHAN = 5.0
+"""Seconds beyond its own after which a program that nobody waits for ends itself, where no helper watches it."""
 
 TOKEN_BYTES = 16
 HEADER = struct.Struct(">I")
@@ -31,11 +38,8 @@ WARM = (
     "operator random re statistics string typing"
 ).split()
 
-NAMESPACES = (  # unshare(2) flags, what each one gives
-    (0x40000000, "no network"),
-    (0x00020000, "read-only files"),
-    (0x20000000, "own process tree"),
-)
+FILES_CLOSED = "no files but the library"
+CALLS_FILTERED = "no system calls for processes, signals and sockets"
 
 REFUSED = frozenset(  # audit events, https://docs.python.org/3/library/audit_events.html
     "gc.get_objects gc.get_referents gc.get_referrers mmap.__new__ os.chflags os.chmod os.chown os.exec os.fork "
@@ -44,6 +48,7 @@ REFUSED = frozenset(  # audit events, https://docs.python.org/3/library/audit_ev
     "resource.prlimit resource.setrlimit signal.pthread_kill sqlite3.connect subprocess.Popen sys._current_exceptions "
     "sys._current_frames sys.setprofile sys.settrace syslog.openlog".split()
 )
+LISTING, HERE = ("os.listdir", "os.scandir"), (None, ".")
 REFUSED_FAMILIES = ("_winapi.", "ctypes.", "shutil.", "socket.", "winreg.")
 REFUSED_MODULES = frozenset({"_ctypes", "_testcapi", "_testinternalcapi", "_testlimitedcapi", "ctypes"})
 REFUSED_ATTRIBUTES = frozenset({"ag_frame", "cr_frame", "gi_frame", "tb_frame"})
@@ -116,45 +121,11 @@ class Frames:
 # --- inside the child -----------------------------------------------------------------------------------------------
 
 
-def limit(memory_mb: int, seconds: float) -> list[str]:
-    """Lower this process's limits for good; returns those that the platform granted."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return []
-    # The wall clock, which allows a second for the start of a process, comes first; this is for a child that escapes.
-    cpu = math.ceil(seconds) + 3
-    wanted = (
-        ("memory", "RLIMIT_AS", memory_mb << 20),
-        ("cpu time", "RLIMIT_CPU", cpu),
-        ("file size", "RLIMIT_FSIZE", 0),
-        ("processes", "RLIMIT_NPROC", 0),  # to which Linux does not hold root
-        ("descriptors", "RLIMIT_NOFILE", 32),
-        ("core dumps", "RLIMIT_CORE", 0),
-    )
-    granted: list[str] = []
-    for name, constant, value in wanted:
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # what macOS and others do not offer
-            resource.setrlimit(getattr(resource, constant), (value, value))
-            granted.append(name)
-    return granted
-
-
-def drop_privileges() -> None:
-    """Give up Linux capabilities, which root and the owner of a fresh user namespace have."""
-    if sys.platform == "linux":
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        with contextlib.suppress(AttributeError):
-            libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-            libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-
-
 def guard() -> None:
     """Refuse files, processes, sockets, foreign memory and other frames, by an audit hook that cannot be removed."""
-    for name in REFUSED_MODULES:
-        sys.modules.pop(name, None)
+    for name in list(sys.modules):
+        if name in REFUSED_MODULES or name.partition(".")[0] == "trimtab":
+            del sys.modules[name]
     library = (*filter(None, sys.path), os.devnull)
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     # Names are bound here, so that a program which patches builtins does not patch the hook.
@@ -172,6 +143,8 @@ def guard() -> None:
             raise refusal(f"{event} is refused in the sandbox")
         if event == "open" and not allowed(arguments[0], arguments[2]):
             raise refusal("files are refused in the sandbox")
+        if event in LISTING and arguments[0] not in HERE and not allowed(arguments[0], 0):
+            raise refusal("folders are refused in the sandbox")
         if event == "import" and arguments[0] in REFUSED_MODULES:
             raise ImportError(f"{arguments[0]} is refused in the sandbox")
         if event == "sys._getframe":
@@ -235,18 +208,28 @@ def child(job: Job, channel: int, token: bytes) -> NoReturn:
             os.dup2(null, standard)
         os.closerange(3, channel)
         os.closerange(channel + 1, 256)
-        granted = limit(job["memory_mb"], job["timeout"])
-        drop_privileges()
+        granted, gains = shut_in(job["memory_mb"], job["timeout"])
         if job["code"] is None:  # a probe: what can this platform do?
             if "processes" in granted and _can_fork():
                 granted.remove("processes")
-            os.write(channel, pack(json.dumps(granted).encode(), token) + pack(b"", token))
+            os.write(channel, pack(json.dumps([granted, gains]).encode(), token) + pack(b"", token))
         else:
             importlib.import_module("random").seed(0)  # after the fork, at which `random` seeds itself afresh
             guard()
             execute(job, channel, token)
     finally:
         leave(1)
+
+
+def shut_in(memory_mb: int, seconds: float) -> tuple[list[str], list[str]]:
+    """Put every layer of the kernel's around this process for good; returns the limits and the layers it granted."""
+    kernel.drop_privileges()
+    layers = {
+        FILES_CLOSED: kernel.close_files(filter(None, sys.path)),
+        CALLS_FILTERED: kernel.filter_calls(),
+    }
+    gains = [gain for gain, has in layers.items() if has]
+    return kernel.limit(memory_mb, seconds, threads=CALLS_FILTERED in gains), gains
 
 
 def _can_fork() -> bool:
@@ -263,45 +246,23 @@ def _can_fork() -> bool:
 # --- the helper that forks ------------------------------------------------------------------------------------------
 
 
-def isolate() -> list[str]:
-    """Move this process into namespaces of its own, as far as the kernel allows; returns what that gives."""
-    if sys.platform != "linux":
-        return []
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if libc.unshare(NAMESPACES[0][0]) != 0:  # not privileged: a user namespace may lend the right
-        libc.unshare(0x10000000)
-    granted = [gain for flag, gain in NAMESPACES if libc.unshare(flag) == 0]
-    if NAMESPACES[1][1] in granted and not _freeze_files(libc):
-        granted.remove(NAMESPACES[1][1])
-    if NAMESPACES[2][1] in granted:
-        first = os.fork()  # the first child is process 1 of the new tree: when it ends, so do all others
-        if first:
-            os.waitpid(first, 0)
-            os._exit(0)
-        libc.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: and it ends with the process that waits for it
-    return granted
+class Abandoned(Exception):
+    """The process that wanted the answer is gone."""
 
 
-def _freeze_files(libc: Any) -> bool:
-    import ctypes
+def collect(source: int, token: bytes, seconds: float, watched: Sequence[int] = ()) -> tuple[Frames, bool]:
+    """Read a child's messages until it is done, silent or out of time; the flag says whether time ran out.
 
-    private, recursive, read_only = 1 << 18, 0x8000, (ctypes.c_uint64 * 4)(1, 0, 0, 0)
-    libc.mount(None, b"/", None, ctypes.c_ulong(private | 1 << 14), None)
-    mount_setattr = 442  # the same number on every architecture; Linux 5.12
-    return libc.syscall(ctypes.c_long(mount_setattr), -100, b"/", recursive, read_only, ctypes.c_size_t(32)) == 0
-
-
-def collect(source: int, token: bytes, seconds: float) -> tuple[Frames, bool]:
-    """Read a child's messages until it is done, silent or out of time; the flag says whether time ran out."""
-    import select
-
+    Raises `Abandoned` when a watched descriptor becomes readable.
+    """
     frames, deadline = Frames(token), time.monotonic() + seconds
     while not (frames.finished or frames.spoiled):
         remaining = deadline - time.monotonic()
-        if remaining <= 0 or not select.select([source], [], [], remaining)[0]:
+        ready = select.select([source, *watched], [], [], remaining)[0] if remaining > 0 else []
+        if not ready:
             return frames, True
+        if ready != [source]:
+            raise Abandoned
         data = os.read(source, 1 << 16)
         if not data:
             break
@@ -310,8 +271,10 @@ def collect(source: int, token: bytes, seconds: float) -> tuple[Frames, bool]:
 
 
 def stop(pid: int, *, own_tree: bool) -> int:
-    """Kill a child, in a tree of our own with everything that it started, and return its wait status."""
-    os.kill(-1 if own_tree else pid, 9)
+    """Kill a child with its process group, in a tree of our own with everything in it, and return its wait status."""
+    for victim in (-1,) if own_tree else (-pid, pid):  # the child may not have come to make its group
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, 9)
     status = os.waitpid(pid, 0)[1]
     if own_tree:
         with contextlib.suppress(ChildProcessError):
@@ -320,16 +283,20 @@ def stop(pid: int, *, own_tree: bool) -> int:
     return status
 
 
-def run_job(job: Job, *, own_tree: bool) -> dict[str, object]:
+def run_job(job: Job, *, own_tree: bool, watched: Sequence[int] = ()) -> dict[str, object]:
     """Fork, run one job in the child and return its messages with how it ended."""
-    token = os.urandom(TOKEN_BYTES)
+    token, helper = os.urandom(TOKEN_BYTES), os.getpid()
     source, channel = os.pipe()
     pid = os.fork()
     if not pid:
+        os.setpgid(0, 0)
+        kernel.die_with_parent()
+        if os.getppid() != helper:  # which is gone already
+            os._exit(1)
         child(job, channel, token)
     os.close(channel)
     try:
-        frames, late = collect(source, token, job["timeout"])
+        frames, late = collect(source, token, job["timeout"], watched)
     finally:
         status = stop(pid, own_tree=own_tree)
         os.close(source)
@@ -345,29 +312,37 @@ def run_job(job: Job, *, own_tree: bool) -> dict[str, object]:
 
 
 def serve() -> None:
-    """Answer jobs on standard input until it closes."""
-    gains = isolate()
-    own_tree = NAMESPACES[2][1] in gains
+    """Answer jobs on standard input until it closes, or the process that started this one is gone."""
+    watched = [0]  # during a job nothing is sent, so that it turns readable when it closes
+    with contextlib.suppress(AttributeError, OSError):  # Linux alone; others may hold the pipe open, if we were forked
+        watched.append(os.pidfd_open(os.getppid()))
+    gains = kernel.isolate()
+    own_tree = kernel.OWN_TREE in gains
     for name in WARM:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
     requests, replies = os.fdopen(0, "rb", closefd=False), os.fdopen(1, "wb", closefd=False)
     gains.insert(0, "a fork per program")
-    while head := requests.read(HEADER.size):
-        job = json.loads(requests.read(HEADER.unpack(head)[0]))
-        reply = run_job(job, own_tree=own_tree)
-        replies.write(pack(json.dumps({**reply, "gains": gains}).encode()))
-        replies.flush()
+    with contextlib.suppress(Abandoned, BrokenPipeError):
+        while select.select(watched, [], [])[0] == [0] and (head := requests.read(HEADER.size)):
+            job = json.loads(requests.read(HEADER.unpack(head)[0]))
+            reply = run_job(job, own_tree=own_tree, watched=watched)
+            replies.write(pack(json.dumps({**reply, "gains": gains}).encode()))
+            replies.flush()
+    os._exit(0)  # replies may hold what nobody reads
 
 
 def once() -> NoReturn:
     """Run the one job on standard input; its messages go to standard output."""
     job = json.loads(sys.stdin.buffer.read())
     channel = os.dup(1)
+    # A thread of C ends this process should nobody be there to do it.
+    faulthandler.dump_traceback_later(job["timeout"] + ORPHAN, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     child(job, channel, bytes.fromhex(job["token"]))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Do what the command line says: `serve` or `once`."""
     builtins.exit = builtins.quit = sys.exit  # `-S` leaves them out; programs use them
     {"serve": serve, "once": once}[sys.argv[1]]()

@@ -1,14 +1,18 @@
 """Run model-written Python, many programs fast, in a helper process under limits.
 
 How: one helper (isolated interpreter, empty environment, own session, empty working directory) forks a child for each
-program. The child lowers its limits for good, gives up privileges, closes its descriptors and runs the program; the
-helper watches the clock and kills it. Where the platform allows, the helper first moves into namespaces of its own: no
-network, a read-only file system, a process tree that is emptied after each program. `Sandbox.isolation` says what was
-granted. An audit hook, which Python code cannot remove, refuses files (other than reading the standard library),
-processes, sockets, ctypes and the frames of other code. Without `os.fork` a fresh process runs each program, slower
+program. The child makes a process group of its own, lowers its limits for good, gives up privileges, closes its
+descriptors and runs the program; the helper watches the clock, and the process that wants the answer, and kills the
+group. Where the platform allows, the helper first moves into namespaces of its own (no network, a read-only file
+system, a process tree that is emptied after each program), and each child shuts itself in: Landlock closes all files
+but the standard library, a filter of system calls forbids new processes, signals, sockets and changes to files.
+`Sandbox.isolation` says what was granted. An audit hook, which Python code cannot remove, refuses the same on every
+platform, and with it ctypes and the frames of other code. Without `os.fork` a fresh process runs each program, slower
 and under the clock alone.
 
-Programs are repeatable: strings hash, and `random` starts, the same way in every one.
+Programs write no file at all, a scratch file neither: no solution in HumanEval or MBPP needs one. They see the standard
+library and no other package, and what they print goes nowhere. They are repeatable: strings hash, and `random` starts,
+the same way in every one.
 
 What it protects against: the mistakes and the opportunism of generated code. Endless loops, floods, memory and fork
 bombs, exits, damage to files and to other processes, printing or spraying a success message, patching builtins. With
@@ -16,7 +20,8 @@ bombs, exits, damage to files and to other processes, printing or spraying a suc
 
 What it does not: it is no security boundary. Code *written to* break out of CPython may forge the success of `run`,
 whose tests share a process with the code they test (an object that is equal to everything already passes them), and
-where namespaces are missing it may harm what the user's account can harm. Run hostile code in a virtual machine.
+where `isolation` names no kernel layer it may harm what the user's account can harm. Run hostile code in a virtual
+machine.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, cast
 
@@ -40,6 +46,12 @@ from trimtab.evals import _sandbox_worker as worker
 FORK = hasattr(os, "fork")
 GRACE = 20.0
 """Seconds beyond a program's own before a silent helper is given up: a busy machine is slow, not broken."""
+
+START = (
+    "import sys; sys.path.insert(0, sys.argv.pop()); "
+    "from trimtab.evals._sandbox_worker import main; del sys.path[0]; main()"
+)
+"""What the helper's interpreter, which sees the standard library alone, is told to run."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +192,14 @@ class Sandbox:
             reply = self._exchange(probe) if self._fork else self._once(probe)
             if reply is None or not reply.frames:
                 raise SandboxError(f"The sandbox's helper does not answer. {self._complaint(reply)}".strip())
-            limits = ", ".join(cast(list[str], json.loads(reply.frames[0]))) or "time alone"
+            limits, layers = cast(tuple[list[str], list[str]], json.loads(reply.frames[0]))
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
                 raise SandboxError(f"The sandbox could not start {sys.executable!r}: {error}") from error
             raise
-        self._isolation = "; ".join([*reply.gains, f"limits on {limits}", "files, processes and sockets refused"])
+        bounds = f"limits on {', '.join(limits) or 'time alone'}"
+        self._isolation = "; ".join([*reply.gains, *layers, bounds, "files, processes and sockets refused"])
 
     def _complaint(self, reply: _Reply | None) -> str:
         """Return the last words of the helper, for an error message."""
@@ -203,8 +216,7 @@ class Sandbox:
         assert process.stdout is not None
         deadline = time.monotonic() + cast(float, job["timeout"]) + GRACE
         try:
-            process.stdin.write(worker.pack(json.dumps(job).encode()))
-            process.stdin.flush()
+            _write(process.stdin.fileno(), worker.pack(json.dumps(job).encode()), deadline)
             head = _read(process.stdout.fileno(), worker.HEADER.size, deadline)
             body = _read(process.stdout.fileno(), worker.HEADER.unpack(head)[0], deadline) if head else None
         except BrokenPipeError:
@@ -248,8 +260,10 @@ def _launch(mode: str, folder: str, errors: IO[bytes]) -> subprocess.Popen[bytes
     environment = {"PYTHONHASHSEED": "0"}
     if os.name == "nt":
         environment["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+    root = str(Path(worker.__file__).parents[2])
     return subprocess.Popen(
-        [sys.executable, "-P", "-s", "-S", "-B", worker.__file__, mode],
+        [sys.executable, "-P", "-s", "-S", "-B", "-c", START, mode, root],
+        bufsize=0 if mode == "serve" else -1,  # 0: requests are written here, by `_write`
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -260,16 +274,27 @@ def _launch(mode: str, folder: str, errors: IO[bytes]) -> subprocess.Popen[bytes
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a helper with its session, and close the pipes."""
+    """Let a helper end its program and itself, or kill it; close the pipes."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):  # half a request was still waiting to be sent
+                stream.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1.0)  # a helper whose pipe closes kills the group of its program, which is not its own
     with contextlib.suppress(ProcessLookupError):
         if os.name == "posix":
             os.killpg(process.pid, 9)
         process.kill()
     process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(BrokenPipeError):  # half a request was still waiting to be sent
-                stream.close()
+
+
+def _write(descriptor: int, data: bytes, deadline: float) -> None:
+    """Write all of `data`, or as much as is taken before the deadline."""
+    import select
+
+    rest = memoryview(data)
+    while rest and select.select([], [descriptor], [], max(0.0, deadline - time.monotonic()))[1]:
+        rest = rest[os.write(descriptor, rest[: select.PIPE_BUF]) :]  # so many bytes at once never wait
 
 
 def _read(descriptor: int, count: int, deadline: float) -> bytes | None:
