@@ -22,6 +22,7 @@ TREE = {
     "OptionError": ValueError,
     "UnknownName": KeyError,
     "TuneError": RuntimeError,
+    "TrainError": RuntimeError,
     "SandboxError": RuntimeError,
     "JudgeError": RuntimeError,
     "MissingDependency": ImportError,

@@ -100,7 +100,14 @@ def evidence(
         run |= {"broken": 0.0, "repetition": 0.0, "characters": 30.0}
         rails = {"facts": [1.0] * 100}
         right = {"right": [1.0] * 50, "margin": [1.0] * 50}
-        return {"greedy": run, "sampled": run, "guardrails": rails, "preference": right, "kl": 0.1}
+        return {
+            "greedy": run,
+            "sampled": run,
+            "guardrails": rails,
+            "preference": right,
+            "kl": 0.1,
+            "seconds_per_answer": 0.01,
+        }
 
     cost = {"seconds": 1.0, "peak_bytes": 1 << 20}
     records: dict[tuple[str, ...], Any] = {}
@@ -115,6 +122,7 @@ def evidence(
             record = {"record": {"chosen": chosen}, "tune": {"seconds": 6 * seconds, "peak_bytes": None}}
         elif kind == "steer":
             record["chosen"] = {"site": "3/last", "where": "prompt", "gain": 0.4}
+            record["validation"] = {"selection_bias": {"expected": 0.1}}
             reversed_run = test(0.0, model, "reversed")
             reversed_run["sampled"]["scores"] = [0.0] * 300
             record["controls"] = {"random": base.tolist(), "shuffled": base.tolist(), "reversed": reversed_run}

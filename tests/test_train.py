@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.cli import main
-from trimtab.errors import MissingDependency, OptionError, PairsError, UnknownName
+from trimtab.errors import MissingDependency, OptionError, PairsError, TrainError, UnknownName
 from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.generate import generate
 from trimtab.pairs import Pairs
@@ -224,6 +225,33 @@ def test_without_validation_prompts_are_held_out() -> None:
 def test_wrong_options_say_what_is_wrong(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         train(model(), tokenizer(), PAIRS, **{"validation": HELD} | options)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_never_the_best_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = model()
+    with torch.no_grad():
+        next(broken.parameters())[5:] = float("nan")
+    with pytest.raises(TrainError, match="not finite, at any of 1 settings"):
+        train(broken, tokenizer(), PAIRS, betas=(0.1,), **FAST)
+    fit = loops_module.fit
+
+    def lost(*arguments: Any, **options: Any) -> Any:
+        history = fit(*arguments, **options)
+        spoiled = arguments[4].learning_rate == 1e-3
+        return replace(history, validation_losses=[float("nan")] * 3) if spoiled else history
+
+    monkeypatch.setattr("trimtab.train.fit", lost)
+    options = FAST | {"learning_rates": (1e-3, 3e-3), "betas": (0.1,), "score": lambda _: -1.0}
+    record = train(model(), tokenizer(), PAIRS, **options).record
+    assert [row["score"] for row in record["table"]] == [None, -1.0]
+    assert record["chosen"]["learning_rate"] == 3e-3
+    assert "NaN" not in json.dumps(record)
+
+
+def test_sft_goes_by_its_loss_on_validation() -> None:
+    record = train(model(), tokenizer(), PAIRS, loss="sft", **FAST | {"learning_rates": (1e-5, 3e-3)}).record
+    assert record["chosen_by"] == "validation loss"
+    assert record["chosen"]["learning_rate"] == 3e-3
 
 
 def test_a_pair_beyond_the_context_is_refused_by_its_number() -> None:

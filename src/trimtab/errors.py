@@ -9,6 +9,7 @@ TrimtabError
 ├── OptionError        (ValueError)    an option's value is out of its range
 ├── UnknownName        (KeyError)      a name that is not in a list of known names
 ├── TuneError          (RuntimeError)  no setting of the knob keeps the budget
+├── TrainError         (RuntimeError)  training came to nothing that could be used
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
 ├── JudgeError         (RuntimeError)  the endpoint of a judge refuses, or cannot be reached
 └── MissingDependency  (ImportError)   an optional package is not installed
@@ -61,6 +62,10 @@ class UnknownName(TrimtabError, KeyError):
 
 class TuneError(TrimtabError, RuntimeError):
     """No setting of the knob (site, tokens, gain) keeps the guardrail budget."""
+
+
+class TrainError(TrimtabError, RuntimeError):
+    """Training came to nothing that could be used."""
 
 
 class SandboxError(TrimtabError, RuntimeError):

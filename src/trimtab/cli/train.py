@@ -15,7 +15,7 @@ from typing import Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given
-from trimtab.cli.sources import load_pairs, open_model
+from trimtab.cli.sources import load_pairs, load_task, open_model
 from trimtab.cli.tables import columns, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
@@ -43,6 +43,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("pairs", metavar="PAIRS", help="pairs to train on: a file, or prefworld:math")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the trained model, new or empty")
     parser.add_argument("--validation", metavar="PAIRS", help="held-out pairs (default: three tenths of PAIRS)")
+    parser.add_argument(
+        "--task", metavar="TASK", help="what the model is for decides the grid: validation questions, as for tune"
+    )
     parser.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
     options.add_checkpoint(parser)
     grid = parser.add_argument_group("the grid")
@@ -66,9 +69,11 @@ def run(args: Namespace, terminal: Terminal) -> None:
     held = load_pairs(args.validation, split="validation", duplicates=args.duplicates) if args.validation else None
     with terminal.working("Preparing"):
         from trimtab.checkpoint import remove
+        from trimtab.evals.tasks import run_task
         from trimtab.train import train
         from trimtab.train.loops import check_installed
 
+        task = load_task(args.task, grader="exact_match", max_new_tokens=128) if args.task else None
         check_installed()  # before the model is loaded, which may take long
     with open_model(args, terminal) as (model, tokenizer):
         working = terminal.working(f"Training on {len(pairs)} pairs ({args.loss})", counted=True)
@@ -79,6 +84,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
                 pairs,
                 loss=args.loss,
                 validation=held,
+                score=None if task is None else lambda made: run_task(made, tokenizer, task).accuracy,
                 progress=progress,
                 **given(args, *TRAIN),
             )
@@ -133,15 +139,27 @@ def _text(record: dict[str, Any], out: Path) -> str:
             "next": f'trimtab generate {shlex.quote(str(out))} "..."',
         }
     )
-    heads = ["", "learning rate", "beta", "preference", "margin", "best loss", "best epoch", "epochs", "seconds"]
+    heads = [
+        "",
+        "learning rate",
+        "beta",
+        "score",
+        "preference",
+        "margin",
+        "best loss",
+        "best epoch",
+        "epochs",
+        "seconds",
+    ]
     rows = [
         [
             "*" if row is at_best else "",
             row["learning_rate"],
             row["beta"] or None,
+            row["score"],
             row["preference"],
             row["margin"],
-            min(row["validation_losses"]),
+            min((value for value in row["validation_losses"] if value is not None), default=None),
             row["best_epoch"],
             row["epochs"],
             row["seconds"],

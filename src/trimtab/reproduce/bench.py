@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -105,15 +106,20 @@ class Bench:
         """Measure a system on everything; scores are lists of one number per test item.
 
         `greedy` and `sampled` (temperature 1) hold scores, the share of the preferred side, the score within it, broken
-        answers, repetition and length in characters; `guardrails` scores by name; `preference` 0 or 1 and the margin in
-        nats per held-out pair; `kl` KL(base || system) in nats per token over the base model's answers to guardrails.
+        answers, repetition and length in characters; `seconds_per_answer` is of the greedy answers, grading included;
+        `guardrails` scores by name; `preference` 0 or 1 and the margin in nats per held-out pair; `kl` is
+        KL(base || system) in nats per token over the base model's answers to guardrails.
         """
         task = self.task(domain.task, "test", self.sizes.test)
         sampled = first(task, self.sizes.sampled)
         rails = self.guardrails("test")
         margins = self._margins(system, domain)
+        begun = time.perf_counter()
+        answered = self.run(system, task)
+        seconds = time.perf_counter() - begun
         return {
-            "greedy": summary(task, self.run(system, task)),
+            "greedy": summary(task, answered),
+            "seconds_per_answer": seconds / len(task),
             "sampled": summary(sampled, self.run(system, sampled, temperature=1.0, seed=seed)),
             "guardrails": {rail.name: self.run(system, rail).scores.tolist() for rail in rails},
             "preference": {"right": (margins > 0).astype(float).tolist(), "margin": margins.tolist()},

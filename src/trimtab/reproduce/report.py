@@ -86,6 +86,7 @@ SYSTEM_HEADS = (
     "seeds",
     "greedy",
     "gain (95 % interval)",
+    "luck",
     "sampled",
     "side",
     "within side",
@@ -93,6 +94,7 @@ SYSTEM_HEADS = (
     "preference",
     "KL",
     "broken",
+    "ms/answer",
     "learn s",
     "tune s",
     "learn MB",
@@ -132,6 +134,7 @@ def system_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             ""
             if row["kind"] == "base"
             else f"{_points(row['gain'])} ({_points(row['gain_low'])} to {_points(row['gain_high'])})",
+            _percent(row["luck"]),
             _percent(row["sampled"]),
             _percent(row["side_share"]),
             _percent(row["within_side"]),
@@ -139,6 +142,7 @@ def system_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             _percent(row["preference"]),
             _number(row["kl"], ".3f"),
             _percent(row["broken"]),
+            _number(row["seconds_per_answer"], ".1f", 1e-3),
             _number(row["learn_seconds"], ".1f"),
             _number(row["tune_seconds"], ".1f"),
             _number(row["learn_bytes"], ".0f", 1 << 20),
@@ -163,7 +167,8 @@ def _number(value: float | None, form: str, unit: float = 1) -> str:
 NOTES = (
     "Percent of test questions; differences are paired, in points, with intervals from a bootstrap of seeds and items "
     "together. Everything was chosen on validation questions and test questions were used once, except where it says "
-    "otherwise. Side: share of sampled answers in the preferred manner; within side: how many of those are right. "
+    "otherwise. Luck: what the best of as many useless settings would have seemed to gain on the validation questions. "
+    "Side: share of sampled answers in the preferred manner; within side: how many of those are right. "
     "Guardrails: the one that changes for the worst. KL: to the bare model on its own guardrail answers, in nats per "
     "token. Learning is reading activations, or one training run stopped early; tuning is all that chose its settings."
 )

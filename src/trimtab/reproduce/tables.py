@@ -60,6 +60,8 @@ def compare(e: Evidence, model: str, domain: str) -> list[Row]:
                 "worst_guardrail_change": losses[worst] - before[worst] if worst else None,
                 "preference": _mean(e, RIGHT, model, kind, domain, rest),
                 "kl": _over(found, ("kl",)),
+                "luck": _luck(found),
+                "seconds_per_answer": _over(found, ("seconds_per_answer",)),
                 "broken": _over(found, ("greedy", "broken")),
                 "characters": _over(found, ("greedy", "characters")),
                 **_costs(e, model, kind, domain, rest, found),
@@ -99,6 +101,12 @@ def _costs(e: Evidence, model: str, kind: str, domain: str, rest: tuple[object, 
             known = [cost["peak_bytes"] for cost in parts if cost["peak_bytes"] is not None]
             costs[f"{part}_bytes"] = max(known) if known else None
     return costs
+
+
+def _luck(found: list[Any]) -> float | None:
+    """Return what the best of as many useless settings would have seemed to gain on validation, mean over seeds."""
+    known = [record["validation"]["selection_bias"]["expected"] for record in found if "validation" in record]
+    return float(np.mean(known)) if known else None
 
 
 def _chosen(found: list[Any]) -> list[str]:

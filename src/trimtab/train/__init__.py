@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model, versions
-from trimtab.errors import OptionError, PairsError, unknown_name
+from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.evals.cost import measured
 from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.pairs import Pairs
@@ -76,7 +77,8 @@ def train(
     than `MIN_IMPROVEMENT` the run ends, and the weights of its best epoch count. Without `validation` three tenths of
     the prompts are held out of `pairs`. Of several settings the one counts with the largest `score(trained model)`,
     such as accuracy on validation questions; without `score`, the one that prefers most chosen answers of `validation`
-    by log-likelihood; of equal ones the smallest rate with the largest beta.
+    by log-likelihood (SFT: the one with the lowest validation loss); of equal ones the smallest rate with the largest
+    beta. A setting whose loss is not finite counts for nothing.
 
     Weights are float32 while they are trained and have the model's dtype afterwards. `lora_rank` trains an adapter of
     that rank on all linear layers (alpha twice the rank), which is merged into the model that is returned.
@@ -86,8 +88,8 @@ def train(
     is a folder that keeps finished settings of the grid; the chosen one is trained anew if it was finished by an
     earlier call. `progress` is called with the settings that are done and their number.
 
-    Raises `MissingDependency` without TRL, `PairsError` for pairs that the model's context cannot hold or that share
-    prompts with `validation`, and `OptionError` for other options.
+    Raises `TrainError` where no setting has a finite loss, `MissingDependency` without TRL, `PairsError` for pairs that
+    the model's context cannot hold or that share prompts with `validation`, and `OptionError` for other options.
     """
     options = {
         "gamma_ratio": gamma_ratio,
@@ -100,7 +102,7 @@ def train(
     grid = _grid(loss, learning_rates, betas)
     _check(options)
     check_installed()
-    Adapter(model).check_plain("training")
+    _check_model(model)
     used, held = _split(pairs, validation, seed)
     kept = Checkpoint(
         checkpoint,
@@ -129,13 +131,18 @@ def train(
         if best is None or best[1] != chosen:  # it was trained by an earlier call, which kept its row alone
             best = (bench.run(*grid[chosen])[0], chosen)
     row = table[chosen]
+    if row["score"] is None:
+        raise TrainError(
+            f"The {loss} loss on the validation pairs is not finite, at any of {len(grid)} settings. Try smaller "
+            "learning rates, check the model with trimtab check, or load it with dtype='float32'."
+        )
     record: dict[str, Any] = {
         "loss": loss,
         "options": options | {"learning_rates": [r for r, _ in grid], "betas": [b for _, b in grid]},
         "pairs": {"count": len(used), "hash": used.hash()},
         "validation": {"count": len(held), "hash": held.hash(), "held_out_of_pairs": validation is None},
         "chosen": {"learning_rate": row["learning_rate"], "beta": row["beta"]},
-        "chosen_by": "score" if score else "preference",
+        "chosen_by": "score" if score else "validation loss" if loss == "sft" else "preference",
         "table": table,
         "run": {"seconds": row["seconds"], "peak_bytes": row["peak_bytes"]},
         "grid": {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes},
@@ -192,7 +199,21 @@ def _split(pairs: Pairs, validation: Pairs | None, seed: int) -> tuple[Pairs, Pa
 
 def _best(table: Sequence[Mapping[str, Any]]) -> int:
     """Return the number of the best row; the grid goes from mild to strong, so the first of equal ones."""
-    return max(range(len(table)), key=lambda i: (table[i]["score"], -i))
+    scores = [-math.inf if row["score"] is None else row["score"] for row in table]
+    return scores.index(max(scores))
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    """Raise `OptionError` for a model that cannot be copied and trained as it is."""
+    Adapter(model).check_plain("training")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices == ["meta"]:
+        raise OptionError(
+            f"Training takes a model on one device; this one is on {', '.join(devices)}. Load it with device='cpu' or "
+            "device='cuda'."
+        )
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise OptionError("Quantised weights cannot be trained. Load the model in float32, bfloat16 or float16.")
 
 
 class _Bench:
@@ -240,17 +261,20 @@ class _Bench:
             made, history = self._fit(settings, Path(folder))
         margin = pair_margins(made, self._tokenizer, self._validation, [{}])[0].margin
         preferred = float(np.mean(margin > 0))
+        best = min(history.validation_losses, key=lambda value: value if math.isfinite(value) else math.inf)
+        finite = math.isfinite(best) and bool(np.isfinite(margin).all())
+        own = -best if self._loss == "sft" else preferred
         row = {
             "learning_rate": rate,
             "beta": beta,
-            "score": preferred if self._score is None else float(self._score(made)),
+            "score": None if not finite else own if self._score is None else float(self._score(made)),
             "preference": preferred,
-            "margin": float(margin.mean()),
-            "validation_losses": history.validation_losses,
+            "margin": float(margin.mean()) if finite else None,
+            "validation_losses": [value if math.isfinite(value) else None for value in history.validation_losses],
             "best_epoch": history.best_epoch,
             "epochs": len(history.validation_losses),
             "steps": history.steps,
-            "first_loss": history.first_loss,
+            "first_loss": history.first_loss if math.isfinite(history.first_loss) else None,
             "seconds": cost.seconds,
             "peak_bytes": cost.peak_bytes,
         }

@@ -8,6 +8,7 @@ generation see. TRL would render them itself: the two steps that do so are overr
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import warnings
@@ -114,7 +115,8 @@ def fit(
     state = trainer.state
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
     first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
-    return History(losses, int(np.argmin(losses)) + 1, state.global_step, first)
+    best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    return History(losses, best + 1, state.global_step, first)
 
 
 def _trainer(
