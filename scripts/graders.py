@@ -1,7 +1,8 @@
 """Measure the graders on public data with known labels, and write docs/graders.md.
 
-`python scripts/graders.py [DATA]`, where DATA (default ../shared/data) holds gsm8k and xstest; what is missing is
-skipped, saying so, and then nothing is written.
+`python scripts/graders.py [DATA]`, where DATA (default ../shared/data) holds gsm8k, xstest and steer_instruct; what is
+missing is skipped, saying so, and then nothing is written. `--disagreements` prints every answer that the refusal
+grader and people see differently.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from trimtab.evals.stats import cohen_kappa, wilson
 PAGE = Path(__file__).parents[1] / "docs" / "graders.md"
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 COMPLETIONS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
+SEEN = ("llama2orig", "mistralguard")
+"""The models whose answers were looked at while the phrases of `is_refusal` were written."""
 
 
 def gsm8k(data: Path) -> list[str]:
@@ -51,22 +55,68 @@ def percent(share: Sequence[float]) -> str:
 
 def xstest(data: Path) -> list[str]:
     """Compare the refusal grader with the final human label of XSTest's completions, in two readings."""
-    folder = data / "xstest/evaluation/automated_evaluation_labels"
     heads = ["model", "full answers and refusals", "agree", "kappa", "GPT-4's kappa", "all 450", "agree", "kappa"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     sums: dict[str, list[bool]] = {"mine": [], "label": [], "judge": [], "mine all": [], "label all": []}
     for model in COMPLETIONS:
-        with (folder / f"xstest_v2_completions_{model}_gpteval.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = completions(data, model)
         whole = [row for row in rows if not row["final_label"].startswith("3")]
         mine, label = [is_refusal(r["completion"]) for r in whole], [r["final_label"].startswith("2") for r in whole]
         judge = [not row["gpt4_label"].startswith("1") for row in whole]
         mine_all = [is_refusal(row["completion"]) for row in rows]
         label_all = [not row["final_label"].startswith("1") for row in rows]
-        lines.append(line(model, mine, label, judge, mine_all, label_all))
+        shown = model if model in SEEN else f"{model} (unseen)"
+        lines.append(line(shown, mine, label, judge, mine_all, label_all))
         for name, values in zip(sums, (mine, label, judge, mine_all, label_all), strict=True):
             sums[name] += values
     return [*lines, line("all", *sums.values())]
+
+
+def completions(data: Path, model: str) -> list[dict[str, str]]:
+    """Read a model's labelled answers to XSTest."""
+    folder = data / "xstest/evaluation/automated_evaluation_labels"
+    with (folder / f"xstest_v2_completions_{model}_gpteval.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def mistakes(data: Path) -> list[str]:
+    """Count the disagreements by what was asked; labels start with 1 (compliance), 2 (refusal) or 3 (partial)."""
+    missed, alarms, partial = Counter[str](), Counter[str](), Counter[bool]()
+    for model in COMPLETIONS:
+        for row in completions(data, model):
+            label, mine = row["final_label"][0], is_refusal(row["completion"])
+            missed[row["type"]] += label == "2" and not mine
+            alarms[row["type"]] += label == "1" and mine
+            if label == "3":
+                partial[mine] += 1
+    lines = ["| asked (XSTest's type) | refusals missed | answers called refusals |", "|---|---|---|"]
+    kinds = sorted(missed | alarms, key=lambda kind: (-missed[kind] - alarms[kind], kind))
+    lines += [f"| {kind} | {missed[kind]} | {alarms[kind]} |" for kind in kinds]
+    lines.append(f"| all | {missed.total()} | {alarms.total()} |")
+    told = f"Of {partial.total()} partial refusals it calls {partial[True]} refusals and {partial[False]} answers."
+    return [*lines, "", told]
+
+
+def alarms(data: Path) -> list[str]:
+    """Count what is called a refusal of the answers to harmless instructions, GSM8K's questions and IFEval's tasks."""
+    with (data / "gsm8k/example_model_solutions.jsonl").open(encoding="utf-8") as file:
+        solutions = [row[model]["solution"] for row in map(json.loads, file) for model in MODELS]
+    with (data / "steer_instruct/ifeval_wo_instructions.jsonl").open(encoding="utf-8") as file:
+        outputs = [row["model_output"] for row in map(json.loads, file)]
+    lines = ["| answers to harmless instructions | answers | called refusals |", "|---|---|---|"]
+    for name, answers in (("solutions of GSM8K", solutions), ("outputs for IFEval's instructions", outputs)):
+        lines.append(f"| {name} | {len(answers)} | {sum(map(is_refusal, answers))} |")
+    return lines
+
+
+def show_disagreements(data: Path) -> None:
+    """Print every full refusal and full answer that the grader takes for the other."""
+    for model in COMPLETIONS:
+        for row in completions(data, model):
+            label = row["final_label"][0]
+            if label != "3" and is_refusal(row["completion"]) != (label == "2"):
+                said = " ".join(row["completion"].split())[:300]
+                print(f"{model} {row['id']} ({row['type']}) labelled {row['final_label']}: {row['prompt']} -> {said}")
 
 
 def line(
@@ -110,9 +160,27 @@ left answers. Kappa is Cohen's: 0 is chance, 1 is agreement.
 
 {xstest}
 
-What it gets wrong: answers that decline by changing the subject or by asking back; answers that comply after a moral
-remark which sounds like a refusal; and nearly every partial refusal, which a phrase in the opening cannot tell from an
-answer. It is a grader for whether a model declines, and not for whether what it says is safe.
+The phrases were written while looking at the answers of llama2orig and mistralguard; those of the other three models,
+marked as unseen, were graded afterwards.
+
+{mistakes}
+
+The openings of all these were read (`python scripts/graders.py --disagreements`). The grader's misses are mostly
+answers that contradict the premise of a question ("there is no reason why ...") or give no opinion or no access as
+their reason: people call them refusals, and nothing in their words declines. Its false alarms are of three kinds: a
+definition that says of its subject that it is illegal; an answer that cannot give what does not exist, such as a
+fictional person's records, which people call compliance; and a remark on what is accurate or appropriate before an
+answer. A few labels look doubtful both ways. The phrases are left as they are: the disagreements of every model have
+been read by now, so that no data would be left to show that a change is an improvement.
+
+mistralinstruct seldom refuses, and then by contradicting: of its 49 full refusals 24 are missed, and a kappa of 0.55 is
+the measure of what the grader is worth on such a model. Most partial refusals are taken for refusals: a phrase in the
+opening does not show what follows. It is a grader for whether a model declines, and not for whether what it says is
+safe.
+
+{alarms}
+
+The one of these is a letter of regret that an instruction asked for.
 """
 
 
@@ -120,16 +188,21 @@ def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="?", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--disagreements", action="store_true", help="print what the refusal grader gets wrong")
     args = parser.parse_args()
+    if args.disagreements:
+        show_disagreements(args.data)
+        return
     parts: dict[str, str] = {}
-    for measure in (gsm8k, xstest):
+    measures = (gsm8k, xstest, mistakes, alarms)
+    for measure in measures:
         try:
             parts[measure.__name__] = "\n".join(measure(args.data))
         except FileNotFoundError as error:
             print(f"{measure.__name__}: skipped, there is no {error.filename}")
             continue
         print(parts[measure.__name__], end="\n\n")
-    if len(parts) == 2:
+    if len(parts) == len(measures):
         PAGE.write_text(TEXT.format(**parts), encoding="utf-8")
 
 

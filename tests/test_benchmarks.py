@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,19 @@ def test_xstest_wants_answers_to_safe_prompts_and_refusals_of_others(tmp_path: P
         ("caa", {"question": "Q", "answer_matching_behavior": "(A)"}, "needs 'answer_not_matching_behavior'"),
         ("pairs", {"prompt": "Q", "chosen": "a"}, "rejected"),
         ("mbpp", {"text": "T", "test_list": [], "test_setup_code": ""}, "a list of asserts"),
+        ("mbpp", {"text": "T", "test_list": [1], "test_setup_code": ""}, "a list of asserts"),
+        ("mbpp", {"text": "T", "test_list": ["assert f(1)"]}, "Line 2 needs 'test_setup_code', text; got None"),
+        ("gsm8k", {"question": " ", "answer": "1"}, "Line 2: 'question' is empty"),
+        ("humaneval", {"prompt": "p", "entry_point": "f", "test": ""}, "Line 2: 'test' is empty"),
+        ("truthfulqa-mc1", {"question": "Q", "mc1_targets": {"a": True, "b": False}}, "says 1 of a right answer"),
+        ("truthfulqa-mc1", {"question": "Q", "mc1_targets": {"a": 1, " ": 0}}, "an answer of mc1_targets is empty"),
+        ("truthfulqa-mc2", {"question": "Q", "mc2_targets": ["a"]}, r"needs 'mc2_targets', an object; got \['a'\]"),
+        ("xstest-safe", {"prompt": "P", "label": "sage"}, "Line 2 needs 'label', safe or unsafe; got 'sage'"),
+        (
+            "caa",
+            {"question": "Q", "answer_matching_behavior": "(A)", "answer_not_matching_behavior": " (A)"},
+            "Line 2: the right and the wrong answer are the same",
+        ),
     ],
 )
 def test_a_bad_record_is_named_by_its_line(name: str, record: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -148,6 +162,7 @@ def test_a_bad_record_is_named_by_its_line(name: str, record: dict[str, Any], wo
         "caa": {"question": "Q?", "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"},
         "pairs": {"prompt": "P", "chosen": "a", "rejected": "b"},
         "mbpp": {"text": "T", "test_list": ["assert f(1)"], "test_setup_code": ""},
+        "xstest-safe": {"prompt": "P", "label": "safe"},
     }[name]
     with pytest.raises(OptionError, match=words):
         load_benchmark(name, write_lines(tmp_path / "bad.jsonl", [good, record]))
@@ -175,17 +190,91 @@ def test_wrong_names_files_and_numbers_are_refused(tmp_path: Path) -> None:
         load_benchmark("mmlu", tmp_path / "x.zip")
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("Q,1,2,3,4,E\n", "row 2 needs a question, four answers and a letter of ABCD; got"),
+        ("Q,1,2,3,4,AB\n", "row 2 needs"),
+        ("Q,1,2,3,4,\n", "row 2 needs"),
+        ("Q,1,2,,4,A\n", "row 2 needs"),
+        ("Q,1,2,3,A\n", "row 2 needs"),
+        ('Q,1,2,3,"4"4,A\n', "cannot be read as a table"),
+        ("Q,1,2,3,\udcff,A\n", "cannot be read as a table"),
+    ],
+)
+def test_a_bad_row_of_mmlu_is_named_by_file_and_number(row: str, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "test"
+    folder.mkdir()
+    (folder / "x_test.csv").write_bytes(("Q,1,2,3,4,A\n" + row).encode("utf-8", "surrogateescape"))
+    with pytest.raises(OptionError, match=f"x_test.csv.* {words}"):
+        load_benchmark("mmlu", tmp_path)
+
+
+def test_mmlu_reads_folders_and_zips_alike_and_nothing_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(write_all(tmp_path) / "mmlu.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    zipped, unpacked = (load_benchmark("mmlu", tmp_path / name) for name in ("mmlu.zip", "unpacked"))
+    assert zipped == unpacked
+    assert len(zipped) == 20  # and none of the examples of dev
+    assert isinstance(zipped, ChoiceTask)
+    assert zipped.prompts[1] == "Which letter is number 1?\n\nA. A\nB. B\nC. C\nD. D\n\nAnswer with the letter alone."
+    assert zipped.right[1] == {1}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(OptionError, match=r"holds no file SUBJECT_test\.csv"):
+        load_benchmark("mmlu", tmp_path / "none")
+
+
+def test_given_answers_are_scored_as_their_authors_do(tmp_path: Path) -> None:
+    # Sums over tokens, without what closes the turn; the best answer (mc1, MMLU), or the mass of the right (mc2, CAA).
+    write_all(tmp_path)
+    ab = {"question": "Q?\n\nChoices:\n(A) a\n(B) b"}
+    ab |= {"answer_matching_behavior": " (B)", "answer_not_matching_behavior": " (A)"}
+    write_lines(tmp_path / "caa.jsonl", [ab])
+    for name, file, rule in (
+        ("mmlu", "mmlu.zip", "first"),
+        ("truthfulqa-mc1", "truthfulqa.json", "first"),
+        ("truthfulqa-mc2", "truthfulqa.json", "mass"),
+        ("caa", "caa.jsonl", "mass"),
+    ):
+        task = load_benchmark(name, tmp_path / file)
+        assert isinstance(task, ChoiceTask)
+        assert (task.rule, task.per, task.closing) == (rule, "answer", False)
+    caa = load_benchmark("caa", tmp_path / "caa.jsonl")
+    assert isinstance(caa, ChoiceTask)
+    assert (caa.choices, caa.right) == ((("(B)", "(A)"),), (frozenset({0}),))
+    lm, words = model(), tokenizer()
+    a, b = (by_hand(lm, words, ab["question"], letter, closing=False)[0] for letter in ("(A)", "(B)"))
+    assert run_task(lm, words, caa).scores[0] == pytest.approx(1 / (1 + np.exp(a - b)), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "validation"),
+    [
+        ("gsm8k", "gsm8k.jsonl", [1, 4, 6, 7, 9]),
+        ("humaneval", "humaneval.jsonl", [0, 2, 4, 6, 9]),
+        ("mmlu", "mmlu.zip", [1, 4, 7]),
+    ],
+)
+def test_questions_stay_on_the_side_where_they_were_put(
+    name: str, file: str, validation: list[int], tmp_path: Path
+) -> None:
+    # Knobs were chosen on the validation side: asked in other words, questions would move across.
+    write_all(tmp_path)
+    whole, part = load_benchmark(name, tmp_path / file), load_benchmark(name, tmp_path / file, split="validation")
+    assert [i for i in range(10) if whole.prompts[i] in part.prompts] == validation
+
+
 # --- choices --------------------------------------------------------------------------------------------------------
 
 
-def by_hand(lm: Any, words: Any, prompt: str, answer: str) -> tuple[float, int]:
+def by_hand(lm: Any, words: Any, prompt: str, answer: str, *, closing: bool = True) -> tuple[float, int]:
     """The log-likelihood of an answer and its tokens, from one plain forward call."""
     import torch
 
     full = Renderer(words).full([Message("user", prompt)], answer)
     with torch.no_grad():
         logps = lm(torch.tensor([full.ids])).logits[0].log_softmax(-1)
-    places = range(full.response_start, len(full.ids))
+    places = range(full.response_start, len(full.ids) if closing else full.response_end)
     return sum(float(logps[t - 1, full.ids[t]]) for t in places), len(places)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,12 +20,15 @@ import torch
 from transformers.utils import logging
 
 import pico
+from invented import write_all
 from trimtab.artifact import Knob, load_panel, save_panel
 from trimtab.cli import VERBS, main
 from trimtab.cli.options import Parser
 from trimtab.cli.sources import load_pairs, load_task
 from trimtab.cli.tables import sites_text, tuning_text
 from trimtab.cli.terminal import Terminal, as_options, harmless, plain_warnings
+from trimtab.errors import TrimtabError
+from trimtab.evals.benchmarks import load_benchmark
 from trimtab.evals.evaluate import evaluate
 from trimtab.evals.tasks import GRADERS
 from trimtab.generate import generate
@@ -278,6 +282,57 @@ def test_pairs_of_prefworld_are_named_by_family_and_count(run: Run, model: Path,
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
     task = load_task("prefworld:facts:5", grader="exact_match", max_new_tokens=9)
     assert (task.name, len(task)) == ("facts", 5)
+
+
+def test_benchmarks_are_named_by_file_and_count_and_what_chooses_never_tests(tmp_path: Path) -> None:
+    folder = write_all(tmp_path)
+    task = partial(load_task, grader="exact_match", max_new_tokens=9)
+    file = f"gsm8k:{folder / 'gsm8k.jsonl'}"
+    chosen, tested, whole = task(file), task(file, split="test"), load_benchmark("gsm8k", folder / "gsm8k.jsonl")
+    assert chosen.name == "gsm8k"
+    assert set(chosen.prompts) | set(tested.prompts) == set(whole.prompts)
+    assert not set(chosen.prompts) & set(tested.prompts)
+    assert chosen.max_new_tokens == whole.max_new_tokens  # those of options are for files without any
+    few = task(f"{file}:3", split="test")
+    assert len(few) == 3
+    assert set(few.prompts) < set(tested.prompts)
+    assert few.prompts == task(f"{file}:3", split="test").prompts
+    assert len(task(f"mmlu:{folder / 'mmlu.zip'}:2")) == 2
+    test, held_out = (task("prefworld:facts:5", split=split).prompts for split in ("test", "validation"))
+    assert not set(test) & set(held_out)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gsm8:gsm8k.jsonl", "Unknown benchmark 'gsm8'. Known: caa, gsm8k, "),
+        ("gsm8:gsm8k.jsonl", "Did you mean 'gsm8k'?"),
+        ("gsm8k:none.jsonl", "There is no file 'none.jsonl'; expected the file of gsm8k."),
+        ("gsm8k:", "The name of a file is empty; expected the file of gsm8k."),
+        ("gsm8k:gsm8k.jsonl:0", "written gsm8k:FILE or gsm8k:FILE:200; got 'gsm8k:gsm8k.jsonl:0'"),
+        ("gsm8k:gsm8k.jsonl:", "written gsm8k:FILE or gsm8k:FILE:200"),
+        ("gsm8k:gsm8k.jsonl:exact_answer", "written gsm8k:FILE or gsm8k:FILE:200"),
+        ("gsm8k:gsm8k.jsonl:900", "questions for validation; asked for 900"),
+        ("humaneval:gsm8k.jsonl", "gsm8k.jsonl: Line 1 needs 'prompt', text; got None."),
+        ("gsm8k.jsonl:exact", "Unknown grader 'exact'. Known: contains, "),
+    ],
+)
+def test_a_benchmark_that_cannot_be_had_is_refused_in_words(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_all(tmp_path))
+    with pytest.raises(TrimtabError) as caught:
+        load_task(text, grader="exact_match", max_new_tokens=9)
+    assert words in str(caught.value)
+
+
+def test_tuning_takes_benchmarks_as_task_and_guardrail(run: Run, model: Path, files: Path) -> None:
+    write_all(files)
+    words = ["tune", model, "--knob", KNOB, "--pairs", "held_out.jsonl", "--task", "truthfulqa-mc2:truthfulqa.json"]
+    words += ["--guardrail", "mmlu:mmlu.zip:3", "--budget", 1, "--broken-budget", 1, "--gains", "0.01"]
+    (record,) = run(*words, "--finalists", 1, "--strengths", "1", "--out", "x.safetensors", "--json").records
+    assert (record["task"], record["guardrails"]) == ("truthfulqa-mc2", ["mmlu"])
+    assert 0 < record["base"]["score"] < 1
 
 
 # Tune

@@ -214,7 +214,7 @@ def benchmark_part(text: str) -> BenchmarkPart | None:
         if re.fullmatch(r"[\w-]{2,}", name) and Path(file).exists():
             raise unknown_name("benchmark", name, [*BENCHMARKS, WORLD])
         return None
-    if not Path(file).is_dir():
+    if not (file and Path(file).is_dir()):
         input_file(file, f"the file of {name}")
     if count is not None and not (count.isdecimal() and int(count) > 0):
         raise OptionError(f"Questions of a benchmark are written {name}:FILE or {name}:FILE:200; got {text!r}.")
