@@ -81,10 +81,13 @@ def test_every_public_parameter_is_exercised() -> None:
 REQUIRED = {
     "learn": "prefworld prefworld:math --out x.safetensors",
     "tune": "prefworld --knob x.safetensors --pairs prefworld:math --out y.safetensors",
+    "eval": "prefworld --task prefworld:math",
+    "train": "dpo prefworld prefworld:math --out x",
     "generate": "prefworld Hello",
     "chat": "prefworld",
     "inspect": "x.safetensors",
     "check": "prefworld",
+    "reproduce": "palrs",
     "demo": "",
 }
 
