@@ -141,7 +141,7 @@ def evidence(
         records[key] = done[key] = record
     for key, _ in later_steps(recipe, sizes, done):
         kind, model = key[1], key[0]
-        rows = [{"learning_rate": 1e-4, "beta": 0.1, "best_epoch": 2}]
+        rows = [{"learning_rate": 1e-4, "beta": 0.1, "best_step": 14}]
         if kind == "train":
             records[key] = {
                 "test": test(dpo, model, kind),

@@ -143,19 +143,28 @@ def test_half_precision_comes_back_and_runs_repeat() -> None:
     assert other.record["table"][0]["validation_losses"] != one.record["table"][0]["validation_losses"]
 
 
-def test_a_run_stops_when_validation_does_not_improve_and_keeps_its_best_epoch() -> None:
+def test_a_run_stops_when_validation_does_not_improve_and_keeps_its_best_weights() -> None:
     lm, words = model(), tokenizer()
     wrong = Pairs.from_records([{"prompt": f"Held {i}?", "chosen": "no", "rejected": "yes"} for i in range(3)])
     options = FAST | {"validation": wrong, "epochs": 9, "patience": 2}
     trained = train(lm, words, PAIRS, betas=(0.5,), **options)
     row = trained.record["table"][0]
-    assert row["epochs"] == 3  # the first is the best, and two more bring nothing
-    assert row["best_epoch"] == 1
+    assert (row["evaluated_at"], row["steps"]) == ([2, 4, 6], 6)  # the first is the best, and two more bring nothing
+    assert row["best_step"] == 2
     assert row["validation_losses"][0] == min(row["validation_losses"])
     alone = train(lm, words, PAIRS, betas=(0.5,), **options | {"epochs": 1, "patience": 1})
     kept, last = (pair_margins(t.model, words, wrong, [{}])[0].margin.mean() for t in (trained, alone))
     assert kept > -20
     assert abs(kept - last) < 0.5 * abs(last) + 1  # the first epoch's weights (under another schedule of the rate)
+
+
+def test_a_long_epoch_is_looked_at_on_the_way() -> None:
+    pairs = Pairs.from_records([{"prompt": f"Q {i}?", "chosen": "yes", "rejected": "no"} for i in range(40)])
+    row = train(model(), tokenizer(), pairs, betas=(0.5,), **FAST | {"batch_size": 1, "epochs": 1}).record["table"][0]
+    assert row["evaluated_at"] == [16, 32, 40]
+    assert len(row["validation_losses"]) == 3
+    best = int(np.argmin(row["validation_losses"]))
+    assert row["best_step"] == row["evaluated_at"][best]
 
 
 def test_the_grid_goes_by_the_score_and_of_equal_settings_takes_the_mildest() -> None:

@@ -55,7 +55,7 @@ def add_options(parser: ArgumentParser) -> None:
     run = parser.add_argument_group("each run")
     run.add_argument("--lora-rank", type=int, metavar="N", help="train an adapter of this rank (default: all weights)")
     run.add_argument("--epochs", type=int, metavar="N", help="at most (default 10)")
-    run.add_argument("--patience", type=int, metavar="N", help="epochs without improvement before it stops (default 2)")
+    run.add_argument("--patience", type=int, metavar="N", help="looks without improvement before it stops (default 2)")
     run.add_argument("--batch-size", type=int, metavar="N", help="pairs of a step (default 16)")
     run.add_argument("--seed", type=int, metavar="N", help="of order and adapter (default 0)")
 
@@ -133,7 +133,7 @@ def _text(record: dict[str, Any], out: Path) -> str:
         {
             "trained": f"{record['loss']} on {used} pairs, {held} held out",
             "chosen": f"learning rate {chosen['learning_rate']:g}{beta}, by {record['chosen_by']} on validation",
-            "stopped": f"after {at_best['epochs']} epochs; the weights are those of epoch {at_best['best_epoch']}",
+            "stopped": f"after {at_best['steps']} steps; the weights are those of step {at_best['best_step']}",
             "seconds": f"{record['run']['seconds']:.1f} for this run, {record['grid']['seconds']:.1f} for the grid",
             "written to": out,
             "next": f'trimtab generate {shlex.quote(str(out))} "..."',
@@ -160,8 +160,8 @@ def _text(record: dict[str, Any], out: Path) -> str:
             row["preference"],
             row["margin"],
             min((value for value in row["validation_losses"] if value is not None), default=None),
-            row["best_epoch"],
-            row["epochs"],
+            row["best_step"],
+            row["steps"],
             row["seconds"],
         ]
         for row in table

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.render import load
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
@@ -41,8 +42,10 @@ class Runner:
         self._benches: dict[str, Bench] = {}
 
     def run(self, key: Key, arguments: Mapping[str, Any]) -> Any:
-        """Return a step's record: the one that is kept, or a new one."""
-        return self._kept.step(" ".join(key), lambda: self._compute(key, arguments))
+        """Return a step's record: the one that is kept, or a new one, which holds what there is to warn of."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrimtabWarning)
+            return self._kept.step(" ".join(key), lambda: self._compute(key, arguments))
 
     def _compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
         model, kind, name, *rest = key

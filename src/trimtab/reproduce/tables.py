@@ -122,7 +122,7 @@ def _chosen(found: list[Any]) -> list[str]:
             said.append(f"{record['shots']} examples")
         elif "record" in record:
             row = record["record"]["table"][0]
-            said.append(f"rate {row['learning_rate']:g}, beta {row['beta']:g}, epoch {row['best_epoch']}")
+            said.append(f"rate {row['learning_rate']:g}, beta {row['beta']:g}, step {row['best_step']}")
     return said
 
 

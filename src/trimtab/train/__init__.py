@@ -73,8 +73,9 @@ def train(
     `gamma_ratio` x beta) or "sft" (the chosen answers alone, no beta). Texts are rendered as for learning and
     generating, and the answer's closing tokens count. None of `learning_rates` or `betas` stands for `GRIDS`.
 
-    Early stopping: after every epoch the loss on `validation` is taken; after `patience` epochs that lower it by less
-    than `MIN_IMPROVEMENT` the run ends, and the weights of its best epoch count. Without `validation` three tenths of
+    Early stopping: after every epoch (every `EVALUATED_EVERY` steps where an epoch is longer) the loss on `validation`
+    is taken; after `patience` times that lower it by less than `MIN_IMPROVEMENT` the run ends, and its best weights
+    count. Without `validation` three tenths of
     the prompts are held out of `pairs`. Of several settings the one counts with the largest `score(trained model)`,
     such as accuracy on validation questions; without `score`, the one that prefers most chosen answers of `validation`
     by log-likelihood (SFT: the one with the lowest validation loss); of equal ones the smallest rate with the largest
@@ -271,8 +272,8 @@ class _Bench:
             "preference": preferred,
             "margin": float(margin.mean()) if finite else None,
             "validation_losses": [value if math.isfinite(value) else None for value in history.validation_losses],
-            "best_epoch": history.best_epoch,
-            "epochs": len(history.validation_losses),
+            "evaluated_at": history.evaluated_at,
+            "best_step": history.best_step,
             "steps": history.steps,
             "first_loss": history.first_loss if math.isfinite(history.first_loss) else None,
             "seconds": cost.seconds,
