@@ -209,6 +209,24 @@ def writable(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise OptionError(f"--out {text!r} is a folder; pass the name of a file in it.")
+    return _in_its_folder(path)
+
+
+def new_folder(text: str) -> Path:
+    """Check before any work is done that a folder can be made there; one that holds something is refused."""
+    if not text:
+        raise OptionError("--out is empty; pass the name of a folder.")
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"--out {text!r} is a file; pass the name of a folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise OptionError(f"--out {text!r} is not empty, and nothing in it is replaced. Choose another folder.")
+    return _in_its_folder(path)
+
+
+def _in_its_folder(path: Path) -> Path:
+    """Make the folder that a path lies in, and check that it can be written to."""
+    text = str(path)
     if path.parent.exists() and not path.parent.is_dir():
         raise OptionError(f"--out {text!r} cannot be written: {str(path.parent)!r} is a file.")
     try:

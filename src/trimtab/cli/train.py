@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli import options
-from trimtab.cli.options import given
+from trimtab.cli.options import given, new_folder
 from trimtab.cli.sources import load_pairs, load_task, open_model
 from trimtab.cli.tables import columns, facts
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import OptionError, unknown_name
+from trimtab.errors import unknown_name
 
 TRAIN = (
     "learning_rates",
@@ -64,7 +64,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     """Train, write the model's folder, and print the grid."""
     if args.loss not in LOSSES:
         raise unknown_name("loss", args.loss, LOSSES)
-    out = _new_folder(args.out)
+    out = new_folder(args.out)
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
     held = load_pairs(args.validation, split="validation", duplicates=args.duplicates) if args.validation else None
     with terminal.working("Preparing"):
@@ -92,24 +92,6 @@ def run(args: Namespace, terminal: Terminal) -> None:
     terminal.result({**trained.record, "out": str(out)}, _text(trained.record, out))
     if args.checkpoint is not None:
         remove(args.checkpoint)
-
-
-def _new_folder(text: str) -> Path:
-    """Check before any work is done that a model can be written there."""
-    if not text:
-        raise OptionError("--out is empty; pass the name of a folder.")
-    out = Path(text)
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"--out {text!r} is a file; pass the name of a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        raise OptionError(f"--out {text!r} is not empty, and nothing in it is replaced. Choose another folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise OptionError(f"--out {text!r} cannot be written: {error.strerror}.") from None
-    return out
 
 
 def _write(model: Any, tokenizer: Any, record: dict[str, Any], out: Path) -> None:

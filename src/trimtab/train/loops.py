@@ -166,18 +166,23 @@ def _trainer(
     }
     callbacks = [EarlyStoppingCallback(settings.patience, min_improvement)]
     tables = [Dataset.from_list(_COLUMNS[settings.loss](rows)) for rows in (train, validation)]
-    make = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss]
-    trainer = make(model, tokenizer, tables[0], tables[1], settings, shared, callbacks)
+    kind, config = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss](settings, shared, tables[0])
+    trainer = kind(
+        model=model,
+        args=config,
+        train_dataset=tables[0],
+        eval_dataset=tables[1],
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
     trainer.remove_callback(PrinterCallback)  # which prints every loss on stdout
     return trainer
 
 
-# --- one trainer per loss -------------------------------------------------------------------------------------------
+# --- one trainer and its configuration per loss ----------------------------------------------------------------------
 
 
-def _dpo(
-    model: Any, tokenizer: Any, train: Any, validation: Any, settings: Settings, shared: Any, callbacks: Any
-) -> Any:
+def _dpo(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer
 
     class Trainer(DPOTrainer):
@@ -187,59 +192,26 @@ def _dpo(
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset  # and so are the reference's log-likelihoods
 
-    config = DPOConfig(**shared, beta=settings.beta, max_length=None, precompute_ref_log_probs=True)
-    return Trainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    return Trainer, DPOConfig(**shared, beta=settings.beta, max_length=None, precompute_ref_log_probs=True)
 
 
-def _simpo(
-    model: Any, tokenizer: Any, train: Any, validation: Any, settings: Settings, shared: Any, callbacks: Any
-) -> Any:
+def _simpo(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, Any]:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Trainer(CPOTrainer):
         def tokenize_row(self, feature: Any, model: Any = None) -> Any:
             return {}  # the ids are there
 
+    longest = max(map(len, (*rows["chosen_input_ids"], *rows["rejected_input_ids"])))
     # TRL divides gamma by beta within the sigmoid and multiplies the whole by beta: its gamma is the paper's.
-    config = CPOConfig(
-        **shared,
-        loss_type="simpo",
-        cpo_alpha=0.0,
-        beta=settings.beta,
-        simpo_gamma=settings.gamma,
-        max_length=max(map(len, (*train["chosen_input_ids"], *train["rejected_input_ids"]))),
-    )
-    return Trainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    own: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": settings.beta, "simpo_gamma": settings.gamma}
+    return Trainer, CPOConfig(**shared, **own, max_length=longest)
 
 
-def _sft(
-    model: Any, tokenizer: Any, train: Any, validation: Any, settings: Settings, shared: Any, callbacks: Any
-) -> Any:
+def _sft(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
-    config = SFTConfig(**shared, completion_only_loss=True, max_length=None)
-    return SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    return SFTTrainer, SFTConfig(**shared, completion_only_loss=True, max_length=None)
 
 
 # --- rows as the trainers' columns ----------------------------------------------------------------------------------
