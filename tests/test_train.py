@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,6 +288,11 @@ def test_the_verb_writes_a_model_that_the_other_verbs_take(tmp_path: Path, capsy
     record = json.loads(printed.out)
     assert record["out"] == str(out)
     assert json.loads((out / "training.json").read_text())["chosen"] == record["chosen"]
+    again = [out.with_name("other") if word == str(out) else word for word in words]
+    assert main([str(word) for word in again]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"rate +beta +score +preference +margin +best loss +best step +steps +seconds\n\* +0\.001 ", shown)
+    shutil.rmtree(out.with_name("other"))
     assert main([*words]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main(["generate", str(out), "Hi", "--max-new-tokens", "2"]) == 0

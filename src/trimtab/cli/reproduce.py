@@ -20,7 +20,9 @@ PAPERS = ("palrs",)
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("paper", metavar="PAPER", help="palrs")
-    parser.add_argument("models", metavar="MODEL", nargs="*", help="prefworld or model folders (default: the recipe's)")
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="*", default=[], help="prefworld or model folders (default: the recipe's)"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="that comes with Trimtab, or a .toml file (default: PAPER)")
     parser.add_argument("--out", metavar="DIR", help="for steps, knobs and report (default out/reproduce/PAPER)")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the recipe's files lie (default data)")

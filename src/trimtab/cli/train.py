@@ -121,18 +121,7 @@ def _text(record: dict[str, Any], out: Path) -> str:
             "next": f'trimtab generate {shlex.quote(str(out))} "..."',
         }
     )
-    heads = [
-        "",
-        "learning rate",
-        "beta",
-        "score",
-        "preference",
-        "margin",
-        "best loss",
-        "best epoch",
-        "epochs",
-        "seconds",
-    ]
+    heads = ["", "rate", "beta", "score", "preference", "margin", "best loss", "best step", "steps", "seconds"]
     rows = [
         [
             "*" if row is at_best else "",
