@@ -186,6 +186,24 @@ def test_a_ratio_of_seconds_holds_above_its_threshold_only() -> None:
     assert claim["measured"] == pytest.approx((10 + 60) / (1 + 1))
 
 
+def test_many_pairs_take_their_own_grids_setting_or_that_of_fewer_pairs() -> None:
+    recipe = load_recipe("palrs")
+    sizes = sizes_of(recipe, ("one", "two"), quick=False)
+    assert [size.many_grid for size in sizes.values()] == [True, False]
+    done: dict[tuple[str, ...], Any] = {key: {"refused": ""} for key, _ in first_steps(recipe, sizes)}
+    assert ("two", "grid", "math", "dpo", "100") in done
+    assert ("two", "grid", "math", "dpo", "1000") not in done
+    for key in done:
+        if key[1] == "grid":
+            done[key] = {"record": {"chosen": {"learning_rate": float(key[-1]), "beta": 1.0}}}
+    settings = {key: arguments["setting"] for key, arguments in later_steps(recipe, sizes, done) if key[1] == "train"}
+    assert settings["one", "train", "math", "dpo", "1000", "0"] == (1000.0, 1.0)
+    assert settings["two", "train", "math", "dpo", "1000", "0"] == (100.0, 1.0)
+    assert settings["two", "train", "math", "dpo", "100", "0"] == (100.0, 1.0)
+    claim = next(c for c in claims(evidence()) if c["id"] == "faster-than-dpo-1000-tuned")
+    assert claim["by_model"]["two"] == pytest.approx((10 + 60) / (1 + 1))
+
+
 def test_one_unlucky_model_is_enough_for_a_claim_to_fail() -> None:
     assert held(evidence())["gain-math"]
     found = claims(evidence(unlucky=True))[0]

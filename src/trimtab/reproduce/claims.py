@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ Key = tuple[str, ...]
 Records = Mapping[Key, Any]
 Matrix = np.ndarray
 UNKNOWN = "numbers not available to us"
+
+
+def grid_key(model: str, domain: str, name: str, count: int, sizes: Sizes) -> Key:
+    """Return the key of the grid that chooses a training's settings: of many pairs, that of fewer may do."""
+    own = count != sizes.many_pairs or sizes.many_grid
+    return (model, "grid", domain, name, str(count if own else sizes.pairs))
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,16 @@ class Evidence:
         self.records = {key: records[key] for key in sorted(records, key=lambda key: (len(key), key[-1], key))}
         self.recipe, self.models, self.command = recipe, list(sizes), command
         self.sizes = sizes[self.models[0]]  # pairs are as many for every model
+        self._sizes = sizes
 
     def found(self, model: str, kind: str, domain: str, *rest: object) -> list[Any]:
         """Return the records of all seeds of one system."""
         key = (model, kind, domain, *map(str, rest))
         return [record for at, record in self.records.items() if at[: len(key)] == key and len(at) <= len(key) + 1]
+
+    def grid(self, model: str, domain: str, name: str, count: int) -> Any:
+        """Return the record of the grid that chose the settings of a training."""
+        return self.records[grid_key(model, domain, name, count, self._sizes[model])]
 
     def scores(self, what: Sequence[str], model: str, kind: str, domain: str, *rest: object) -> Matrix:
         """Return the scores at a path of the tests, such as `("greedy", "scores")`, of all seeds: `[S, N]`."""
@@ -167,7 +179,7 @@ def _everywhere(evidence: Evidence) -> list[Claim]:
     made = [_guardrails(evidence), _controls(evidence)]
     n, many = evidence.sizes.pairs, evidence.sizes.many_pairs
     for name, way in evidence.recipe.training.items():
-        for count, tuned in ((n, False), (many, False), (n, True)):
+        for count, tuned in product((n, many), (False, True)):
             made.append(_faster(evidence, name, way.title, count, tuned=tuned))
     return made
 
@@ -282,7 +294,7 @@ def _faster(e: Evidence, name: str, title: str, count: int, *, tuned: bool) -> C
             steer = e.found(model, "steer", domain, e.recipe.main, e.sizes.pairs)
             runs = e.found(model, "train", domain, name, count)
             mine = np.array([r["learn"]["seconds"] + tuned * r["tune"]["seconds"] for r in steer])
-            search = e.found(model, "grid", domain, name, count)[0]["tune"]["seconds"] if tuned else 0.0
+            search = e.grid(model, domain, name, count)["tune"]["seconds"] if tuned else 0.0
             theirs = np.array([r["learn"]["seconds"] + search for r in runs])
             groups.append((mine, theirs))
     random = np.random.default_rng(0)

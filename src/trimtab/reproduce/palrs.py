@@ -21,7 +21,7 @@ from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.render import load
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
-from trimtab.reproduce.claims import Evidence, Key
+from trimtab.reproduce.claims import Evidence, Key, grid_key
 from trimtab.reproduce.data import WORLD
 from trimtab.reproduce.recipe import Recipe, Sizes
 from trimtab.reproduce.report import Report, build, write
@@ -90,7 +90,7 @@ def sizes_of(recipe: Recipe, models: Sequence[str], *, quick: bool) -> dict[str,
 def first_steps(recipe: Recipe, sizes: Mapping[str, Sizes]) -> Iterator[Step]:
     """Yield the steps that need no other, the long ones first."""
     for (model, size), domain, name in product(sizes.items(), recipe.domains, recipe.training):
-        for n in (size.many_pairs, size.pairs):
+        for n in (size.many_pairs, size.pairs) if size.many_grid else (size.pairs,):
             yield (model, "grid", domain, name, str(n)), {}
     for (model, size), domain in product(sizes.items(), recipe.domains):
         yield (model, "base", domain), {}
@@ -108,7 +108,7 @@ def later_steps(recipe: Recipe, sizes: Mapping[str, Sizes], done: Mapping[Key, A
     for (model, size), domain in product(sizes.items(), recipe.domains):
         for name in recipe.training:
             for n, seeds in ((size.many_pairs, size.many_seeds), (size.pairs, size.seeds)):
-                chosen = done[model, "grid", domain, name, str(n)]["record"]["chosen"]
+                chosen = done[grid_key(model, domain, name, n, size)]["record"]["chosen"]
                 setting = (chosen["learning_rate"], chosen["beta"])
                 for seed in range(seeds):
                     yield (model, "train", domain, name, str(n), str(seed)), {"setting": setting}

@@ -81,6 +81,8 @@ class Sizes:
     epochs: int = 10
     grid: int = 100
     """Settings of a training grid that are tried, of the mildest first."""
+    many_grid: bool = True
+    """Whether `many_pairs` get a grid of their own; they take what the grid of `pairs` chose where not."""
     max_new_tokens: int = 100_000
     """Answers are cut there, or where their task cuts them if that is earlier."""
     batch_size: int = 128
@@ -168,7 +170,7 @@ def _check(recipe: Recipe, place: str) -> None:
     for sizes in (recipe.sizes, recipe.others, recipe.quick):
         for field in dataclasses.fields(sizes):
             value = getattr(sizes, field.name)
-            if any(number < 1 for number in (value if isinstance(value, tuple) else (value,))):
+            if any(number < 1 and number is not False for number in (value if isinstance(value, tuple) else (value,))):
                 raise OptionError(f"{place}: {field.name} counts from 1; got {value}.")
 
 

@@ -94,7 +94,7 @@ def _costs(e: Evidence, model: str, kind: str, domain: str, rest: tuple[object, 
     for part in ("learn", "tune"):
         records = found
         if kind == "train" and part == "tune":
-            records = e.found(model, "grid", domain, *rest)
+            records = [e.grid(model, domain, str(rest[0]), int(str(rest[1])))]
         parts = [record[part] for record in records if part in record]
         if parts:
             costs[f"{part}_seconds"] = float(np.median([cost["seconds"] for cost in parts]))
