@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,13 @@ def test_every_task_is_compared_with_the_bare_model_on_the_same_items(model: Any
     assert entry["side_effects"]["kl"]["estimate"] == pytest.approx(kl, rel=1e-4)
     assert entry["cost"]["answers"] == found.bare["cost"]["answers"] == 37
     assert entry["cost"]["seconds"] > 0
+
+
+def test_where_programs_were_run_the_row_says_what_kept_them_apart(model: Any, words: Any) -> None:
+    plain = Task("code", ("Hi",), lambda answers: [0.0] * len(answers), max_new_tokens=2)
+    rows = evaluate(model, words, [plain, replace(plain, name="run", runs_code=True)]).bare["tasks"]
+    assert "isolation" not in rows[0]
+    assert rows[1]["isolation"]
 
 
 def test_strength_zero_changes_nothing(model: Any, words: Any) -> None:

@@ -17,8 +17,9 @@ from trimtab.artifact import Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.choices import ChoiceTask
+from trimtab.evals.choosing import choose
 from trimtab.evals.likelihood import pair_margins
-from trimtab.evals.stats import SelectionBias, selection_bias
+from trimtab.evals.stats import selection_bias
 from trimtab.evals.tasks import AnyTask
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.generate import read_prompt
@@ -129,7 +130,7 @@ def tune(
     advance()
     table, scores = _measure_finalists(knob, trial, ranking, finalists, gains, advance)
     bias = selection_bias(trial.base_scores, scores) if task else None
-    best = _best(table, scores, trial, knob.name, task, bias)
+    best = choose(table, scores, trial, knob.name, task, bias)
     chosen = knob.with_(site=best["site"], where=best["where"], gain=best["gain"]).pruned()
     tuning: dict[str, Any] = {
         "ranking": [{**c._asdict(), "site": str(c.site)} for c in ranking],
@@ -279,70 +280,6 @@ def _measure_finalists(
     return table, scores
 
 
-def _best(
-    table: Sequence[Mapping[str, Any]],
-    scores: Sequence[np.ndarray],
-    trial: Trial,
-    name: str,
-    task: AnyTask | None,
-    bias: SelectionBias | None,
-) -> Mapping[str, Any]:
-    """Choose among the rows within the budgets as `tune` says; warns if the choice is no better than the base."""
-    allowed = [i for i, row in enumerate(table) if row["within_budget"]]
-    if not allowed:
-        raise TuneError(_nothing_left(name, table, trial))
-    if task is None:
-        best = table[max(allowed, key=lambda i: (table[i]["margin"], -table[i]["gain"]))]
-        if best["margin"] <= 0:
-            warnings.warn(
-                f"No setting of {name!r} raises the margin of the chosen answers over the rejected ones; the best "
-                f"changes it by {best['margin']:.3g} nats. Try other gains, or other tokens to steer.",
-                TrimtabWarning,
-                stacklevel=3,
-            )
-        return best
-    top, base = max(allowed, key=lambda i: table[i]["score"]), trial.base["score"]
-    alike = [i for i in allowed if _alike(scores[top], scores[i])]
-    gaining = [table[i] for i in alike if table[i]["score"] > base] or [table[i] for i in alike]
-
-    def harm(row: Mapping[str, Any]) -> tuple[float, float, float]:
-        return (row.get("kl", 0.0) if row["guardrails"] else 0.0), row["gain"], -row["score"]
-
-    best = min(gaining, key=harm)
-    if best["score"] <= base:
-        warnings.warn(
-            f"No setting of {name!r} scores above the base model on {task.name!r} "
-            f"({base:.3g} without the knob, at best {best['score']:.3g} with it).",
-            TrimtabWarning,
-            stacklevel=3,
-        )
-    elif bias and best["score"] - base <= bias.expected:
-        warnings.warn(
-            f"The best of {bias.settings} settings of {name!r} scores {best['score'] - base:.3g} more than the base "
-            f"model on {bias.items} items of {task.name!r}; the best of as many useless ones would seem to add "
-            f"{bias.expected:.2g}. Add items, or do not count on this gain.",
-            TrimtabWarning,
-            stacklevel=3,
-        )
-    return best
-
-
-def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], trial: Trial) -> str:
-    """Say which budget the setting with the smallest gain broke, and by how much."""
-    smallest = min(table, key=lambda row: row["gain"])
-    drops = {g: trial.base["guardrails"][g] - value for g, value in smallest["guardrails"].items()}
-    worst = max(drops, key=lambda g: drops[g], default=None)
-    broken = smallest["broken"] - trial.base["broken"]
-    said = f"broken answers rise by {broken:.3g} (budget {trial.broken_budget:g})"
-    if worst is not None and drops[worst] > trial.budget:
-        said = f"guardrail {worst!r} falls by {drops[worst]:.3g} (budget {trial.budget:g})"
-    return (
-        f"None of the {len(table)} settings of {name!r} keeps within the budgets: at gain {smallest['gain']:g}, "
-        f"{smallest['site']}, {smallest['where']} tokens, {said}. Try smaller gains than "
-        f"{smallest['gain']:g}, more items, or a larger budget."
-    )
-
-
 def _check(
     pairs: Pairs,
     gains: Sequence[float],
@@ -392,10 +329,3 @@ def _rank(
         for spot, m in zip(spots, steered, strict=True)
     ]
     return sorted(found, key=lambda c: (c.chosen > 0, c.margin if c.chosen > 0 else c.chosen), reverse=True)
-
-
-def _alike(best: np.ndarray, other: np.ndarray) -> bool:
-    """Tell whether scores `[n]` on the same items lie within one standard error of the best, by paired difference."""
-    difference = best - other
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return bool(difference.mean() <= error + 1e-9)

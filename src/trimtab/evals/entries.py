@@ -49,6 +49,8 @@ def describe_answers(ask: Ask, said: Said) -> dict[str, Any]:
         }
     if ask.mode == "likelihood":
         return row
+    if outcome.isolation is not None:
+        row["isolation"] = outcome.isolation
     return row | {
         "broken": float(outcome.degenerate.mean()),
         "repetition": float(said.manner.repetition.mean()),

@@ -65,12 +65,13 @@ def evaluate(
     `settings` is one setting or several, knobs with strengths; none measures the bare model alone. All data must be
     data that neither learning nor tuning has seen: prompts that a knob remembers bring a `TrimtabWarning` and a note.
 
-    Per task and guardrail: accuracy (Wilson's interval for scores of 0 and 1, else bootstrap), the paired difference to
-    the bare model with its bootstrap interval, McNemar's exact p for scores of 0 and 1, adjusted by Holm over all
+    Per task and guardrail: accuracy (Wilson's interval for scores of 0 and 1, else bootstrap), the paired difference
+    to the bare model with its bootstrap interval, McNemar's exact p for scores of 0 and 1, adjusted by Holm over all
     tasks, guardrails and modes of one setting; shares of the sides and accuracy within each; broken answers,
-    repetition, length in tokens; KL(base || steered) in nats per token along the bare model's own answers to the first
-    `kl_items` prompts. Answers are greedy; `sampled` asks each task (not guardrails) once more at `temperature`. Of
-    tasks by likelihood there are scores and differences only.
+    repetition, length in tokens, what kept programs apart that were run (`isolation`); KL(base || steered) in nats
+    per token along the bare model's own answers to the first `kl_items` prompts. Answers are greedy; `sampled` asks
+    each task (not guardrails) once more at `temperature`. Of tasks by likelihood there are scores and differences
+    only.
 
     `pairs`: share of pairs whose chosen answer is likelier (ties half) and the margin in nats. `neutral`: perplexity
     of texts without a prompt (see `trimtab.evals.effects` for what is steered there). `judge` compares the steered

@@ -134,6 +134,7 @@ def _trainer(
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
 
+    longest = max(len(text.ids) for rows in (train, validation) for text in (*rows.chosen, *rows.rejected))
     every = min(-(-len(train.chosen) // settings.batch_size), EVALUATED_EVERY)
     shared: dict[str, Any] = {
         "output_dir": str(folder),
@@ -163,10 +164,11 @@ def _trainer(
         "remove_unused_columns": False,
         "use_cpu": next(model.parameters()).device.type == "cpu",
         "dataloader_pin_memory": False,
+        "max_length": longest,  # nothing is cut
     }
     callbacks = [EarlyStoppingCallback(settings.patience, min_improvement)]
     tables = [Dataset.from_list(_COLUMNS[settings.loss](rows)) for rows in (train, validation)]
-    kind, config = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss](settings, shared, tables[0])
+    kind, config = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss](settings, shared)
     trainer = kind(
         model=model,
         args=config,
@@ -182,7 +184,7 @@ def _trainer(
 # --- one trainer and its configuration per loss ----------------------------------------------------------------------
 
 
-def _dpo(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, Any]:
+def _dpo(settings: Settings, shared: dict[str, Any]) -> tuple[Any, Any]:
     from trl import DPOConfig, DPOTrainer
 
     class Trainer(DPOTrainer):
@@ -192,26 +194,25 @@ def _dpo(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, An
         def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
             return dataset  # and so are the reference's log-likelihoods
 
-    return Trainer, DPOConfig(**shared, beta=settings.beta, max_length=None, precompute_ref_log_probs=True)
+    return Trainer, DPOConfig(**shared, beta=settings.beta, precompute_ref_log_probs=True)
 
 
-def _simpo(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, Any]:
+def _simpo(settings: Settings, shared: dict[str, Any]) -> tuple[Any, Any]:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Trainer(CPOTrainer):
         def tokenize_row(self, feature: Any, model: Any = None) -> Any:
             return {}  # the ids are there
 
-    longest = max(map(len, (*rows["chosen_input_ids"], *rows["rejected_input_ids"])))
     # TRL divides gamma by beta within the sigmoid and multiplies the whole by beta: its gamma is the paper's.
     own: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": settings.beta, "simpo_gamma": settings.gamma}
-    return Trainer, CPOConfig(**shared, **own, max_length=longest)
+    return Trainer, CPOConfig(**shared, **own)
 
 
-def _sft(settings: Settings, shared: dict[str, Any], rows: Any) -> tuple[Any, Any]:
+def _sft(settings: Settings, shared: dict[str, Any]) -> tuple[Any, Any]:
     from trl import SFTConfig, SFTTrainer
 
-    return SFTTrainer, SFTConfig(**shared, completion_only_loss=True, max_length=None)
+    return SFTTrainer, SFTConfig(**shared, completion_only_loss=True)
 
 
 # --- rows as the trainers' columns ----------------------------------------------------------------------------------
