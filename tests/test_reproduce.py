@@ -18,6 +18,7 @@ from trimtab.check import default_config, twin
 from trimtab.cli import main
 from trimtab.errors import OptionError, UnknownName
 from trimtab.evals.benchmarks import load_benchmark
+from trimtab.evals.tasks import Task
 from trimtab.pairs import Pairs
 from trimtab.reproduce import cells
 from trimtab.reproduce.claims import Evidence, claims
@@ -58,14 +59,12 @@ def test_every_recipe_is_read_and_holds_what_the_issue_of_fairness_asks_for(name
     ],
 )
 def test_a_recipe_with_a_mistake_says_where(change: str, words: str, tmp_path: Path) -> None:
-    good = {"titel": "", "gains": "", "main": ""}
     text = 'title = "T"\nmodels = ["m"]\n' if not change.startswith("title") else 'models = ["m"]\n'
     body = '[domains.d]\npairs = "p"\ntask = "t"\n[steering.palrs]\ntitle = "P"\n[training]\n'
     top, table = ("", change) if change.startswith("[") else (change, "")
     (tmp_path / "r.toml").write_text(f"{text}{top}\n{body}{table}\n")
     with pytest.raises((OptionError, UnknownName), match=words):
         load_recipe(tmp_path / "r.toml")
-    assert good
 
 
 def test_an_unknown_recipe_names_those_there_are() -> None:
@@ -276,6 +275,19 @@ def test_test_questions_that_pairs_ask_too_are_counted(tmp_path: Path) -> None:
     pairs = Pairs.from_records([{"prompt": f"Question: {q}\nAnswer:", "chosen": "a", "rejected": "b"} for q in asked])
     assert overlap(pairs, task) == 3
     assert overlap(Pairs.load(tmp_path / "math_pairs.jsonl"), task) == 0
+
+
+def test_an_instruction_that_all_questions_share_is_no_question() -> None:
+    told = "Complete this Python function, and give the whole of it.\n\n"
+    prompts = tuple(f"{told}def f{i}(x):\n    ...\n" for i in range(3))
+    task = Task("code", prompts, lambda answers: [0.0] * len(answers))
+
+    def pairs(*prompts: str) -> Pairs:
+        return Pairs.from_records([{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts])
+
+    assert overlap(pairs(f"{told}def g(y):\n    ...\n", told), task) == 0
+    assert overlap(pairs(f"{told}def f1(x):\n    ...\n"), task) == 1
+    assert overlap(pairs("def f1(x): ..."), replace(task, prompts=("def f1(x):\n    ...", "What is 2 + 2?"))) == 1
 
 
 # --- the whole protocol ----------------------------------------------------------------------------------------------

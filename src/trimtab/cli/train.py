@@ -71,10 +71,10 @@ def run(args: Namespace, terminal: Terminal) -> None:
         from trimtab.checkpoint import remove
         from trimtab.evals.tasks import run_task
         from trimtab.train import train
-        from trimtab.train.loops import check_installed
+        from trimtab.train.loops import load_trainers
 
         task = load_task(args.task, grader="exact_match", max_new_tokens=128) if args.task else None
-        check_installed()  # before the model is loaded, which may take long
+        load_trainers()  # before the model is loaded, which may take long
     with open_model(args, terminal) as (model, tokenizer):
         working = terminal.working(f"Training on {len(pairs)} pairs ({args.loss})", counted=True)
         with options.resumable(args.checkpoint), working as progress:

@@ -24,6 +24,7 @@ from trimtab.reproduce.bench import Bench, System, first, summary
 from trimtab.reproduce.data import overlap
 from trimtab.reproduce.recipe import Domain, Steering, Training
 from trimtab.train import Trained, train
+from trimtab.train.loops import load_trainers
 from trimtab.tune import tune
 from trimtab.types import Message, Site
 
@@ -42,9 +43,12 @@ def cost_record(cost: Cost) -> Record:
 
 
 def base(bench: Bench, domain: Domain) -> Record:
-    """Test the model as it is; `overlap` counts test questions that pairs of the first seed ask too."""
-    task = bench.task(domain.task, "test", bench.sizes.test)
-    shared = overlap(bench.pairs(domain, bench.sizes.many_pairs, 0), task)
+    """Test the model as it is; `overlap` counts test questions that any pair which is learned from asks too."""
+    sizes = bench.sizes
+    drawn = [(sizes.pairs, sizes.seeds), (sizes.many_pairs, sizes.many_seeds)]
+    drawn += [(count, sizes.count_seeds) for count in sizes.counts]
+    pairs = [pair for n, seeds in drawn for seed in range(seeds) for pair in bench.pairs(domain, n, seed)]
+    shared = overlap(pairs, bench.task(domain.task, "test", sizes.test))
     return {"test": bench.measure(bench.base, domain), "overlap": shared}
 
 
@@ -237,6 +241,7 @@ def grid(bench: Bench, domain: Domain, way: Training, n: int) -> Record:
 
     rates = tuple(sorted(way.learning_rates))[: bench.sizes.grid]
     betas = tuple(sorted(way.betas, reverse=True))[: max(1, bench.sizes.grid // len(rates))]
+    load_trainers()
     with measured() as cost:
         record = _train(bench, domain, way, n, 0, rates, betas, score).record
     return {"record": record, "tune": cost_record(cost)}
@@ -244,6 +249,7 @@ def grid(bench: Bench, domain: Domain, way: Training, n: int) -> Record:
 
 def trained(bench: Bench, domain: Domain, way: Training, n: int, seed: int, setting: tuple[float, float]) -> Record:
     """Train at one setting with early stopping on validation pairs, and test once."""
+    load_trainers()
     with measured() as cost:
         made = _train(bench, domain, way, n, seed, (setting[0],), (setting[1],), None)
     test = bench.measure(System(made.model), domain, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark
 from trimtab.evals.tasks import AnyTask
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
+from trimtab.types import Pair
 
 Split = Literal["validation", "test"]
 WORLD = "prefworld:"
@@ -62,12 +64,28 @@ def _parts(path: Path, seed: int) -> dict[str, Pairs]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def overlap(pairs: Pairs, task: AnyTask) -> int:
-    """Count the questions of a task that a pair's prompt holds: what was learned from them cannot be tested on them.
+def overlap(pairs: Iterable[Pair], task: AnyTask) -> int:
+    """Count the questions of a task that a pair asks too: what was learned from them cannot be tested on them.
 
-    A question is known by its first line, where that has 40 characters or more.
+    Spaces do not count, nor do lines with which all questions begin or end, as a benchmark's instruction does. A
+    question that stands within a longer prompt counts from 40 characters on.
     """
-    known = "\n".join(message.content for pair in pairs for message in pair.prompt)
-    prompts = (p if isinstance(p, str) else p[-1].content for p in task.prompts)
-    openings = (prompt.strip().partition("\n")[0].strip() for prompt in prompts)
-    return sum(len(opening) >= 40 and opening in known for opening in openings)
+    asked = [_lines(p if isinstance(p, str) else p[-1].content) for p in task.prompts]
+    start, end = _alike(asked), _alike([lines[::-1] for lines in asked])
+    learned = [_lines(message.content) for pair in pairs for message in pair.prompt]
+    known = {" ".join(lines) for lines in learned}
+    alone = known | {" ".join(lines[start : len(lines) - end]) for lines in learned}
+    together = "\n".join(sorted(known))
+    bare = [" ".join(lines[start : len(lines) - end]) for lines in asked]
+    return sum(bool(q) and (q in alone or (len(q) >= 40 and q in together)) for q in bare)
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def _alike(texts: Sequence[Sequence[str]]) -> int:
+    """Return how many lines all of several texts begin with."""
+    first, *others = texts or [()]
+    same = [all(line in other[i : i + 1] for other in others) for i, line in enumerate(first)]
+    return same.index(False) if others and not all(same) else 0

@@ -20,7 +20,7 @@ from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.evals.cost import measured
 from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.pairs import Pairs
-from trimtab.train.loops import History, Loss, Rows, Settings, check_installed, fit, lora, merge
+from trimtab.train.loops import History, Loss, Rows, Settings, fit, load_trainers, lora, merge
 from trimtab.types import check_seed
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def train(
     }
     grid = _grid(loss, learning_rates, betas)
     _check(options)
-    check_installed()
+    load_trainers()
     _check_model(model)
     used, held = _split(pairs, validation, seed)
     kept = Checkpoint(

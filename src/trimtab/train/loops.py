@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -90,10 +91,16 @@ def merge(wrapped: PreTrainedModel) -> dict[str, torch.Tensor]:
     return cast(Any, wrapped).merge_and_unload().state_dict()
 
 
-def check_installed() -> None:
-    """Raise `MissingDependency` unless TRL, datasets and PEFT are there."""
+def load_trainers() -> None:
+    """Import TRL's trainers, which takes seconds that no run should be charged with.
+
+    Raises `MissingDependency` unless TRL, datasets and PEFT are there.
+    """
     if any(find_spec(name) is None for name in ("trl", "datasets", "peft")):
         raise MissingDependency(INSTALL)
+    with _undisturbed(0):
+        for name in ("trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.experimental.cpo", "peft"):
+            import_module(name)
 
 
 def fit(
