@@ -237,6 +237,32 @@ def test_intervals_over_runs_cover_the_choice_of_pairs_as_well_as_of_items() -> 
     assert naive < covered
 
 
+def test_groups_that_were_asked_the_same_items_share_their_luck() -> None:
+    random = np.random.default_rng(1)
+    shared, apart, trials = 0, 0, 150
+    for trial in range(trials):
+        gains = (random.random(60) < 0.3).astype(float)  # the same items are gained in every one of three models
+        groups = [(np.zeros((1, 60)), gains[None])] * 3
+        interval = bootstrap_runs(groups, draws=400, seed=trial)
+        shared += interval.low <= 0.3 <= interval.high
+        narrow = (interval.high - interval.low) / 3**0.5 / 2  # what three independent draws of items would give
+        apart += abs(gains.mean() - 0.3) <= narrow
+    assert shared / trials > 0.88
+    assert apart < 0.85 * trials
+
+
+def test_scores_within_flags_are_means_of_the_flagged_alone() -> None:
+    random = np.random.default_rng(2)
+    before, after = random.random((1, 80)) < 0.5, random.random((3, 80)) < 0.5  # on the side or not
+    scores = [np.where(flags, right, 0.0) for flags, right in ((before, 0.25), (after, 0.75))]
+    flags = [(before.astype(float), after.astype(float))]
+    interval = bootstrap_runs([(scores[0], scores[1])], within=flags)
+    assert interval == pytest.approx(Interval(0.5, 0.5, 0.5))
+    assert bootstrap_runs([(scores[0], scores[1])]).estimate < 0.4
+    with pytest.raises(OptionError, match="at least one that is set"):
+        bootstrap_runs([(scores[0], scores[1])], within=[(flags[0][0] * 0, flags[0][1])])
+
+
 def test_groups_of_runs_are_averaged_and_the_same_arguments_give_the_same_interval() -> None:
     a, b = np.zeros((1, 10)), np.ones((3, 10))
     assert bootstrap_runs([(a, b)]) == pytest.approx(Interval(1.0, 1.0, 1.0))

@@ -235,8 +235,14 @@ def _stored_job(folder: Path) -> dict[str, Any] | None:
 
 def _difference(stored: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     """Say in which points two jobs differ, as in "layers ([0, 1] there, [0] here)"."""
-    names = [name for name in dict.fromkeys([*stored, *job]) if stored.get(name) != job.get(name)]
-    return ", ".join(f"{name} ({_short(stored.get(name))} there, {_short(job.get(name))} here)" for name in names)
+    said: list[str] = []
+    for name in dict.fromkeys([*stored, *job]):
+        there, here = stored.get(name), job.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping) and there != here:
+            said.append(f"{name}: {_difference(cast(Mapping[str, Any], there), cast(Mapping[str, Any], here))}")
+        elif there != here:
+            said.append(f"{name} ({_short(there)} there, {_short(here)} here)")
+    return ", ".join(said)
 
 
 def _short(value: object) -> str:

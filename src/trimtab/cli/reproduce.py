@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", metavar="NAME", help="that comes with Trimtab, or a .toml file (default: PAPER)")
     parser.add_argument("--out", metavar="DIR", help="for steps, knobs and report (default out/reproduce/PAPER)")
-    parser.add_argument("--data", default="data", metavar="DIR", help="where the recipe's files lie (default data)")
+    parser.add_argument("--data", metavar="DIR", help="where the recipe's files lie (default data)")
     parser.add_argument("--quick", action="store_true", help="a few items only: shows that all runs, and nothing else")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default 2 for small models on a CPU)")
 
@@ -40,12 +40,13 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out {str(out)!r} is a file; pass a folder.")
     with terminal.working("Preparing"):
-        from trimtab.reproduce.palrs import reproduce
-        from trimtab.reproduce.recipe import load_recipe
+        from trimtab.reproduce.recipe import load_recipe  # first: a wrong recipe need not wait for the rest
 
         recipe = load_recipe(args.recipe or args.paper)
+        from trimtab.reproduce.palrs import reproduce
+
     words = ["trimtab", "reproduce", args.paper, *args.models]
-    words += [f"--recipe={args.recipe}"] if args.recipe else []
+    words += [f"--{name}={given}" for name in ("recipe", "out", "data", "workers") if (given := getattr(args, name))]
     command = shlex.join([*words, *(["--quick"] if args.quick else [])])
     working = terminal.working(f"Reproducing {args.paper}", counted=True)
     try:
@@ -58,7 +59,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
             report = reproduce(
                 recipe,
                 out=out,
-                data=args.data,
+                data=args.data or "data",
                 models=args.models,
                 quick=args.quick,
                 workers=args.workers,

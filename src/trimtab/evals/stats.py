@@ -90,39 +90,54 @@ Runs = npt.NDArray[np.floating]
 
 
 def bootstrap_runs(
-    groups: Sequence[tuple[Runs, Runs]], *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+    groups: Sequence[tuple[Runs, Runs]],
+    *,
+    within: Sequence[tuple[Runs, Runs]] | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
     """Return the mean of `b - a` with its interval where both were run several times, averaged over groups.
 
     A group is `(a [S, N], b [R, N])`: S and R runs on the same N items, such as one model with knobs from S draws of
     pairs. Items are resampled together and runs of either side apart, so that the interval covers the choice of items
-    and of pairs; groups are not resampled. With few runs it is too narrow: a bootstrap of S runs has (S - 1) / S of
-    their variance.
+    and of pairs. Groups, such as models, are not resampled; those with as many items are taken to have been asked the
+    same ones, and get the same draw of them. With few runs the interval is too narrow: a bootstrap of S runs has
+    (S - 1) / S of their variance.
+
+    `within` holds flags of the same shapes, 0 or 1: means are then those of the flagged scores, such as of the answers
+    that are on the preferred side, and each side of each group must have some.
     """
     if not groups or any(a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] for a, b in groups):
         raise OptionError("Groups are pairs of scores [S, N] and [R, N] of the same items, and at least one.")
+    weights = within or [(np.ones_like(a), np.ones_like(b)) for a, b in groups]
+    sides = [
+        (group[side], own[side], sign)
+        for group, own in zip(groups, weights, strict=True)
+        for side, sign in enumerate((-1.0, 1.0))
+    ]
+    if any(x.shape != w.shape or not w.any() for x, w, _ in sides):
+        raise OptionError("Flags have the shapes of the scores, and every side has at least one that is set.")
     tail, random = (1 - _level(level)) / 2, np.random.default_rng(seed)
-    means = np.zeros(draws)
-    for group in groups:
-        count = group[0].shape[1]
-        rows = max(1, CHUNK // count)
-        for start in range(0, draws, rows):
-            size = min(rows, draws - start)
-            items = random.integers(count, size=(size, count))
-            for runs, sign in zip(group, (-1.0, 1.0), strict=True):
-                drawn = np.take_along_axis(_resampled(random, size, runs), items, axis=1)
-                means[start : start + size] += sign * drawn.mean(axis=1) / len(groups)
-    estimate = float(np.mean([b.mean() - a.mean() for a, b in groups]))
-    low, high = np.quantile(means, [tail, 1 - tail])
+    means, counts = np.zeros(draws), sorted({x.shape[1] for x, _, _ in sides})
+    rows = max(1, CHUNK // counts[-1])
+    for start in range(0, draws, rows):
+        size = min(rows, draws - start)
+        items = {count: random.integers(count, size=(size, count)) for count in counts}
+        for x, w, sign in sides:
+            shares = _shares(random, size, len(x))
+            parts, wholes = (np.take_along_axis(shares @ y, items[x.shape[1]], axis=1).sum(axis=1) for y in (x * w, w))
+            with np.errstate(invalid="ignore"):  # a draw without any flagged item says nothing, and is left out below
+                means[start : start + size] += sign * parts / wholes / len(groups)
+    estimate = sum(sign * float((x * w).sum() / w.sum()) for x, w, sign in sides) / len(groups)
+    low, high = np.nanquantile(means, [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))
 
 
-def _resampled(random: np.random.Generator, size: int, runs: Runs) -> Runs:
-    """Return `size` means of as many runs `[S, N]` as there are, drawn with replacement: `[size, N]`."""
-    count = len(runs)
+def _shares(random: np.random.Generator, size: int, count: int) -> Runs:
+    """Draw `count` runs with replacement, `size` times; return which share of a draw each run has, `[size, count]`."""
     picks = random.integers(count, size=(size, count))
-    shares = np.stack([(picks == run).mean(axis=1) for run in range(count)], axis=1)
-    return shares @ runs
+    return np.stack([(picks == run).mean(axis=1) for run in range(count)], axis=1)
 
 
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:

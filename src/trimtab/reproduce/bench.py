@@ -16,6 +16,7 @@ from trimtab.evals.choices import ChoiceTask, Prompt
 from trimtab.evals.graders import repetition
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.tasks import AnyTask, Outcome, run_task
+from trimtab.evals.trial import KL_ITEMS
 from trimtab.pairs import Pairs
 from trimtab.render import load
 from trimtab.reproduce.data import Data, Split
@@ -24,8 +25,6 @@ from trimtab.types import Message, Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-KL_ITEMS = 16
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,18 @@ class Bench:
     # --- on validation questions ----------------------------------------------------------------------------------
 
     def validate(self, system: System, domain: Domain) -> dict[str, Any]:
-        """Return score and guardrails on validation questions, and whether guardrails stay within the budget."""
-        score = self.run(system, self.task(domain.task, "validation", self.sizes.validation)).accuracy
+        """Return what validation questions show: score, broken answers, guardrails, whether these keep the budget."""
+        answered = self.run(system, self.task(domain.task, "validation", self.sizes.validation))
         rails = [self.run(system, rail).accuracy for rail in self.guardrails("validation")]
         if self._rails is None:
             self._rails = [self.run(self.base, rail).accuracy for rail in self.guardrails("validation")]
         drop = max((before - now for before, now in zip(self._rails, rails, strict=True)), default=0.0)
-        return {"score": score, "guardrails": rails, "within_budget": drop <= self.recipe.budget + 1e-9}
+        return {
+            "score": answered.accuracy,
+            "broken": float(answered.degenerate.mean()),
+            "guardrails": rails,
+            "within_budget": drop <= self.recipe.budget + 1e-9,
+        }
 
     # --- on test questions ----------------------------------------------------------------------------------------
 

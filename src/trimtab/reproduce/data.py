@@ -12,6 +12,7 @@ from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark
 from trimtab.evals.tasks import AnyTask
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
+from trimtab.reproduce.recipe import Recipe, Sizes
 from trimtab.types import Pair
 
 Split = Literal["validation", "test"]
@@ -28,11 +29,16 @@ class Data:
         self._root, self._seed = root, seed
 
     def training_pairs(self, source: str, n: int, *, seed: int) -> Pairs:
-        """Draw `n` pairs to learn from: another seed draws others; fewer where the file has no more."""
+        """Draw `n` pairs to learn from: another seed draws others."""
         if source.startswith(WORLD):
             return world.pairs(source.removeprefix(WORLD), n, seed=seed)
         train = _parts(self._root / source, self._seed)["train"]
-        return train.take(min(n, len(train)), seed=seed)
+        if n > len(train):
+            raise OptionError(
+                f"The recipe learns from {n} pairs of {source!r}, and the file leaves {len(train)} for that, three in "
+                "five. Add pairs, or lower pairs, many_pairs and counts in the recipe's [sizes]."
+            )
+        return train.take(n, seed=seed)
 
     def held_out_pairs(self, source: str, split: Split, n: int) -> Pairs:
         """Draw at most `n` pairs whose prompts no training pair has, nor a pair of the other split."""
@@ -51,6 +57,15 @@ class Data:
         if len(whole) <= n:
             return whole
         return load_benchmark(name, self._root / file, split=split, n=n, seed=self._seed)
+
+
+def check_sources(recipe: Recipe, sizes: Iterable[Sizes], data: Data) -> None:
+    """Raise for a source that is not known, or that holds fewer pairs than the recipe learns from."""
+    most = max(max(size.pairs, size.many_pairs, *size.counts) for size in sizes)
+    for source in (*recipe.guardrails, *(domain.task for domain in recipe.domains.values())):
+        data.questions(source, "test", 1)
+    for domain in recipe.domains.values():
+        data.training_pairs(domain.pairs, 1 if domain.pairs.startswith(WORLD) else most, seed=0)
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import product
@@ -17,12 +18,12 @@ from typing import Any
 
 from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model
-from trimtab.errors import OptionError, TrimtabWarning
+from trimtab.errors import OptionError, TrimtabError, TrimtabWarning
 from trimtab.render import load
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
-from trimtab.reproduce.claims import Evidence, Key, grid_key
-from trimtab.reproduce.data import WORLD
+from trimtab.reproduce.data import WORLD, Data, check_sources
+from trimtab.reproduce.evidence import Evidence, Key, grid_key
 from trimtab.reproduce.recipe import Recipe, Sizes
 from trimtab.reproduce.report import Report, build, write
 from trimtab.workers import open_pool
@@ -121,13 +122,16 @@ def measure(
     recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, *, workers: int, progress: Progress
 ) -> dict[Key, Any]:
     """Run every step that `out` does not keep yet; return all records by key."""
+    _refuse_strangers(out)
+    prints = {source: _fingerprint(data, source) for source in _sources(recipe)}
+    check_sources(recipe, sizes.values(), Data(data, recipe.data_seed))
     job: dict[str, Any] = {"work": "reproduce palrs", "recipe": asdict(replace(recipe, models=()))}
     job["sizes"] = {model: asdict(size) for model, size in sizes.items()}
     for model in sizes:
         loaded = load(model, dtype=recipe.dtype)
         job[f"model {model}"] = describe_model(loaded.model, loaded.tokenizer)
         del loaded
-    job["data"] = {source: _fingerprint(data, source) for source in _sources(recipe)}
+    job["data"] = prints
     job = json.loads(json.dumps(job))
     Checkpoint(out / "steps", lambda: job)  # before any worker: another run in this folder is the user's to know
     (out / "knobs").mkdir(parents=True, exist_ok=True)
@@ -170,12 +174,22 @@ def reproduce(
     if workers is not None and workers < 1:
         raise OptionError(f"workers counts from 1; got {workers}.")
     folder, sizes = Path(out), sizes_of(recipe, names, quick=quick)
+    kept = len(list(folder.glob("steps/step-*.json")))
     count = workers or _workers(names[0], recipe.dtype)
     records = measure(recipe, sizes, folder, Path(data), workers=count, progress=progress)
     evidence = Evidence(records, recipe, sizes, command)
-    report = build(evidence, quick=quick, seconds=time.perf_counter() - begun)
+    report = build(evidence, quick=quick, seconds=time.perf_counter() - begun, kept=kept)
     write(report, folder)
     return report
+
+
+OURS = {"steps", "knobs", "report.json", "report.md", "report.html"}
+
+
+def _refuse_strangers(out: Path) -> None:
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in OURS) if out.is_dir() else []
+    if strangers:
+        raise OptionError(f"{str(out)!r} holds other files, {strangers[0]!r} for one. Pass a folder of its own.")
 
 
 SMALL = 50_000_000
@@ -220,6 +234,11 @@ def _running(workers: int, begin: tuple[Any, ...]) -> Generator[Callable[[list[S
             futures = [pool.submit(_step, key, arguments) for key, arguments in steps]
             try:
                 yield from (future.result() for future in as_completed(futures))
+            except BrokenProcessPool:
+                raise TrimtabError(
+                    "A worker process was ended, most likely for want of memory. Finished steps are kept: run the same "
+                    "again with one worker, or with smaller sizes in a folder of their own."
+                ) from None
             except BaseException:  # what has not begun is not worth waiting for
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +64,7 @@ def by_pairs(rows: Mapping[str, Sequence[Row]], before: Mapping[str, float]) -> 
     drawn, axes = _new(10, 4.2, len(rows))
     for axis, (domain, found) in zip(axes, rows.items(), strict=True):
         names = list(dict.fromkeys(row["system"] for row in found))
-        for name, colour, mark in zip(names, (COLOURS[0], COLOURS[1], COLOURS[2]), _MARKS, strict=False):
+        for name, colour, mark in zip(names, cycle(COLOURS), cycle(_MARKS), strict=False):
             own = [row for row in found if row["system"] == name]
             axis.plot([r["pairs"] for r in own], [100 * r["mean"] for r in own], mark + "-", color=colour, label=name)
             for row in own:
@@ -86,7 +88,7 @@ def by_dose(curves: Mapping[str, Row], rails: Sequence[str]) -> Figure:
         rows = curve["rows"]
         alphas = [row["alpha"] for row in rows]
         axis.plot(alphas, [100 * row["score"] for row in rows], "o-", color=COLOURS[0], linewidth=2, label="score")
-        for i, (rail, colour) in enumerate(zip(rails, (COLOURS[2], COLOURS[3], COLOURS[4], COLOURS[5]), strict=False)):
+        for i, (rail, colour) in enumerate(zip(rails, cycle(COLOURS[2:]), strict=False)):
             axis.plot(alphas, [100 * row["guardrails"][i] for row in rows], "--", color=colour, label=rail)
         axis.plot(alphas, [100 * row["broken"] for row in rows], ":", color="#000000", label="broken answers")
         axis.axvline(curve["chosen_alpha"], color=COLOURS[0], alpha=0.35, linewidth=5, label="chosen alpha")
@@ -122,9 +124,12 @@ def by_site(maps: Mapping[str, Row]) -> Figure:
 def by_seconds(tables: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw accuracy against the seconds of learning and tuning together, which differ by orders of magnitude."""
     drawn, axes = _new(10, 4.2, len(tables))
+    spent = [_seconds(row) for rows in tables.values() for row in rows if _seconds(row)]
+    decades = [math.floor(math.log10(min(spent, default=1))), math.ceil(math.log10(max(spent, default=10)))]
+    ticks = [10.0**decade for decade in range(decades[0], max(decades[1], decades[0] + 1) + 1)]
     for axis, (domain, rows) in zip(axes, tables.items(), strict=True):
         for row in rows:
-            seconds = (row["learn_seconds"] or 0.0) + (row["tune_seconds"] or 0.0)
+            seconds = _seconds(row)
             if not seconds or row["kind"] == "base" or row["control"]:
                 continue
             axis.plot(seconds, 100 * row["greedy"], "o", color=_KIND_COLOURS[row["kind"]])
@@ -132,9 +137,13 @@ def by_seconds(tables: Mapping[str, Sequence[Row]]) -> Figure:
             at = (seconds, 100 * row["greedy"])
             axis.annotate(label, at, xytext=(4, 3), textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
-        axis.set_xlim(1, 10_000)
-        axis.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10000"])
+        axis.set_xlim(ticks[0], ticks[-1])
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set(xlabel="seconds, learning and tuning", ylabel="percent right (greedy)", title=domain, ylim=(-3, 106))
         axis.spines[["top", "right"]].set_visible(False)
     return drawn
+
+
+def _seconds(row: Row) -> float:
+    return (row["learn_seconds"] or 0.0) + (row["tune_seconds"] or 0.0)

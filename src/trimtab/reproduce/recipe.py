@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from trimtab.errors import OptionError, brief, unknown_name
+from trimtab.methods import METHODS
 from trimtab.types import Where
 
 T = TypeVar("T")
@@ -22,7 +24,7 @@ class Domain:
     pairs: str
     """`prefworld:FAMILY`, or a file of pairs, which is split by prompt into training, validation and test."""
     task: str
-    """`prefworld:FAMILY`, `BENCHMARK:FILE` or `FILE:GRADER`; validation and test questions are drawn apart."""
+    """`prefworld:FAMILY` or `BENCHMARK:FILE`; validation and test questions are drawn apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Training:
     loss: Literal["dpo", "simpo", "sft"]
     learning_rates: tuple[float, ...]
     betas: tuple[float, ...]
+    """Empty for SFT, which has none."""
     patience: int = 2
     batch_size: int = 16
     lora_rank: int = 0
@@ -127,9 +130,9 @@ class Recipe:
     """Of the questions that choose and test; the seeds of the pairs count up from 0."""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     others: Sizes = dataclasses.field(default_factory=Sizes)
-    """What models after the first use."""
+    """What models after the first use; what a file leaves out is as in `sizes`."""
     quick: Sizes = dataclasses.field(default_factory=Sizes)
-    """What `--quick` uses instead."""
+    """What `--quick` uses instead; what a file leaves out is as in `sizes`."""
     thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
 
 
@@ -147,31 +150,71 @@ def load_recipe(name: str | Path) -> Recipe:
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise OptionError(f"There is no recipe {str(path)!r}.")
+            raise OptionError(f"There is no file {str(path)!r}. Recipes that come along: {', '.join(recipe_names())}.")
         text = path.read_text(encoding="utf-8", errors="replace")
     elif str(name) in recipe_names():
         text = (resources.files("trimtab.reproduce") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    elif path.exists():
+        raise OptionError(f"A recipe's file ends in .toml; got {str(path)!r}.")
     else:
         raise unknown_name("recipe", str(name), recipe_names())
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"The recipe {str(name)!r} is no TOML: {error}.") from None
+    sizes: object = table.get("sizes")
+    for part in ("others", "quick"):
+        if isinstance(sizes, dict) and isinstance(table.setdefault(part, {}), dict):
+            table[part] = {**sizes, **table[part]}
     recipe = _build(Recipe, table, str(name))
     _check(recipe, str(name))
     return recipe
 
 
 def _check(recipe: Recipe, place: str) -> None:
+    """Raise for what would fail only after hours, or make a claim hold that should not."""
     if not (recipe.models and recipe.domains and recipe.steering):
         raise OptionError(f"{place}: a recipe needs models, domains and ways to steer.")
     if recipe.main not in recipe.steering:
         raise unknown_name(f"way to steer in {place}", recipe.main, recipe.steering)
+    for way in recipe.steering.values():
+        if way.method not in METHODS:
+            raise unknown_name(f"method of {place}: {way.title}", way.method, METHODS)
+    limits = [(f"thresholds.{name}", value) for name, value in dataclasses.asdict(recipe.thresholds).items()]
+    for name, value in (*limits, ("budget", recipe.budget)):
+        if not 0 <= value < math.inf:
+            raise OptionError(f"{place}: {name} is finite and not negative; got {value:g}.")
+    if not 0 < recipe.last <= 1:
+        raise OptionError(f"{place}: last is a share of the layers, above 0 and at most 1; got {recipe.last:g}.")
+    positive: dict[str, tuple[float, ...]] = {"gains": recipe.gains, "shots": recipe.shots}
+    for name, way in recipe.training.items():
+        positive[f"training.{name}: learning_rates"] = way.learning_rates
+        if way.loss != "sft":
+            positive[f"training.{name}: betas"] = way.betas
+        elif way.betas:
+            raise OptionError(f"{place}: training.{name}: SFT has no beta; got {list(way.betas)}.")
+    for name, values in positive.items():
+        if not values or not all(0 < value < math.inf for value in values):
+            raise OptionError(f"{place}: {name} are positive numbers, at least one; got {list(values)}.")
+    _check_sizes(recipe, place)
+
+
+def _check_sizes(recipe: Recipe, place: str) -> None:
     for sizes in (recipe.sizes, recipe.others, recipe.quick):
         for field in dataclasses.fields(sizes):
             value = getattr(sizes, field.name)
-            if any(number < 1 and number is not False for number in (value if isinstance(value, tuple) else (value,))):
+            many = value if isinstance(value, tuple) else (value,)
+            if not many or any(number < 1 and number is not False for number in many):
                 raise OptionError(f"{place}: {field.name} counts from 1; got {value}.")
+    for name in ("pairs", "many_pairs"):
+        first, other = getattr(recipe.sizes, name), getattr(recipe.others, name)
+        if first != other:
+            raise OptionError(f"{place}: models are compared at the same {name}; got {first} and, for others, {other}.")
+    if max(recipe.sizes.counts) not in recipe.others.counts:
+        raise OptionError(
+            f"{place}: others.counts needs the largest of counts, {max(recipe.sizes.counts)}; got "
+            f"{list(recipe.others.counts)}."
+        )
 
 
 def _build(kind: type[T], table: object, place: str) -> T:
@@ -201,7 +244,7 @@ def _value(hint: Any, value: object, place: str) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in parts:
-            raise unknown_name(place, str(value), parts)
+            raise unknown_name(f"value of {place}", str(value), parts)
         return value
     if origin is tuple:
         if not isinstance(value, list):

@@ -12,13 +12,17 @@ from trimtab.checkpoint import versions
 from trimtab.evals.page import figure, page, paragraph, table
 from trimtab.files import write_atomically
 from trimtab.reproduce import plots, tables
-from trimtab.reproduce.claims import Evidence, claims
+from trimtab.reproduce.claims import claims
+from trimtab.reproduce.evidence import Evidence
 
 Report = dict[str, Any]
 
 
-def build(evidence: Evidence, *, quick: bool, seconds: float) -> Report:
-    """Set everything out: claims, one table per model and domain, curves, and what the run depended on."""
+def build(evidence: Evidence, *, quick: bool, seconds: float, kept: int = 0) -> Report:
+    """Set everything out: claims, one table per model and domain, curves, and what the run depended on.
+
+    `seconds` are those of this call, in which `kept` steps of an earlier one were not run again.
+    """
     e = evidence
     models, domains = list(e.models), list(e.recipe.domains)
     report: Report = {
@@ -26,6 +30,8 @@ def build(evidence: Evidence, *, quick: bool, seconds: float) -> Report:
         "models": models,
         "quick": quick,
         "seconds": seconds,
+        "steps": len(e.records),
+        "steps_kept": kept,
         "command": e.command,
         "versions": versions(),
         "recipe": asdict(e.recipe),
@@ -189,6 +195,13 @@ def _naive(found: Mapping[str, Any]) -> str:
     )
 
 
+def _spent(report: Report) -> str:
+    kept = report["steps_kept"]
+    return f"It took {report['seconds']:.0f} seconds" + (
+        f", with {kept} of {report['steps']} steps kept from an earlier call." if kept else "."
+    )
+
+
 def markdown(report: Report) -> str:
     """Return the report as Markdown."""
     lines = [f"# {report['title']}", "", report["summary"], "", "## Claims", ""]
@@ -196,12 +209,9 @@ def markdown(report: Report) -> str:
     for model, domains in report["tables"].items():
         for domain, rows in domains.items():
             lines += ["", f"## {domain} on {model}", "", *_markdown_table(SYSTEM_HEADS, system_rows(rows))]
-            p = [
-                f"{t['task']} {_points(t['difference'])} (p {t['p_holm']:.2g})" for t in report["tests"][model][domain]
-            ]
-            lines += ["", f"McNemar against the bare model, seed 0, Holm over tasks: {'; '.join(p)}."]
+            lines += ["", _tested(report["tests"][model][domain])]
             lines += ["", _naive(report["naive"][model][domain])]
-    lines += ["", NOTES, "", f"Command: `{report['command']}`, {report['seconds']:.0f} s.", ""]
+    lines += ["", NOTES, "", f"Command: `{report['command']}`. {_spent(report)}", ""]
     return "\n".join(lines)
 
 
@@ -254,7 +264,7 @@ def html(report: Report) -> str:
             said = [_tested(report["tests"][model][domain]), _naive(report["naive"][model][domain])]
             text = table(SYSTEM_HEADS, system_rows(rows), words=(0,)) + "".join(map(paragraph, said))
             sections.append((f"All figures: {domain} on {model}", text))
-    spent = f"Command: {report['command']}. It took {report['seconds']:.0f} seconds."
+    spent = f"Command: {report['command']}. {_spent(report)}"
     made = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     sections.append(("How to read this", paragraph(NOTES) + paragraph(f"{spent} {made}.")))
     return page(report["title"], report["summary"], sections)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.evals.stats import bootstrap_runs, holm, mcnemar
-from trimtab.reproduce.claims import GREEDY, RIGHT, Evidence
+from trimtab.reproduce.evidence import GREEDY, RIGHT, Evidence
 
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ def compare(e: Evidence, model: str, domain: str) -> list[Row]:
                 "broken": _over(found, ("greedy", "broken")),
                 "characters": _over(found, ("greedy", "characters")),
                 **_costs(e, model, kind, domain, rest, found),
-                "chosen": _chosen(found),
+                "chosen": _chosen(e, rest, found),
                 "refused": sum("refused" in record for record in found),
             }
         )
@@ -109,8 +109,8 @@ def _luck(found: list[Any]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _chosen(found: list[Any]) -> list[str]:
-    """Say of each seed what validation chose."""
+def _chosen(e: Evidence, rest: tuple[object, ...], found: list[Any]) -> list[str]:
+    """Say of each seed what validation chose; the best rate of a grid may lie beyond its edge."""
     said: list[str] = []
     for record in found:
         if "refused" in record:
@@ -122,7 +122,9 @@ def _chosen(found: list[Any]) -> list[str]:
             said.append(f"{record['shots']} examples")
         elif "record" in record:
             row = record["record"]["table"][0]
-            said.append(f"rate {row['learning_rate']:g}, beta {row['beta']:g}, step {row['best_step']}")
+            rates = e.recipe.training[str(rest[0])].learning_rates
+            edge = " (the grid's edge)" if row["learning_rate"] in (min(rates), max(rates)) else ""
+            said.append(f"rate {row['learning_rate']:g}{edge}, beta {row['beta']:g}, step {row['best_step']}")
     return said
 
 
