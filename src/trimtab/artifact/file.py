@@ -27,7 +27,7 @@ HEADER_LIMIT = 8 * 2**20
 SIZE_LIMIT = 2**30
 """Longest file that is written or read, in bytes."""
 
-_BLANK = "0" * 64
+BLANK = "0" * 64
 _FOREIGN = {
     b"\x80": "a pickle, which is never opened, since that could run code",
     b"PK": "a zip archive or a file of torch.save, which is never opened, since that could run code",
@@ -54,11 +54,11 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
     """
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        text = json.dumps({"format_version": FORMAT_VERSION, "sha256": _BLANK, **header}, allow_nan=False)
+        text = json.dumps({"format_version": FORMAT_VERSION, "sha256": BLANK, **header}, allow_nan=False)
         data = to_bytes(stored, {"trimtab": text})
     except (TypeError, ValueError, RecursionError) as error:
         raise KnobError(f"The header of {brief(str(path), 240)} cannot be written as JSON: {error}.") from None
-    data = data.replace(_BLANK.encode(), _digest(data, _BLANK).encode(), 1)  # the header comes first in the file
+    data = data.replace(BLANK.encode(), _digest(data, BLANK).encode(), 1)  # the header comes first in the file
     try:
         _decode(data)
     except KnobError as error:
@@ -136,14 +136,8 @@ def _typed(header: Mapping[str, Any], name: str, kind: type) -> object:
 def _decode(data: bytes) -> KnobFile:
     if len(data) > SIZE_LIMIT:
         raise KnobError(f"it has {len(data)} bytes; at most {SIZE_LIMIT} are read.")
-    entries = _safetensors_header(data)
-    metadata: object = entries.pop("__metadata__", None)
-    text = cast(Mapping[str, object], metadata).get("trimtab") if isinstance(metadata, Mapping) else None
-    if not isinstance(text, str):
-        raise KnobError("it is a safetensors file without Trimtab's header, so not a knob.")
-    header = _header(text)
-    said = text_field(header, "sha256")
-    if len(said) != len(_BLANK) or said != _digest(data, said):
+    entries, header, said = read_header(data, len(data))
+    if said != _digest(data, said):
         raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
     for name, entry in entries.items():
         dtype = cast(Mapping[str, object], entry).get("dtype") if isinstance(entry, Mapping) else None
@@ -156,16 +150,33 @@ def _decode(data: bytes) -> KnobFile:
     return KnobFile(tensors, header)
 
 
-def _safetensors_header(data: bytes) -> dict[str, Any]:
+def read_header(start: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return entries, knob header and the checksum that it states, of a file of `size` bytes that begins with `start`.
+
+    Raises `KnobError` for what is no knob, and for a checksum that cannot be one.
+    """
+    entries = _safetensors_header(start, size)
+    metadata: object = entries.pop("__metadata__", None)
+    text = cast(Mapping[str, object], metadata).get("trimtab") if isinstance(metadata, Mapping) else None
+    if not isinstance(text, str):
+        raise KnobError("it is a safetensors file without Trimtab's header, so not a knob.")
+    header = _header(text)
+    said = text_field(header, "sha256")
+    if len(said) != len(BLANK):
+        raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
+    return entries, header, said
+
+
+def _safetensors_header(data: bytes, size: int) -> dict[str, Any]:
     """Return the outer header. safetensors reads it too, but takes fields of one name and more nesting than we do."""
     length = int.from_bytes(data[:8], "little")
     if length > HEADER_LIMIT:  # then it is most likely no length, but what another kind of file begins with
         for start, kind in _FOREIGN.items():
             if data.startswith(start):
                 raise _not_whole(f"it is {kind}")
-    if len(data) < 8 or length > len(data) - 8:
+    if len(data) < 8 or length > size - 8:
         claim = f", and its header alone would have {length}" if len(data) >= 8 else ""
-        raise _not_whole(f"it has {len(data)} bytes{claim}" if data else "it is empty")
+        raise _not_whole(f"it has {size} bytes{claim}" if data else "it is empty")
     if length > HEADER_LIMIT:
         raise KnobError(f"its header has {length} bytes; at most {HEADER_LIMIT} are read.")
     try:
@@ -197,4 +208,4 @@ def _header(text: str) -> dict[str, Any]:
 
 def _digest(data: bytes, said: str) -> str:
     """Return the sha256 of the file as it is with a blank where the checksum `said` stands."""
-    return hashlib.sha256(data.replace(said.encode("utf-8", "replace"), _BLANK.encode(), 1)).hexdigest()
+    return hashlib.sha256(data.replace(said.encode("utf-8", "replace"), BLANK.encode(), 1)).hexdigest()

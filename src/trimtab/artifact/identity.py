@@ -80,6 +80,30 @@ def check_identity(
             f"Knob {knob!r} was learned on {_describe(learned)}; it has width {width} and reaches layer {top_layer}. "
             f"This model is {_describe(here)}. Learn the knob on this model."
         )
+    _compare(knob, learned, here, tokenizer, strict=strict)
+
+
+def compare_identity(
+    knob: str,
+    learned: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    strict: bool,
+    hashes: bool,
+) -> None:
+    """Compare the identity a weight knob remembers with a model; its shapes are compared elsewhere."""
+    _compare(knob, learned, model_identity(model, tokenizer, hashes=hashes), tokenizer, strict=strict)
+
+
+def _compare(
+    knob: str,
+    learned: Mapping[str, Any],
+    here: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    strict: bool,
+) -> None:
     # A tokenizer without a template differs from the one with which the knob was learned; no tokenizer says nothing.
     unknown = {"template_hash", "tokenizer_hash"} if tokenizer is None else set[str]()
     for key in (*_REFUSED, *_WARNED):
@@ -96,7 +120,7 @@ def check_identity(
         )
         if key in _REFUSED and strict:
             raise KnobError(f"{message} Learn it again here, or pass strict=False to use it all the same.")
-        warnings.warn(message, TrimtabWarning, stacklevel=3)
+        warnings.warn(message, TrimtabWarning, stacklevel=4)
 
 
 def said(value: object) -> str:

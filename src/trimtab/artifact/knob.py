@@ -82,14 +82,7 @@ class Knob:
     @property
     def safe_range(self) -> tuple[float, float] | None:
         """Strengths that tuning found safe, lowest and highest; None before tuning."""
-        bounds: object = (self.tuning or {}).get("safe_range")
-        if bounds is None:
-            return None
-        values = cast(list[object], bounds) if isinstance(bounds, list | tuple) else []
-        low, high = (number(value, "safe range") for value in values) if len(values) == 2 else (1.0, -1.0)
-        if low > high:
-            raise KnobError(f"Its safe range is {brief(bounds)}; expected the lowest and the highest strength.")
-        return low, high
+        return safe_range_of(self.tuning)
 
     def alpha(self, strength: float) -> float:
         """Convert a strength to alpha, in multiples of the mean residual norm at the active site."""
@@ -283,6 +276,18 @@ def _site(text: str) -> Site:
     if re.fullmatch(_SITE, text) is None:
         raise KnobError(f"A site is written layer/position, e.g. 4/last or 4/post_instruction[-1]; got {brief(text)}.")
     return Site.parse(text)
+
+
+def safe_range_of(tuning: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """Return the lowest and the highest safe strength that tuning stored; raises `KnobError` for what is no range."""
+    bounds: object = (tuning or {}).get("safe_range")
+    if bounds is None:
+        return None
+    values = cast(list[object], bounds) if isinstance(bounds, list | tuple) else []
+    low, high = (number(value, "safe range") for value in values) if len(values) == 2 else (1.0, -1.0)
+    if low > high:
+        raise KnobError(f"Its safe range is {brief(bounds)}; expected the lowest and the highest strength.")
+    return low, high
 
 
 def check_knob_name(name: str) -> None:

@@ -1,0 +1,286 @@
+"""The weight knob: a difference of weights, dense or of low rank, that strength scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.artifact.file import number, object_field, text_field
+from trimtab.artifact.identity import compare_identity
+from trimtab.artifact.knob import check_knob_name, safe_range_of
+from trimtab.artifact.large import DTYPES, Entry, LargeFile, write_large
+from trimtab.errors import KnobError, brief
+from trimtab.types import check_strength
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FIELDS = frozenset("format_version sha256 kind name method gain provenance diagnostics tuning".split())
+"""What the header of a delta's file holds: each of them, and nothing else."""
+
+
+class LowRank(NamedTuple):
+    """The product `b @ a`, `[out, in]`, as a LoRA adapter holds it."""
+
+    a: Tensor  # [R, in]
+    b: Tensor  # [out, R]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the product."""
+        return torch.Size((self.b.shape[0], self.a.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        """Length of the side that the two share."""
+        return self.a.shape[0]
+
+    def dense(self) -> Tensor:
+        """Return the product in float32."""
+        return self.b.float() @ self.a.float()
+
+
+Part = Tensor | LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaKnob:
+    """A preference as a difference of weights: strength s adds `s * gain * difference` to every weight it names.
+
+    Preference Vectors (arXiv:2504.20106) and Alignment Vectors (arXiv:2410.19206) are such differences. Knobs are
+    immutable and compare by identity.
+    """
+
+    name: str
+    method: str
+    parts: Mapping[str, Part] = field(repr=False)
+    """The difference of each parameter, by its name in the model: dense, of the parameter's shape, or low rank."""
+    gain: float = 1.0
+    """Multiples of the difference at strength 1."""
+    kind: Literal["delta"] = "delta"
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    diagnostics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tuning: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_knob_name(self.name)
+        if not self.parts:
+            raise KnobError(f"Knob {self.name!r} holds no difference: nothing would change at any strength.")
+        if not math.isfinite(self.gain) or self.gain < 0:
+            raise KnobError(f"The gain must be finite and not negative; got {self.gain!r}. Turn a knob with -knob.")
+        object.__setattr__(self, "parts", dict(sorted(self.parts.items())))
+        for name, part in self.parts.items():
+            _check_part(name, part)
+        _ = self.safe_range
+
+    # What it does
+
+    @property
+    def safe_range(self) -> tuple[float, float] | None:
+        """Strengths that tuning found safe, lowest and highest; None before tuning."""
+        return safe_range_of(self.tuning)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every part is of low rank, so that each row of a batch can have a strength of its own."""
+        return all(isinstance(part, LowRank) for part in self.parts.values())
+
+    def alpha(self, strength: float) -> float:
+        """Convert a strength to multiples of the difference."""
+        return check_strength(strength) * self.gain
+
+    def dense(self, name: str) -> Tensor:
+        """Return the difference of one parameter in float32, before gain and strength."""
+        part = self.parts[name]
+        return part.dense() if isinstance(part, LowRank) else part.float()
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the whole difference at strength 1."""
+        return self.gain * math.sqrt(sum(float(self.dense(name).double().square().sum()) for name in self.parts))
+
+    # Other knobs from this one
+
+    def with_(
+        self,
+        *,
+        name: str | None = None,
+        method: str | None = None,
+        gain: float | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        diagnostics: Mapping[str, Any] | None = None,
+        tuning: Mapping[str, Any] | None = None,
+    ) -> DeltaKnob:
+        """Return a copy with some fields replaced; another gain drops the tuning, unless a new one is passed along."""
+        new = replace(
+            self,
+            name=self.name if name is None else name,
+            method=self.method if method is None else method,
+            gain=self.gain if gain is None else gain,
+            provenance=self.provenance if provenance is None else provenance,
+            diagnostics=self.diagnostics if diagnostics is None else diagnostics,
+            tuning=self.tuning if tuning is None else tuning,
+        )
+        return new if new.gain == self.gain or tuning is not None else replace(new, tuning=None)
+
+    def __mul__(self, factor: float) -> DeltaKnob:
+        """Scale the knob: strength 1 of `2 * knob` is strength 2 of `knob`; a negative factor turns it round."""
+        factor = check_strength(factor, "factor")
+        parts = self.parts if factor >= 0 else {name: _scaled(part, -1.0) for name, part in self.parts.items()}
+        return replace(self, parts=parts, gain=self.gain * abs(factor), diagnostics={}, tuning=None)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> DeltaKnob:
+        return self * -1.0
+
+    def __add__(self, other: DeltaKnob) -> DeltaKnob:
+        """Return the knob whose strength 1 is strength 1 of both; low-rank parts are put side by side, exactly.
+
+        Two parts `b1 a1` and `b2 a2` are `[b1 b2] [a1; a2]`: ranks add up, and nothing is left out. (Adding the a's and
+        the b's apart, as PEFT's combination "linear" does, is another matrix.)
+        """
+        parts: dict[str, Part] = {}
+        for name in {**self.parts, **other.parts}:
+            own = [_scaled(k.parts[name], k.gain) for k in (self, other) if name in k.parts]
+            if len({tuple(part.shape) for part in own}) > 1:
+                raise KnobError(
+                    f"Knobs {self.name!r} and {other.name!r} change {name!r} in two shapes, "
+                    f"{list(own[0].shape)} and {list(own[1].shape)}: they are of two models."
+                )
+            parts[name] = own[0] if len(own) == 1 else _joined(own[0], own[1])
+        told = [{"name": knob.name, **knob.provenance} for knob in (self, other)]
+        shared = {key: value for key, value in self.provenance.items() if other.provenance.get(key) == value}
+        return DeltaKnob(f"{self.name}+{other.name}"[:100], "sum", parts, provenance={**shared, "parts": told})
+
+    def __sub__(self, other: DeltaKnob) -> DeltaKnob:
+        return self + -other
+
+    # File and model
+
+    def save(self, path: str | Path) -> None:
+        """Write the knob to one safetensors file, tensor by tensor, atomically; see `Knob.save`."""
+        write_large(path, list(_entries(self.parts)), self.header())
+
+    def header(self) -> dict[str, Any]:
+        """Return what a file holds beside the tensors."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "method": self.method,
+            "gain": self.gain,
+            "provenance": dict(self.provenance),
+            "diagnostics": dict(self.diagnostics),
+            "tuning": None if self.tuning is None else dict(self.tuning),
+        }
+
+    @staticmethod
+    def load(path: str | Path) -> DeltaKnob:
+        """Read a knob file, which runs no code; tensors stay in the file until they are used.
+
+        Raises `KnobError` that names what is wrong with a damaged or foreign file.
+        """
+        try:
+            return _from_file(LargeFile(path))
+        except KnobError as error:
+            raise KnobError(f"Cannot load a knob from {brief(str(path), 240)}: {error}") from None
+
+    def check(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        strict: bool = True,
+        hashes: bool = True,
+    ) -> None:
+        """Compare the knob with a model, and with its tokenizer if given; see `Knob.check`.
+
+        Raises `KnobError` for a parameter that the model has not, or has in another shape.
+        """
+        self.check_shapes(model)
+        compare_identity(self.name, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
+
+    def check_shapes(self, model: nn.Module) -> None:
+        """Raise `KnobError` for a parameter that the model has not, or has in another shape."""
+        known = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        missing = [name for name in self.parts if name not in known]
+        if missing:
+            raise KnobError(
+                f"Knob {self.name!r} changes {len(self.parts)} weights; this {type(model).__name__} lacks "
+                f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model."
+            )
+        for name, part in self.parts.items():
+            if tuple(part.shape) != known[name]:
+                raise KnobError(
+                    f"Knob {self.name!r} changes {name!r} in shape {list(part.shape)}; this {type(model).__name__} "
+                    f"has it in shape {list(known[name])}. Use a knob made for this model."
+                )
+
+
+def _check_part(name: str, part: Part) -> None:
+    if not name or not name.isprintable() or len(name) > 400:
+        raise KnobError(f"A parameter's name is 1 to 400 printable characters; got {brief(name)}.")
+    if isinstance(part, LowRank) and not (part.a.dim() == part.b.dim() == 2 and part.a.shape[0] == part.b.shape[1] > 0):
+        raise KnobError(
+            f"A low-rank difference is b [out, R] times a [R, in]; that of {name!r} has {list(part.b.shape)} and "
+            f"{list(part.a.shape)}."
+        )
+
+
+def _scaled(part: Part, factor: float) -> Part:
+    """Multiply; 1 changes nothing, and a low-rank part is scaled on one side."""
+    if factor == 1:
+        return part
+    return LowRank(part.a, factor * part.b) if isinstance(part, LowRank) else factor * part
+
+
+def _joined(one: Part, two: Part) -> Part:
+    if isinstance(one, LowRank) and isinstance(two, LowRank):
+        return LowRank(torch.cat([one.a.float(), two.a.float()]), torch.cat([one.b.float(), two.b.float()], dim=1))
+    first, second = (part.dense() if isinstance(part, LowRank) else part.float() for part in (one, two))
+    return first + second
+
+
+def _entries(parts: Mapping[str, Part]) -> Iterator[Entry]:
+    for name, part in parts.items():
+        stored = {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
+        for label, tensor in stored.items():
+            kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
+            yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: kept)
+
+
+def _from_file(file: LargeFile) -> DeltaKnob:
+    header = file.header
+    kind = text_field(header, "kind")
+    if kind != "delta":
+        raise KnobError(f"it is a knob of kind {brief(kind)}; this reads 'delta'.")
+    missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS)
+    if missing or unknown:
+        wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
+        raise KnobError(f"its header is wrong: it {wrong}.")
+    parts: dict[str, Part] = {}
+    for label in file:
+        side, _, name = label.partition("/")
+        if side == "dense":
+            parts[name] = file[label]
+        elif side == "a" and f"b/{name}" in file:
+            parts[name] = LowRank(file[label], file[f"b/{name}"])
+        elif not (side == "b" and f"a/{name}" in file):
+            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind 'delta' has not.")
+    try:
+        return DeltaKnob(
+            name=text_field(header, "name"),
+            method=text_field(header, "method"),
+            parts=parts,
+            gain=number(header["gain"], "gain"),
+            provenance=object_field(header, "provenance"),
+            diagnostics=object_field(header, "diagnostics"),
+            tuning=None if header["tuning"] is None else object_field(header, "tuning"),
+        )
+    except KnobError as error:
+        raise KnobError(f"its content is wrong: {error}") from None

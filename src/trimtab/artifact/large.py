@@ -1,0 +1,147 @@
+"""Knob files of any length: written tensor by tensor, read where and when a tensor is needed.
+
+The same safetensors format as small knobs, header and checksum alike; only whole copies in memory are avoided. Tensors
+that are read are views of the file: a file that another program cuts short meanwhile ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trimtab.artifact.file import BLANK, FORMAT_VERSION, HEADER_LIMIT, read_header, refuse_to_replace
+from trimtab.errors import KnobError, brief, printable
+from trimtab.files import is_knob_file, reason
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What a weight difference may be stored in."""
+PIECE = 1 << 24
+
+
+class Entry(NamedTuple):
+    """A tensor that is made when it is written: name, dtype, shape, and what makes it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_large(path: str | Path, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
+    """Write tensors one after another, and a header; a reader sees the old file or the whole new one.
+
+    No more than one tensor is in memory. Raises `KnobError` as `write_file` does. A process that is killed meanwhile
+    leaves `.NAME.XXXXXXXX.part`.
+    """
+    path = Path(path)
+    refuse_to_replace(path, "knob", is_knob_file)
+    part = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(part, entries, header)
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+    except OSError as error:
+        raise KnobError(f"Cannot write {brief(str(path), 240)}: {reason(error)}. Nothing there was changed.") from None
+
+
+def _write(part: Path, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
+    """Write the tensors behind a gap as long as a header can be, then the header into the gap's end.
+
+    A safetensors header may be padded with spaces, so its length can be settled before its text is known.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    offset, places = 0, dict[str, Any]()
+    for entry in entries:
+        size = math.prod(entry.shape) * entry.dtype.itemsize
+        places[entry.name] = {
+            "dtype": names[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    room = 8 * math.ceil((len(json.dumps(places)) + (1 << 20)) / 8)
+    with part.open("w+b") as file:
+        file.seek(8 + room)
+        for entry in entries:
+            tensor = entry.make()
+            assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype), entry.name
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            for start in range(0, len(flat), PIECE):
+                file.write(flat[start : start + PIECE].numpy().data)
+        try:
+            text = json.dumps({"format_version": FORMAT_VERSION, "sha256": BLANK, **header}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise KnobError(f"The header of {brief(part.name, 240)} cannot be written as JSON: {error}.") from None
+        outer = json.dumps({"__metadata__": {"trimtab": text}, **places}).encode()
+        if len(outer) > min(room, HEADER_LIMIT):
+            raise KnobError(f"The knob's header has {len(outer)} bytes; at most {min(room, HEADER_LIMIT)} are written.")
+        start = room.to_bytes(8, "little") + outer.ljust(room)
+        file.seek(0)
+        file.write(start)
+        digest = _digest(file, start)
+        file.seek(0)
+        file.write(start.replace(BLANK.encode(), digest.encode(), 1))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(file: BinaryIO, start: bytes) -> str:
+    """Return the sha256 of the file whose first bytes, with the blank in the checksum's place, are `start`."""
+    state = hashlib.sha256(start)
+    file.seek(len(start))
+    while piece := file.read(PIECE):
+        state.update(piece)
+    return state.hexdigest()
+
+
+class LargeFile(Mapping[str, Tensor]):
+    """The tensors of a knob file by name, in their stored dtype, each a view of the file; `header` is the JSON header.
+
+    Raises `KnobError` that says what is wrong with a damaged or foreign file; opening reads the file once, for the
+    checksum.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            with Path(path).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                file.seek(0)
+                start = file.read(8 + min(length, HEADER_LIMIT))
+                entries, self.header, said = read_header(start, Path(path).stat().st_size)
+                if said != _digest(file, start.replace(said.encode(), BLANK.encode(), 1)):
+                    raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
+        except OSError as error:
+            raise KnobError(f"{reason(error)}.") from None
+        for name, entry in entries.items():
+            if entry.get("dtype") not in DTYPES:
+                raise KnobError(f"its tensor {brief(name)} has dtype {brief(entry.get('dtype'))}; known: {[*DTYPES]}.")
+        try:
+            self._file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise KnobError(f"it is not a whole safetensors file ({printable(str(error))[:200]}).") from None
+        self._names = sorted(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,183 @@
+"""The difference of two sets of weights as a knob, subtracted in float32 and never two models in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.artifact.delta import DeltaKnob, LowRank, Part
+from trimtab.artifact.large import Entry, write_large
+from trimtab.errors import KnobError, OptionError, TrimtabWarning
+from trimtab.weights.source import Source, Weights, is_adapter, read_adapter
+
+BLOCK = 1 << 24
+"""Entries that are subtracted at once."""
+EXPO_STRENGTH = 1.3
+"""ExPO (arXiv:2404.16792) goes beyond the aligned model by 0.3 to 0.5 of the difference; strength 1 is that point."""
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Stats(NamedTuple):
+    norm: float
+    zero: float
+    """Share of entries that are exactly zero."""
+
+
+def difference(
+    plus: Source,
+    minus: Source | None = None,
+    *,
+    name: str,
+    method: str = "delta",
+    gain: float = 1.0,
+    dtype: str = "float32",
+    out: str | Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> DeltaKnob:
+    """Return the knob `plus - minus`: of two models or checkpoint folders, or of two LoRA adapters of one base.
+
+    A Preference Vector is theta+ minus theta-, of training with labels and with labels swapped (arXiv:2504.20106, eq.
+    2); an Alignment Vector is aligned minus base (arXiv:2410.19206). Adapters are put side by side: `[s+ B+, -s- B-]`
+    times `[A+; A-]` is their difference exactly, of twice the rank; one adapter alone is a difference to its base.
+
+    Weights are subtracted in float32, in blocks, one tensor at a time, and only then rounded to `dtype` (float32,
+    bfloat16, float16). With `out` the knob is written there as it is made, atomically, and its tensors stay in the
+    file. What is the same in both is left out. Two 16-bit checkpoints bring a `TrimtabWarning`: small changes were
+    rounded away when they were saved. Raises `OptionError` that names the tensors where names or shapes do not match.
+    """
+    if dtype not in STORED:
+        raise OptionError(f"Unknown dtype {dtype!r}. Known: {', '.join(STORED)}.")
+    told = dict(provenance or {})
+    if is_adapter(plus) or (minus is not None and is_adapter(minus)):
+        parts = _adapters(plus, minus, STORED[dtype])
+        knob = DeltaKnob(name, method, parts, gain, provenance=told, diagnostics=_low_rank_diagnostics(parts))
+        if out is None:
+            return knob
+        knob.save(out)
+        return DeltaKnob.load(out)
+    if minus is None:
+        raise OptionError("A model alone is no difference. Pass the model to subtract, or a LoRA adapter.")
+    pair = _Pair(Weights(plus), Weights(minus))
+    stats = {label: pair.stats(label) for label in pair.names}
+    changed = [label for label in pair.names if stats[label].norm > 0]
+    if not changed:
+        raise OptionError(f"{pair.plus.said} and {pair.minus.said} hold the same weights: there is no difference.")
+    pair.warn(stats)
+    diagnostics = {
+        "norms": {label: stats[label].norm for label in changed},
+        "zero": {label: stats[label].zero for label in changed},
+        "unchanged": len(pair.names) - len(changed),
+    }
+    entries = [
+        Entry(f"dense/{label}", STORED[dtype], pair.plus.shapes[label], partial(pair.subtract, label, STORED[dtype]))
+        for label in changed
+    ]
+    if out is None:
+        parts = {label: pair.subtract(label, STORED[dtype]) for label in changed}
+        return DeltaKnob(name, method, parts, gain, provenance=told, diagnostics=diagnostics)
+    shell = DeltaKnob(name, method, {"weight": torch.zeros(1)}, gain, provenance=told, diagnostics=diagnostics)
+    write_large(out, entries, shell.header())
+    return DeltaKnob.load(out)
+
+
+class _Pair:
+    """Two sets of weights with the same names and shapes."""
+
+    def __init__(self, plus: Weights, minus: Weights) -> None:
+        self.plus, self.minus = plus, minus
+        for here, there in ((plus, minus), (minus, plus)):
+            lone = sorted(here.shapes.keys() - there.shapes.keys())
+            if lone:
+                tied = (
+                    " One of the two ties its output layer to its embedding."
+                    if lone[0].endswith("lm_head.weight")
+                    else ""
+                )
+                raise OptionError(
+                    f"{len(lone)} weights of {here.said} are not in {there.said}: {_some(lone)}.{tied} A difference "
+                    "needs two sets of weights of one model."
+                )
+        other = [name for name in sorted(plus.shapes) if plus.shapes[name] != minus.shapes[name]]
+        if other:
+            first = other[0]
+            rows = plus.shapes[first][1:] == minus.shapes[first][1:]
+            raise OptionError(
+                f"{len(other)} weights differ in shape: {_some(other)} ({list(plus.shapes[first])} and "
+                f"{list(minus.shapes[first])})."
+                + (" The vocabularies differ in size: resize the smaller one first." if rows else "")
+            )
+        self.names = sorted(plus.shapes)
+
+    def blocks(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Return flat views of both sides, block by block."""
+        sides = [side.get(name).reshape(-1) for side in (self.plus, self.minus)]
+        return [(sides[0][i : i + BLOCK], sides[1][i : i + BLOCK]) for i in range(0, len(sides[0]), BLOCK)]
+
+    def subtract(self, name: str, dtype: torch.dtype) -> Tensor:
+        result = torch.empty(self.plus.shapes[name], dtype=dtype)
+        flat = result.reshape(-1)
+        for i, (a, b) in enumerate(self.blocks(name)):
+            flat[i * BLOCK : (i + 1) * BLOCK] = (a.float() - b.float().to(a.device)).to(dtype)
+        if not torch.isfinite(result).all():
+            raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
+        return result
+
+    def stats(self, name: str) -> _Stats:
+        square, zero, count = 0.0, 0, 0
+        for a, b in self.blocks(name):
+            piece = a.float() - b.float().to(a.device)
+            square += float(piece.double().square().sum())
+            zero += int((piece == 0).sum())
+            count += len(piece)
+        return _Stats(square**0.5, zero / max(count, 1))
+
+    def warn(self, stats: Mapping[str, _Stats]) -> None:
+        short = [n for n in self.names if max(self.plus.dtypes[n].itemsize, self.minus.dtypes[n].itemsize) <= 2]
+        if not short:
+            return
+        sizes = [torch.Size(self.plus.shapes[name]).numel() for name in short]
+        zero = sum(stats[n].zero * size for n, size in zip(short, sizes, strict=True)) / sum(sizes)
+        warnings.warn(
+            "Both sets of weights are stored in 16 bits, so that small changes were rounded away when they were saved: "
+            f"{zero:.0%} of the differences are exactly zero. Subtract float32 checkpoints if there are any.",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+
+
+def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[str, Part]:
+    if not is_adapter(plus) or (minus is not None and not is_adapter(minus)):
+        raise OptionError("One of the two is a LoRA adapter, the other is not. Pass two adapters of one base model.")
+    assert not isinstance(plus, torch.nn.Module)
+    assert not isinstance(minus, torch.nn.Module)
+    first = read_adapter(plus)
+    second = read_adapter(minus) if minus is not None else {}
+    parts: dict[str, Part] = {}
+    for name in sorted({*first, *second}):
+        own = [(sign, part[name]) for sign, part in ((1.0, first), (-1.0, second)) if name in part]
+        if len({part.shape for _, part in own}) > 1:
+            raise OptionError(f"The adapters change {name!r} in two shapes: they are of two models.")
+        a = torch.cat([part.a for _, part in own])
+        b = torch.cat([sign * part.b for sign, part in own], dim=1)
+        parts[name] = LowRank(a.to(dtype), b.to(dtype))
+    return parts
+
+
+def _low_rank_diagnostics(parts: Mapping[str, Part]) -> dict[str, Any]:
+    norms: dict[str, float] = {}
+    for name, part in parts.items():
+        assert isinstance(part, LowRank)
+        # ||b a||^2 = tr(b^T b a a^T): no product of the weight's own size.
+        square = (part.b.double().T @ part.b.double() * (part.a.double() @ part.a.double().T)).sum()
+        norms[name] = max(0.0, float(square)) ** 0.5
+    return {"norms": norms}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,82 @@
+"""A weight difference as a product of two thin matrices, by singular value decomposition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from trimtab.artifact.delta import LowRank
+from trimtab.errors import OptionError
+
+EXACT = 1024
+"""Matrices whose smaller side is at most this long are decomposed whole; larger ones by a randomised method."""
+OVERSAMPLING = 10
+ROUNDS = 4
+
+
+def truncate(delta: Tensor, *, rank: int | None = None, energy: float | None = None, seed: int = 0) -> LowRank:
+    """Return the best product `B A` of a given rank for `delta [out, in]`, or of the smallest rank that keeps `energy`.
+
+    `energy` is a share of the squared Frobenius norm, in 0..1. The product of rank R is the truncated singular value
+    decomposition (Eckart and Young 1936), its singular values shared out evenly between the two. Matrices larger than
+    `EXACT` are decomposed by randomised subspace iteration (Halko et al. 2011, algorithms 4.4 and 5.1, with `ROUNDS`
+    rounds), which `seed` makes repeatable. Computed in float32. Raises `OptionError` for what is no matrix, and unless
+    exactly one of rank and energy is given.
+    """
+    if delta.dim() != 2:
+        raise OptionError(f"Only a matrix has a rank; got shape {list(delta.shape)}.")
+    if (rank is None) == (energy is None):
+        raise OptionError("Pass either a rank or an energy.")
+    if rank is not None and rank < 1:
+        raise OptionError(f"The rank counts from 1; got {rank}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"The energy is a share of the squared norm, above 0 and at most 1; got {energy:g}.")
+    wide, most = delta.float(), min(delta.shape)
+    if rank is not None:
+        return _product(*_decompose(wide, min(rank, most), seed))
+    assert energy is not None
+    total, tried = float(wide.double().square().sum()), min(most, 16 if most > EXACT else most)
+    while True:
+        u, s, v = _decompose(wide, tried, seed)
+        sums = s.double().square().cumsum(0)
+        # Rounding leaves the sum of all squares a little short of the whole.
+        enough = (sums >= energy * total * (1 - 1e-6)).nonzero()
+        if len(enough) or tried == most:
+            kept = int(enough[0]) + 1 if len(enough) else tried
+            return _product(u[:, :kept], s[:kept], v[:, :kept])
+        tried = min(most, 2 * tried)
+
+
+def relative_error(delta: Tensor, low: LowRank) -> float:
+    """Return `||delta - B A|| / ||delta||` in Frobenius norms, 0 for a difference of zero.
+
+    >>> relative_error(torch.eye(2), LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]])))
+    0.7071067811865476
+    """
+    length = float(delta.double().norm())
+    return float((delta.double() - low.b.double() @ low.a.double()).norm()) / length if length else 0.0
+
+
+def _decompose(wide: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U `[out, R]`, S `[R]` and V `[in, R]`."""
+    if min(wide.shape) <= EXACT:
+        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank].T
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(wide, q=min(rank + OVERSAMPLING, min(wide.shape)), niter=ROUNDS)
+    return u[:, :rank], s[:rank], v[:, :rank]
+
+
+def _product(u: Tensor, s: Tensor, v: Tensor) -> LowRank:
+    half = s.clamp(min=0).sqrt()
+    return LowRank((v * half).T.contiguous(), (u * half).contiguous())
+
+
+def effective_rank(delta: Tensor) -> float:
+    """Return `exp` of the entropy of the singular values' shares (Roy and Vetterli 2007): 1 to the smaller side."""
+    values = torch.linalg.svdvals(delta.double())
+    shares = values / values.sum() if float(values.sum()) else values
+    return math.exp(-float((shares * shares.clamp(min=1e-300).log()).sum()))

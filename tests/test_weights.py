@@ -1,0 +1,401 @@
+"""Weight knobs: exact differences, adapters, compression, files, and a live model that gets its bits back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pico import model
+from trimtab.artifact.delta import DeltaKnob, LowRank
+from trimtab.errors import KnobError, OptionError, TrimtabWarning
+from trimtab.weights.delta import difference
+from trimtab.weights.live import applied
+from trimtab.weights.lowrank import EXACT, effective_rank, relative_error, truncate
+
+# transformers' own remark on a name that PEFT still asks for.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moved(lm: nn.Module, seed: int, *, size: float = 0.01, like: str = "") -> Any:
+    """The same model with other weights in every matrix of the blocks whose name holds `like`."""
+    other: Any = type(lm)(lm.config)  # pyright: ignore[reportCallIssue]
+    other.load_state_dict(lm.state_dict())
+    with torch.no_grad():
+        for i, (name, p) in enumerate(other.named_parameters()):
+            if "layers" in name and like in name:
+                p.add_(size * drawn(*p.shape, seed=100 * seed + i))
+    return other
+
+
+# --- differences ----------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_holds_what_changed_and_nothing_else() -> None:
+    lm = model()
+    plus, minus = moved(lm, 1, like="q_proj"), moved(lm, 2, like="q_proj")
+    knob = difference(plus, minus, name="p")
+    names = [name for name, _ in lm.named_parameters() if "layers" in name and "q_proj" in name]
+    assert sorted(knob.parts) == sorted(names)
+    for name in names:
+        wanted = plus.get_parameter(name).detach() - minus.get_parameter(name).detach()
+        assert torch.equal(knob.dense(name), wanted)
+        assert knob.diagnostics["norms"][name] == pytest.approx(float(wanted.norm()))
+    assert knob.diagnostics["unchanged"] == len(list(lm.named_parameters())) - len(names)
+
+
+def test_labels_swapped_twice_give_the_same_knob_and_once_its_negative() -> None:
+    lm = model()
+    plus, minus = moved(lm, 1), moved(lm, 2)
+    knob, swapped = difference(plus, minus, name="p"), difference(minus, plus, name="p")
+    assert all(torch.equal(knob.dense(name), -swapped.dense(name)) for name in knob.parts)
+    assert all(torch.equal(knob.dense(name), (-swapped).dense(name)) for name in knob.parts)
+
+
+def test_folders_are_subtracted_as_models_are_whatever_their_shards(tmp_path: Path) -> None:
+    lm = model()
+    plus, minus = moved(lm, 1), moved(lm, 2)
+    plus.save_pretrained(tmp_path / "plus", max_shard_size="40KB")
+    minus.save_pretrained(tmp_path / "minus")
+    assert (tmp_path / "plus/model.safetensors.index.json").exists()
+    knob = difference(plus, minus, name="p")
+    for out in (None, tmp_path / "knob.safetensors"):
+        found = difference(tmp_path / "plus", tmp_path / "minus", name="p", out=out)
+        assert sorted(found.parts) == sorted(knob.parts)
+        assert all(torch.equal(found.dense(name), knob.dense(name)) for name in knob.parts)
+        assert found.diagnostics == knob.diagnostics
+
+
+def test_subtraction_is_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    a, b = (torch.tensor([1.0, 1.0 + 2**-7, 3.0]).to(torch.bfloat16), torch.tensor([1.0, 1.0, 1.0]).to(torch.bfloat16))
+    for name, tensor in (("a", a), ("b", b)):
+        (tmp_path / name).mkdir()
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors")
+    with pytest.warns(TrimtabWarning, match="33% of the differences are exactly zero"):
+        knob = difference(tmp_path / "a", tmp_path / "b", name="p")
+    assert knob.dense("w").tolist() == [0.0, 2**-7, 2.0]
+    with pytest.warns(TrimtabWarning):
+        stored = difference(tmp_path / "a", tmp_path / "b", name="p", dtype="bfloat16", out=tmp_path / "k.safetensors")
+    assert isinstance(stored.parts["w"], Tensor)
+    assert stored.parts["w"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"w": (3, 4), "v": (2,)}, {"w": (3, 4)}, "1 weights of .* are not in .*'v'"),
+        ({"w": (3, 4)}, {"w": (3, 5)}, r"1 weights differ in shape: 'w' \(\[3, 4\] and \[3, 5\]\)"),
+        ({"e": (10, 4)}, {"e": (12, 4)}, "vocabularies differ in size"),
+        ({"w": (2, 2), "lm_head.weight": (4, 2)}, {"w": (2, 2)}, "ties its output layer"),
+        ({"w": (2, 2)}, {"w": (2, 2)}, "hold the same weights"),
+    ],
+)
+def test_what_does_not_match_is_named(
+    first: dict[str, Any], second: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    for folder, shapes in (("a", first), ("b", second)):
+        (tmp_path / folder).mkdir()
+        save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / folder / "model.safetensors")
+    with pytest.raises(OptionError, match=words):
+        difference(tmp_path / "a", tmp_path / "b", name="p")
+
+
+def test_pickles_missing_folders_and_quantised_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(OptionError, match="is a pickle, which is never opened"):
+        difference(tmp_path / "old", tmp_path / "old", name="p")
+    with pytest.raises(OptionError, match="holds no weights"):
+        difference(tmp_path / "none", tmp_path / "none", name="p")
+    (tmp_path / "int").mkdir()
+    save_file({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "int/model.safetensors")
+    with pytest.raises(OptionError, match="quantised"):
+        difference(tmp_path / "int", tmp_path / "int", name="p")
+    with pytest.raises(OptionError, match="alone is no difference"):
+        difference(model(), name="p")
+    with pytest.raises(OptionError, match="Unknown dtype"):
+        difference(model(), model(), name="p", dtype="int4")
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def adapters(folder: Path, **options: Any) -> tuple[Any, list[Path]]:
+    """Two trained-looking LoRA adapters of one pico model, and the model."""
+    peft = pytest.importorskip("peft")
+    lm, saved = model(), list[Path]()
+    for i in range(2):
+        config = peft.LoraConfig(r=2 + i, lora_alpha=8, target_modules="all-linear", **options)
+        wrapped = peft.get_peft_model(moved(lm, 0, size=0.0), config)
+        with torch.no_grad():
+            for j, (name, p) in enumerate(wrapped.named_parameters()):
+                if "lora_" in name:
+                    p.copy_(0.05 * drawn(*p.shape, seed=1000 * (i + 1) + j))
+        wrapped.save_pretrained(folder / str(i))
+        saved.append(folder / str(i))
+    return lm, saved
+
+
+def merged(lm: Any, folder: Path) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(moved(lm, 0, size=0.0), folder).merge_and_unload()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}])
+def test_concatenated_adapter_equals_dense_delta(options: dict[str, Any], tmp_path: Path) -> None:
+    lm, (plus, minus) = adapters(tmp_path, **options)
+    knob = difference(plus, minus, name="p")
+    dense = difference(merged(lm, plus), merged(lm, minus), name="p")
+    assert knob.low_rank
+    assert not dense.low_rank
+    assert sorted(knob.parts) == sorted(dense.parts)
+    for name in knob.parts:
+        part = knob.parts[name]
+        assert isinstance(part, LowRank)
+        assert part.rank == 2 + 3
+        assert torch.allclose(knob.dense(name), dense.dense(name), atol=1e-6)
+        assert knob.diagnostics["norms"][name] == pytest.approx(dense.diagnostics["norms"][name], rel=1e-4)
+
+
+def test_one_adapter_is_the_difference_to_its_base(tmp_path: Path) -> None:
+    lm, (plus, _) = adapters(tmp_path)
+    knob, dense = difference(plus, name="p"), difference(merged(lm, plus), lm, name="p")
+    assert all(torch.allclose(knob.dense(name), dense.dense(name), atol=1e-6) for name in dense.parts)
+    with pytest.raises(OptionError, match="the other is not"):
+        difference(plus, lm, name="p")
+
+
+def test_sums_and_signs_of_adapters_are_exact_and_never_peft_s_linear(tmp_path: Path) -> None:
+    _, (plus, minus) = adapters(tmp_path)
+    one, two = difference(plus, name="a"), difference(minus, name="b")
+    found = 0.7 * one - 2.0 * two
+    for name in one.parts:
+        wanted = 0.7 * one.dense(name) - 2.0 * two.dense(name)
+        a, b = one.parts[name], two.parts[name]
+        assert torch.allclose(found.gain * found.dense(name), wanted, atol=1e-6)
+        assert isinstance(a, LowRank)
+        assert isinstance(b, LowRank)
+        linear = (0.7 * a.b - 2.0 * b.b[:, :2]) @ (0.7 * a.a - 2.0 * b.a[:2])
+        assert (linear - wanted).norm() > 0.3 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "with biases"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"peft_type": "IA3"}, "type 'IA3'"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    _, (plus, _) = adapters(tmp_path)
+    config = json.loads((plus / "adapter_config.json").read_text())
+    (plus / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(OptionError, match=words):
+        difference(plus, name="p")
+
+
+# --- low rank -------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_rank_is_found_and_its_product_exact() -> None:
+    delta = drawn(30, 4) @ drawn(4, 20, seed=1)
+    low = truncate(delta, rank=4)
+    assert (low.rank, tuple(low.shape)) == (4, (30, 20))
+    assert relative_error(delta, low) < 1e-5
+    assert truncate(delta, energy=1.0).rank == 4
+    assert relative_error(delta, truncate(delta, rank=2)) > 0.1
+
+
+def test_the_truncation_is_the_best_there_is_and_energy_is_what_it_keeps() -> None:
+    delta = drawn(40, 25)
+    values = torch.linalg.svdvals(delta.double()).square()
+    for rank in (1, 5, 20):
+        wanted = float((values[rank:].sum() / values.sum()).sqrt())
+        assert relative_error(delta, truncate(delta, rank=rank)) == pytest.approx(wanted, rel=1e-4)
+    low = truncate(delta, energy=0.8)
+    assert float(values[: low.rank].sum() / values.sum()) >= 0.8 * (1 - 1e-6)
+    assert float(values[: low.rank - 1].sum() / values.sum()) < 0.8
+
+
+def test_large_matrices_are_decomposed_at_random_and_the_same_twice() -> None:
+    size = EXACT + 40
+    delta = drawn(size, 6) @ drawn(6, size, seed=1) + 1e-3 * drawn(size, size, seed=2)
+    low = truncate(delta, rank=6)
+    exact = torch.linalg.svdvals(delta)
+    best = float((exact[6:].double().square().sum() / exact.double().square().sum()).sqrt())
+    assert relative_error(delta, low) < 1.01 * best
+    state = torch.random.get_rng_state()
+    again = truncate(delta, rank=6)
+    assert torch.equal(low.a, again.a)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert truncate(delta, energy=0.99).rank <= 6
+
+
+def test_wrong_ranks_and_energies_are_refused() -> None:
+    for options, words in (
+        ({}, "either a rank or an energy"),
+        ({"rank": 1, "energy": 0.5}, "either a rank or an energy"),
+        ({"rank": 0}, "counts from 1"),
+        ({"energy": 1.5}, "share of the squared norm"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            truncate(drawn(3, 3), **options)
+    with pytest.raises(OptionError, match="Only a matrix"):
+        truncate(drawn(3), rank=1)
+    assert truncate(drawn(3, 2), rank=9).rank == 2
+    assert truncate(torch.zeros(3, 2), energy=0.9).dense().abs().max() == 0
+
+
+def test_effective_rank_counts_directions() -> None:
+    assert effective_rank(torch.eye(7)) == pytest.approx(7)
+    assert effective_rank(drawn(5, 1) @ drawn(1, 6, seed=1)) == pytest.approx(1, abs=1e-3)
+
+
+# --- the knob and its file ------------------------------------------------------------------------------------------
+
+
+def knob_of(lm: Any, seed: int = 1, **options: Any) -> DeltaKnob:
+    return difference(moved(lm, seed, **options), lm, name=f"knob{seed}")
+
+
+def test_a_knob_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    lm = model()
+    dense = knob_of(lm).with_(gain=1.5, tuning={"safe_range": [0, 1]}, provenance={"paper": "arXiv:2504.20106"})
+    low = DeltaKnob("low", "m", {"w": LowRank(drawn(2, 5), drawn(4, 2, seed=1)), "v": drawn(3)}, diagnostics={"x": 1})
+    for knob in (dense, low):
+        knob.save(tmp_path / "k.safetensors")
+        again = DeltaKnob.load(tmp_path / "k.safetensors")
+        assert again.header() == knob.header()
+        assert all(torch.equal(again.dense(name), knob.dense(name)) for name in knob.parts)
+        assert [type(p) for p in again.parts.values()] == [type(p) for p in knob.parts.values()]
+    assert dense.safe_range == (0.0, 1.0)
+    assert dense.with_(gain=2.0).tuning is None
+    assert load_file(tmp_path / "k.safetensors").keys() == {"a/w", "b/w", "dense/v"}  # any reader of the format
+
+
+def test_every_altered_byte_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "k.safetensors"
+    DeltaKnob("k", "m", {"w": drawn(8, 8)}).save(path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    used = len(whole[8 : 8 + length].rstrip())
+    for place in (3, 20, 8 + used // 2, 8 + used - 2, 8 + length, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(KnobError):
+            DeltaKnob.load(path)
+    for cut in (0, 7, 100, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(KnobError):
+            DeltaKnob.load(path)
+
+
+def test_a_writer_that_is_killed_leaves_no_half_knob(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, torch\n"
+        "from trimtab.artifact.large import Entry, write_large\n"
+        "def slow():\n"
+        "    print('writing', flush=True); time.sleep(60)\n"
+        "makers = {'dense/w': lambda: torch.ones(4), 'dense/x': slow}\n"
+        "entries = [Entry(name, torch.float32, (4,), make) for name, make in makers.items()]\n"
+        "write_large(sys.argv[1], entries, {})\n"
+    )
+    path = tmp_path / "k.safetensors"
+    DeltaKnob("old", "m", {"w": torch.ones(2)}).save(path)
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env={**os.environ})
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert DeltaKnob.load(path).name == "old"
+
+
+def test_foreign_files_and_wrong_parts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("hello")
+    with pytest.raises(KnobError, match="exists and is not known to be a knob"):
+        DeltaKnob("k", "m", {"w": drawn(2)}).save(tmp_path / "x")
+    with pytest.raises(KnobError, match="holds no difference"):
+        DeltaKnob("k", "m", {})
+    with pytest.raises(KnobError, match=r"b \[out, R\] times a \[R, in\]"):
+        DeltaKnob("k", "m", {"w": LowRank(drawn(2, 3), drawn(4, 3))})
+    with pytest.raises(KnobError, match="gain"):
+        DeltaKnob("k", "m", {"w": drawn(2)}, gain=-1.0)
+    with pytest.raises(KnobError, match="two shapes"):
+        DeltaKnob("k", "m", {"w": drawn(2)}) + DeltaKnob("k", "m", {"w": drawn(3)})
+
+
+def test_a_knob_for_another_model_is_refused() -> None:
+    lm = model()
+    with pytest.raises(KnobError, match=r"lacks 1 of them, 'w' for one"):
+        DeltaKnob("k", "m", {"w": drawn(2)}).check_shapes(lm)
+    name = next(name for name, p in lm.named_parameters() if p.dim() == 2)
+    with pytest.raises(KnobError, match="in shape"):
+        DeltaKnob("k", "m", {name: drawn(2, 2)}).check_shapes(lm)
+
+
+# --- a live model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strengths_are_put_in_place_exactly_and_undone_bit_for_bit(dtype: torch.dtype) -> None:
+    lm = model()
+    one, two = knob_of(lm, 1), knob_of(lm, 2, like="q_proj")
+    lm = lm.to(dtype)
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    with applied(lm, {one: 0.5, two: -2.0}) as live:
+        for _ in range(3):  # over and over: nothing piles up
+            live.set({one: 1.5})
+            live.set({one: 0.5, two: -2.0})
+        for name, p in lm.named_parameters():
+            wanted = before[name].float()
+            wanted = wanted + 0.5 * one.dense(name) if name in one.parts else wanted
+            wanted = wanted - 2.0 * two.dense(name) if name in two.parts else wanted
+            step = 1e-2 if dtype.itemsize == 2 else 1e-5
+            assert torch.allclose(p.detach().float(), wanted.to(dtype).float(), rtol=step, atol=1e-6)
+        live.set({two: 1.0})
+        changed = {name for name, p in lm.named_parameters() if not torch.equal(p, before[name])}
+        assert changed == set(two.parts)
+        live.set({one: 0.0})
+        assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+
+
+def test_weights_are_restored_after_an_error_inside_and_one_while_entering() -> None:
+    lm = model()
+    knob = knob_of(lm)
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    with pytest.raises(RuntimeError, match="inside"), applied(lm, {knob: 1.0}):
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+    for large, strength, words in ((knob, 1e308, "too large"), (knob_of(lm, size=1e3), 1e37, "not finite")):
+        with pytest.raises(KnobError, match=words), applied(lm, {large: strength}):
+            pass
+    assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+
+
+def test_a_low_rank_knob_and_its_dense_twin_change_the_model_alike(tmp_path: Path) -> None:
+    lm, (plus, minus) = adapters(tmp_path)
+    low = difference(plus, minus, name="low")
+    dense = DeltaKnob("dense", "m", {name: low.dense(name) for name in low.parts})
+    ids = torch.tensor([[1, 2, 3, 4]])
+    said: list[Tensor] = []
+    for knob in (low, dense):
+        with applied(lm, {knob: 1.3}), torch.no_grad():
+            said.append(lm(ids).logits)
+    assert torch.allclose(said[0], said[1], atol=1e-5)
+    assert not torch.allclose(said[0], lm(ids).logits, atol=1e-3)
