@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob, Rack
+from trimtab.artifact import AnyKnob, Knob, Rack
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.ops import Batch
 from trimtab.render import Renderer
@@ -247,14 +247,14 @@ def _message(entry: object) -> Message:
 
 def _doses(
     knobs: AnySetting | Sequence[AnySetting] | None, count: int, rack: Rack | None, where: Where | None
-) -> list[dict[Knob, float]]:
+) -> list[dict[AnyKnob, float]]:
     """Look up every prompt's knobs, and move them to `where`; a knob in several rows stays one knob."""
     moved: dict[Knob, Knob] = {}
-    doses: list[dict[Knob, float]] = []
+    doses: list[dict[AnyKnob, float]] = []
     for setting in _per_prompt(knobs, count):
-        dose: dict[Knob, float] = {}
+        dose: dict[AnyKnob, float] = {}
         for key, strength in setting.items():
-            if isinstance(key, Knob):
+            if isinstance(key, AnyKnob):
                 found = {key: check_strength(strength, f"strength of {key.name!r}")}
             elif not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptionError(f"Knobs are set by their names, or themselves; got {brief(key)}.")
@@ -263,7 +263,7 @@ def _doses(
             else:
                 raise OptionError(f"Knob {key!r} is set by name, and there is no rack. Pass rack=Rack({key}=...).")
             for knob, number in found.items():
-                if where is not None:
+                if where is not None and isinstance(knob, Knob):
                     knob = moved.setdefault(knob, knob.with_(where=where))
                 dose[knob] = dose.get(knob, 0.0) + number
         doses.append(dose)
@@ -290,7 +290,7 @@ def _per_prompt(knobs: AnySetting | Sequence[AnySetting] | None, count: int) -> 
 
 
 def _names(setting: Setting | Dose) -> dict[str, float]:
-    return {key.name if isinstance(key, Knob) else key: float(strength) for key, strength in setting.items()}
+    return {key.name if isinstance(key, AnyKnob) else key: float(strength) for key, strength in setting.items()}
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter, CallInfo
-from trimtab.artifact import Knob
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.errors import AdapterError, KnobError, OptionError, brief
 from trimtab.positions import EVERY_TOKEN, Follower, Masks, RowDose
 from trimtab.types import LATER, Markers, Where, check_strength
+from trimtab.weights.live import applied
+from trimtab.weights.rows import row_addends
 
-Dose = Mapping[Knob, float]
+Dose = Mapping[AnyKnob, float] | Mapping[Knob, float] | Mapping[DeltaKnob, float]
 """Knobs with their strengths."""
 
 
@@ -101,7 +103,9 @@ class Steering:
         if not uniform and self._lengths is not None and len(self._lengths) != len(rows):
             raise OptionError(f"Got {len(rows)} knob settings but {len(self._lengths)} prompt lengths.")
         self._rows = None if uniform else len(rows)
-        self._tables = _build(self._adapter, rows, uniform)
+        self._turn_weights([_turned_weights(row) for row in rows])
+        vectors = [{knob: s for knob, s in row.items() if isinstance(knob, Knob)} for row in rows]
+        self._tables = _build(self._adapter, vectors, uniform)
         self._expanded = (1, self._tables)
         wheres = frozenset[Where]().union(*(layer.wheres() for layer in self._tables.values()))
         doses = _row_doses(self._adapter, rows)
@@ -112,8 +116,30 @@ class Steering:
                 self._hooks.enter_context(self._adapter.steered())
             self._hooks.enter_context(self._adapter.write(functions, partial(self._before, follower), follower.keep))
 
+    def _turn_weights(self, rows: list[dict[DeltaKnob, float]]) -> None:
+        """Put dense knobs into the weights, for all rows alike, and hang low-rank ones beside them, row by row."""
+        if not any(rows):
+            return
+        model = self._adapter.model
+        for knob in {knob for row in rows for knob in row}:
+            knob.check_shapes(model)
+        dense = [{knob: s for knob, s in row.items() if not knob.low_rank} for row in rows]
+        uneven = next((row for row in dense if row != dense[0]), None)
+        if uneven is not None:
+            raise OptionError(
+                "Dense weight knobs change the model for every row, and two rows of this batch differ: "
+                f"{_named(dense[0])} and {_named(uneven)}. Compress them (trimtab.weights.compress) for a strength per "
+                "row, or run one setting at a time."
+            )
+        self._hooks.enter_context(self._adapter.steered())
+        if dense[0]:
+            self._hooks.enter_context(applied(model, dense[0]))
+        thin = [{knob: knob.alpha(s) for knob, s in row.items() if knob.low_rank} for row in rows]
+        alike = all(row == thin[0] for row in thin)
+        self._hooks.enter_context(self._adapter.extend(row_addends(model, thin[:1] if alike else thin)))
+
     def clear(self) -> None:
-        """Take every hook off the model."""
+        """Take every hook off the model, and put its own weights back."""
         self._hooks.close()
 
     @contextmanager
@@ -257,13 +283,18 @@ def _are_ids(ids: object) -> bool:
     return isinstance(ids, Sequence) and len(ids) > 0 and all(type(i) is int for i in ids)
 
 
-def _check_dose(dose: Dose) -> dict[Knob, float]:
+def _check_dose(dose: Dose) -> dict[AnyKnob, float]:
     if not isinstance(dose, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {brief(dose)} for a row.")
     for knob in dose:
-        if not isinstance(knob, Knob):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(knob, AnyKnob):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"steer() takes knobs, not {knob!r}. Resolve names with Rack.resolve(setting).")
     return {knob: check_strength(value, f"strength of {knob.name!r}") for knob, value in dose.items()}
+
+
+def _turned_weights(row: Mapping[AnyKnob, float]) -> dict[DeltaKnob, float]:
+    """Return the weight knobs of a row with their strengths, those that do nothing left out."""
+    return {knob: s for knob, s in row.items() if isinstance(knob, DeltaKnob) and knob.alpha(s)}
 
 
 def _build(adapter: Adapter, rows: Sequence[Mapping[Knob, float]], uniform: bool) -> dict[int, _Layer]:
@@ -306,13 +337,17 @@ def _sum_addends(rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, int
     }
 
 
-def _row_doses(adapter: Adapter, rows: Sequence[Mapping[Knob, float]]) -> list[RowDose]:
+def _row_doses(adapter: Adapter, rows: Sequence[Mapping[AnyKnob, float]]) -> list[RowDose]:
     """Tell what is done to each row from anything else, by the vectors themselves: names may be used again."""
-    digests: dict[tuple[Knob, float], bytes] = {}
+    digests: dict[tuple[AnyKnob, float], bytes] = {}
     for knob, strength in {turned for row in rows for turned in row.items() if turned[1]}:
-        vector = knob.addend(strength) if knob.operation == "add" else knob.direction * strength
-        said = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}".encode()
-        digests[knob, strength] = hashlib.sha256(said + vector.numpy().tobytes()).digest()
+        if isinstance(knob, DeltaKnob):
+            said, content = f"weights {knob.alpha(strength)!r}", knob.digest.encode()
+        else:
+            vector = knob.addend(strength) if knob.operation == "add" else knob.direction * strength
+            said = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}"
+            content = vector.numpy().tobytes()
+        digests[knob, strength] = hashlib.sha256(said.encode() + content).digest()
     doses: list[RowDose] = []
     for row in rows:
         active = [turned for turned in row.items() if turned[1]]
@@ -321,7 +356,7 @@ def _row_doses(adapter: Adapter, rows: Sequence[Mapping[Knob, float]]) -> list[R
     return doses
 
 
-def _named(row: Mapping[Knob, float]) -> dict[str, float]:
+def _named(row: Mapping[AnyKnob, float] | Mapping[Knob, float] | Mapping[DeltaKnob, float]) -> dict[str, float]:
     return {knob.name: strength for knob, strength in row.items()}
 
 

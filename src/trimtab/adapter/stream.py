@@ -32,6 +32,9 @@ WriteFn = Callable[[Tensor], Tensor]
 """Takes a block's output `[B, T, D]` and returns its replacement; must not edit its argument in place."""
 
 
+ExtendFn = Callable[[Tensor, Tensor], Tensor]
+"""Takes a module's input and output and returns the output's replacement; must not edit either in place."""
+
 _Around = list[tuple[nn.Module, OuterCall]]
 """The modules around the decoder that are being called, outermost first, and what each was told."""
 
@@ -198,6 +201,15 @@ class Adapter:
                 exits.callback(self.blocks[layer].register_forward_hook(hook, prepend=True).remove)
             yield
 
+    @contextmanager
+    def extend(self, functions: Mapping[str, ExtendFn]) -> Generator[None]:
+        """Replace the outputs of modules, by their names in the model, by functions of their input and output."""
+        with ExitStack() as exits, _compiled_code_sees_hooks():
+            for name, function in functions.items():
+                hook = partial(_extend, function)
+                exits.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
+            yield
+
     def run_to(self, layer: int, **inputs: object) -> None:
         """Run the model on `inputs` up to and including block `layer`; the blocks above and the LM head never run.
 
@@ -219,6 +231,10 @@ _STEERED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 # The hooks
+
+
+def _extend(function: ExtendFn, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return function(args[0], output)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from trimtab.errors import printable
 from trimtab.ops import multiplier_from_alpha, palrs_from_alpha
 
 if TYPE_CHECKING:
+    from trimtab.artifact.delta import DeltaKnob
     from trimtab.artifact.knob import Knob
 
 
@@ -29,14 +30,41 @@ def describe(knob: Knob) -> str:
         "options": _pairs(known.get("options")),
         **{key: known.get(key) for key in ("licence", "created", "tool")},
     }
+    return _card(lines, knob.diagnostics)
+
+
+def describe_delta(knob: DeltaKnob) -> str:
+    """Describe a weight knob in a few lines."""
+    known, parts = knob.provenance, knob.described()
+    ranks = sorted({part["rank"] for part in parts if part["rank"] is not None})
+    dense = sum(part["rank"] is None for part in parts)
+    shapes = [f"{dense} dense"] if dense else []
+    shapes += [f"{len(parts) - dense} of rank {ranks[0]} to {ranks[-1]}"] if ranks else []
+    fidelity: object = knob.diagnostics.get("fidelity")
+    error = cast(Mapping[str, object], fidelity).get("relative_error") if isinstance(fidelity, Mapping) else None
+    lines = {
+        "knob": f"{knob.name} ({knob.kind}, {knob.method})",
+        "weights": f"{len(parts)}: {', '.join(shapes)}",
+        "strength 1": f"{knob.gain:.4g} times the difference",
+        "where": "every token, and in its dense form every row of a batch" if dense else "every token",
+        "left out": f"{error:.2%} of the difference's length, by compression" if isinstance(error, float) else None,
+        "safe range": describe_safe_range(knob),
+        **{IDENTITY[key]: known.get(key) for key in IDENTITY},
+        "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
+        **{key: known.get(key) for key in ("paper", "licence", "created", "tool")},
+    }
+    return _card(lines, knob.diagnostics)
+
+
+def _card(lines: Mapping[str, object], diagnostics: Mapping[str, object]) -> str:
     rows = [f"{key:<22}{printable(str(value))}" for key, value in lines.items() if value not in (None, "")]
-    notes: object = knob.diagnostics.get("warnings")
+    notes: object = diagnostics.get("warnings")
     for note in cast(list[object], notes) if isinstance(notes, list) else []:
         rows.append(f"{'warning':<22}{printable(str(note))}")
     return "\n".join(rows)
 
 
-def describe_safe_range(knob: Knob) -> str:
+def describe_safe_range(knob: Knob | DeltaKnob) -> str:
     """Say which strengths tuning found safe, and whether anything but broken answers could have spoken against them."""
     if knob.safe_range is None:
         return "not tuned"

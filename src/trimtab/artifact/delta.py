@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.artifact.card import describe_delta
 from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.knob import check_knob_name, safe_range_of
 from trimtab.artifact.large import DTYPES, Entry, LargeFile, write_large
 from trimtab.errors import KnobError, brief
-from trimtab.types import check_strength
+from trimtab.types import Where, check_strength
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FIELDS = frozenset("format_version sha256 kind name method gain provenance diagnostics tuning".split())
 """What the header of a delta's file holds: each of them, and nothing else."""
+
+
+SAMPLE = 2**14
+"""Values of a tensor that `digest` looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
 
 
 class LowRank(NamedTuple):
@@ -104,7 +111,33 @@ class DeltaKnob:
         """Return the Frobenius norm of the whole difference at strength 1."""
         return self.gain * math.sqrt(sum(float(self.dense(name).double().square().sum()) for name in self.parts))
 
+    @property
+    def where(self) -> Where:
+        """Tokens that are touched: all, since weights know of no positions."""
+        return "all"
+
+    @property
+    def operation(self) -> str:
+        """What is done: "weights"."""
+        return "weights"
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of names, shapes and some values of every part, which tells the knob's content from another's."""
+        state = hashlib.sha256()
+        for name, part in self.parts.items():
+            for tensor in part if isinstance(part, LowRank) else (part,):
+                flat = tensor.detach().reshape(-1)
+                some = flat[:: -(-len(flat) // SAMPLE) | 1].cpu().contiguous()  # an odd stride meets every column
+                state.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+                state.update(some.view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()
+
     # Other knobs from this one
+
+    def dense_copy(self) -> DeltaKnob:
+        """Return the same difference with every part multiplied out, in float32."""
+        return replace(self, parts={name: self.dense(name) for name in self.parts})
 
     def with_(
         self,
@@ -160,6 +193,17 @@ class DeltaKnob:
 
     def __sub__(self, other: DeltaKnob) -> DeltaKnob:
         return self + -other
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return name, shape and rank (None where dense) of every part."""
+        return [
+            {"name": name, "shape": list(part.shape), "rank": part.rank if isinstance(part, LowRank) else None}
+            for name, part in self.parts.items()
+        ]
+
+    def card(self) -> str:
+        """Describe the knob in a few readable lines."""
+        return describe_delta(self)
 
     # File and model
 

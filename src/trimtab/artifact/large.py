@@ -145,3 +145,16 @@ class LargeFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def stored_kind(path: str | Path) -> str | None:
+    """Return the kind of knob that a file says it holds; None where it says none, which reading it explains."""
+    try:
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            start = file.read(8 + min(length, HEADER_LIMIT))
+        kind: object = read_header(start, Path(path).stat().st_size)[1].get("kind")
+    except (OSError, ValueError):  # KnobError is one
+        return None
+    return kind if isinstance(kind, str) else None

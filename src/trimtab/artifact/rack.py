@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.file import number, refuse_to_replace, save_bytes
 from trimtab.artifact.knob import Knob, check_knob_name
+from trimtab.artifact.large import stored_kind
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json, read_bytes, reason
 from trimtab.types import Setting, check_strength
@@ -18,24 +20,33 @@ PANEL_LIMIT = 2**20
 """Longest panel that is read, in bytes."""
 
 
-class Rack(Mapping[str, Knob]):
+AnyKnob = Knob | DeltaKnob
+"""A knob of any kind."""
+
+
+def load_knob(path: str | Path) -> AnyKnob:
+    """Read a knob file of any kind; raises `KnobError` that names what is wrong with a damaged or foreign file."""
+    return DeltaKnob.load(path) if stored_kind(path) == "delta" else Knob.load(path)
+
+
+class Rack(Mapping[str, AnyKnob]):
     """Names for knobs; paths are loaded at once.
 
     Example: `Rack(math="math.knob.safetensors", concise=knob)`. The rack's names count, not those inside the knobs.
     """
 
-    def __init__(self, /, **knobs: Knob | str | Path) -> None:
+    def __init__(self, /, **knobs: AnyKnob | str | Path) -> None:
         for name, knob in knobs.items():
-            if not isinstance(knob, Knob | str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(knob, AnyKnob | str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptionError(f"A rack holds knobs, or paths of knob files; {name!r} is {brief(knob)}.")
-        self._knobs = {name: knob if isinstance(knob, Knob) else Knob.load(knob) for name, knob in knobs.items()}
+        self._knobs = {name: load_knob(knob) if isinstance(knob, str | Path) else knob for name, knob in knobs.items()}
 
-    def resolve(self, setting: Setting) -> dict[Knob, float]:
+    def resolve(self, setting: Setting) -> dict[AnyKnob, float]:
         """Turn names and strengths into knobs and strengths; names of one knob add up, zeros stay.
 
         Raises `UnknownName` for a name that is not on the rack, `OptionError` for a strength that is not finite.
         """
-        strengths: dict[Knob, float] = {}
+        strengths: dict[AnyKnob, float] = {}
         for name, strength in setting.items():
             if name not in self._knobs:
                 raise unknown_name("knob", name, self._knobs)
@@ -43,7 +54,7 @@ class Rack(Mapping[str, Knob]):
             strengths[knob] = strengths.get(knob, 0.0) + check_strength(strength, f"strength of {name!r}")
         return strengths
 
-    def __getitem__(self, name: str) -> Knob:
+    def __getitem__(self, name: str) -> AnyKnob:
         if name not in self._knobs:
             raise unknown_name("knob", name, self._knobs)
         return self._knobs[name]
@@ -113,7 +124,7 @@ def load_panel(path: str | Path) -> Panel:
             f"{brief(str(path), 240)} is not a panel; a panel is "
             '{"knobs": {name: {"path": ..., "strength": ...}}} and nothing else.'
         )
-    loaded: dict[str, Knob | str | Path] = {}
+    loaded: dict[str, AnyKnob | str | Path] = {}
     setting: dict[str, float] = {}
     for name, entry in cast(Mapping[str, object], knobs).items():
         check_knob_name(name)
@@ -128,5 +139,5 @@ def load_panel(path: str | Path) -> Panel:
             setting[name] = number(fields.get("strength", 1.0), "strength")
         except KnobError as error:
             raise KnobError(f"Knob {name!r} of panel {brief(str(path), 240)} cannot be set: {error}") from None
-        loaded[name] = Knob.load(Path(path).parent / file)
+        loaded[name] = load_knob(Path(path).parent / file)
     return Panel(Rack(**loaded), setting)

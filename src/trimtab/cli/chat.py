@@ -151,7 +151,7 @@ class Chat:
         rows: list[list[object]] = []
         for name, knob in self._rack.items():
             strength = f"{self._setting.get(name, 0.0):g}"
-            rows.append([name, strength, describe_safe_range(knob), str(knob.site)])
+            rows.append([name, strength, describe_safe_range(knob), str(getattr(knob, "site", "weights"))])
         self._terminal.note(
             columns(["knob", "strength", "safe range", "site"], rows) if rows else "There are no knobs."
         )

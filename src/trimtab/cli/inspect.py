@@ -11,7 +11,7 @@ from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
 
 if TYPE_CHECKING:
-    from trimtab.artifact import Knob
+    from trimtab.artifact import AnyKnob
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -25,26 +25,31 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if path.suffix == ".json":
         raise OptionError(f"{args.knob!r} is not a knob; if it is a panel, inspect the knob files it names.")
     with terminal.working("Reading"):
-        from trimtab.artifact import Knob
+        from trimtab.artifact import Knob, load_knob
 
-        knob = Knob.load(path)
-    tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.where, knob.gain))
-    terminal.result(_record(knob), "\n\n".join(filter(None, [knob.card(), *tables])))
+        knob = load_knob(path)
+    if isinstance(knob, Knob):
+        tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.where, knob.gain))
+        own = {
+            "site": str(knob.site),
+            "width": knob.width,
+            "sites": [str(site) for site in knob.vectors],
+            "norms": {str(layer): norm for layer, norm in knob.norms.items()},
+        }
+    else:
+        tables, own = (), {"weights": knob.described()}
+    terminal.result(_record(knob) | own, "\n\n".join(filter(None, [knob.card(), *tables])))
 
 
-def _record(knob: Knob) -> dict[str, Any]:
+def _record(knob: AnyKnob) -> dict[str, Any]:
     return {
         "name": knob.name,
         "kind": knob.kind,
         "method": knob.method,
-        "site": str(knob.site),
         "gain": knob.gain,
         "where": knob.where,
         "operation": knob.operation,
         "safe_range": knob.safe_range,
-        "width": knob.width,
-        "sites": [str(site) for site in knob.vectors],
-        "norms": {str(layer): norm for layer, norm in knob.norms.items()},
         "provenance": dict(knob.provenance),
         "diagnostics": dict(knob.diagnostics),
         "tuning": None if knob.tuning is None else dict(knob.tuning),

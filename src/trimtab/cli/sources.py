@@ -17,7 +17,7 @@ from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
 from trimtab.types import Setting, check_strength, check_where, parse_setting
 
 if TYPE_CHECKING:
-    from trimtab.artifact import Knob, Panel, Rack
+    from trimtab.artifact import Panel, Rack
     from trimtab.evals.tasks import AnyTask
     from trimtab.pairs import Duplicates, Pairs
     from trimtab.render import Loaded
@@ -72,10 +72,10 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
 
     `where` replaces the tokens that the knobs steer, and with them what tuning found of others.
     """
-    from trimtab.artifact import Knob, Panel, Rack, load_panel
+    from trimtab.artifact import AnyKnob, Knob, Panel, Rack, load_knob, load_panel
 
     tokens = None if where is None else check_where(where)
-    knobs: dict[str, Knob] = {}
+    knobs: dict[str, AnyKnob] = {}
     setting: dict[str, float] = {}
     for entry in entries:
         name, equals, file = entry.partition("=")
@@ -90,12 +90,12 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
             panel = load_panel(path)
             added = {key: (panel.rack[key], strength) for key, strength in panel.setting.items()}
         else:
-            knob = Knob.load(path)
+            knob = load_knob(path)
             added = {name or knob.name: (knob.with_(name=name) if name else knob, 1.0)}
         for key, (knob, strength) in added.items():
             if key in knobs:
                 raise OptionError(f"Two knobs are named {key!r}. Name them yourself: --knob NAME=FILE.")
-            knobs[key] = knob if tokens is None else knob.with_(where=tokens)
+            knobs[key] = knob.with_(where=tokens) if tokens and isinstance(knob, Knob) else knob
             setting[key] = strength
     return Panel(Rack(**knobs), setting)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from trimtab.artifact import Knob
 from trimtab.errors import OptionError, unknown_name
 from trimtab.evals.likelihood import log_likelihoods, render_texts
 from trimtab.pairs import Pairs
+from trimtab.runtime import Dose
 from trimtab.types import Message
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def choose(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: ChoiceTask,
-    knobs: Mapping[Knob, float] | None = None,
+    knobs: Dose | None = None,
     *,
     token_budget: int = 8192,
 ) -> list[list[float]]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.errors import OptionError, PairsError, brief
 from trimtab.evals.graders import repetition
@@ -21,6 +20,7 @@ from trimtab.files import read_bytes, reason
 from trimtab.formats import read_file
 from trimtab.generate import read_prompt
 from trimtab.render import Renderer
+from trimtab.runtime import Dose
 from trimtab.types import Where, is_unicode
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def divergence_of_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
-    setting: Mapping[Knob, float],
+    setting: Dose,
     *,
     kept: Checkpoint = NO_CHECKPOINT,
     key: str = "kl",
@@ -140,7 +140,7 @@ def perplexities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    settings: Sequence[Mapping[Knob, float]],
+    settings: Sequence[Dose],
     *,
     kept: Checkpoint = NO_CHECKPOINT,
 ) -> list[Perplexity]:

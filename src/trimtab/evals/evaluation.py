@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.artifact import Knob
+from trimtab.artifact import AnyKnob, DeltaKnob
 from trimtab.artifact.identity import model_identity
 from trimtab.checkpoint import digest, fingerprint, versions
 from trimtab.errors import OptionError
@@ -92,19 +92,24 @@ def describe_spec(
     }
 
 
-def _knob_spec(knob: Knob, strength: float) -> dict[str, Any]:
-    return {
+def _knob_spec(knob: AnyKnob, strength: float) -> dict[str, Any]:
+    spec = {
         "knob": knob.name,
+        "kind": knob.kind,
         "method": knob.method,
-        "vectors_sha256": digest((str(site), vector) for site, vector in knob.vectors.items()),
         "pairs_hash": knob.provenance.get("pairs_hash"),
-        "site": str(knob.site),
         "gain": knob.gain,
-        "norm": knob.norms[knob.site.layer],
         "where": knob.where,
-        "steered_of_neutral": STEERED_OF_NEUTRAL[knob.where],
         "operation": knob.operation,
         "strength": float(strength),
         "alpha": knob.alpha(strength),
         "safe_range": knob.safe_range,
+    }
+    if isinstance(knob, DeltaKnob):
+        return spec | {"weights_sha256": knob.digest, "weights": len(knob.parts)}
+    return spec | {
+        "vectors_sha256": digest((str(site), vector) for site, vector in knob.vectors.items()),
+        "site": str(knob.site),
+        "norm": knob.norms[knob.site.layer],
+        "steered_of_neutral": STEERED_OF_NEUTRAL[knob.where],
     }

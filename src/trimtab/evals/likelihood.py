@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.errors import PairsError
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.runtime import steer
+from trimtab.runtime import Dose, steer
 from trimtab.types import Message
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class Text(NamedTuple):
     start: int
 
 
-Row = tuple[Text, Mapping[Knob, float]]
+Row = tuple[Text, Dose]
 """A text and the knobs under which it is scored."""
 
 
@@ -62,7 +61,7 @@ def pair_margins(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
-    settings: Sequence[Mapping[Knob, float]],
+    settings: Sequence[Dose],
     *,
     answer_tokens: int | None = None,
     token_budget: int = 8192,
@@ -106,7 +105,7 @@ def divergence(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
-    setting: Mapping[Knob, float],
+    setting: Dose,
     *,
     other: PreTrainedModel | None = None,
     other_texts: Sequence[Text] | None = None,
@@ -128,7 +127,7 @@ def divergences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
-    setting: Mapping[Knob, float],
+    setting: Dose,
     *,
     other: PreTrainedModel | None = None,
     other_texts: Sequence[Text] | None = None,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob, Panel, Rack, load_panel, model_identity
+from trimtab.artifact import Panel, Rack, load_knob, load_panel, model_identity
 from trimtab.errors import MissingDependency, OptionError, TrimtabError, TrimtabWarning, unknown_name
 from trimtab.generate import end_ids
 from trimtab.render import Renderer, load
@@ -158,7 +158,12 @@ class TrimtabLM(_Base):
         knobs: dict[str, dict[str, Any]] = {}
         for name, strength in self._panel.setting.items():
             knob = self._panel.rack[name]
-            applied = {"strength": strength, "gain": knob.gain, "site": str(knob.site), "where": knob.where}
+            applied = {
+                "strength": strength,
+                "gain": knob.gain,
+                "site": str(getattr(knob, "site", "weights")),
+                "where": knob.where,
+            }
             knobs[name] = {**applied, "method": knob.method, "pairs_hash": knob.provenance.get("pairs_hash")}
         return {
             "model_name": identity["model"],
@@ -315,7 +320,7 @@ def _panel(knob: str | Path | None, panel: str | Path | None, strength: float | 
         return load_panel(panel)
     if knob is None:
         return Panel(Rack(), {})
-    loaded = Knob.load(knob)
+    loaded = load_knob(knob)
     return Panel(Rack(**{loaded.name: loaded}), {loaded.name: check_strength(1.0 if strength is None else strength)})
 
 

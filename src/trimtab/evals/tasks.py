@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from trimtab.artifact import Knob
 from trimtab.errors import OptionError, PairsError, brief, unknown_name
 from trimtab.evals.choices import ChoiceTask, Prompt, choose
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
 from trimtab.evals.sandbox import Sandbox
 from trimtab.formats import read_file
 from trimtab.generate import Generation, generate, read_prompt
+from trimtab.runtime import Dose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: AnyTask,
-    knobs: Mapping[Knob, float] | None = None,
+    knobs: Dose | None = None,
     *,
     temperature: float = 0.0,
     seed: int = 0,

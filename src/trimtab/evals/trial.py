@@ -15,6 +15,7 @@ from trimtab.evals.effects import own_answers
 from trimtab.evals.likelihood import divergence
 from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task
 from trimtab.pairs import Pairs
+from trimtab.runtime import Dose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,10 +97,10 @@ class Trial:
             advance()
         return sorted(rows, key=lambda row: row["strength"])
 
-    def _run(self, setting: Mapping[Knob, float]) -> list[tuple[AnyTask, Outcome]]:
+    def _run(self, setting: Dose) -> list[tuple[AnyTask, Outcome]]:
         return [(t, self._outcome(f"answers {i} {_spell(setting)}", t, setting)) for i, t in enumerate(self._tasks)]
 
-    def _outcome(self, key: str, task: AnyTask, setting: Mapping[Knob, float]) -> Outcome:
+    def _outcome(self, key: str, task: AnyTask, setting: Dose) -> Outcome:
         fresh: list[Outcome] = []
 
         def answer() -> dict[str, Any]:
@@ -117,9 +118,12 @@ class Trial:
         return {"score": score, "guardrails": rails, "broken": broken}
 
 
-def _spell(setting: Mapping[Knob, float]) -> str:
+def _spell(setting: Dose) -> str:
     """Write a setting so that two that differ never read alike."""
-    spelled = (f"{k.site} {k.where} gain {float(k.gain)!r} strength {float(s)!r}" for k, s in setting.items())
+    spelled = (
+        f"{getattr(k, 'site', 'weights')} {k.where} gain {float(k.gain)!r} strength {float(s)!r}"
+        for k, s in setting.items()
+    )
     return ", ".join(spelled) or "base"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trimtab.artifact.delta import LowRank
+from trimtab.artifact.delta import DeltaKnob, LowRank, Part
 from trimtab.errors import OptionError
+from trimtab.weights.rows import is_linear
 
 EXACT = 1024
 """Matrices whose smaller side is at most this long are decomposed whole; larger ones by a randomised method."""
@@ -47,6 +49,42 @@ def truncate(delta: Tensor, *, rank: int | None = None, energy: float | None = N
             kept = int(enough[0]) + 1 if len(enough) else tried
             return _product(u[:, :kept], s[:kept], v[:, :kept])
         tried = min(most, 2 * tried)
+
+
+def compress(
+    knob: DeltaKnob, model: nn.Module, *, rank: int | None = None, energy: float | None = None, seed: int = 0
+) -> DeltaKnob:
+    """Return a knob of low rank, which can have another strength in every row of a batch; see `truncate`.
+
+    Weights of `model` that are no linear layer's (embeddings, norms, biases) are left out. `diagnostics["fidelity"]`
+    of the result holds the relative error of the whole difference, what was left out counted in, and by weight.
+    """
+    knob.check_shapes(model)
+    parts: dict[str, Part] = {}
+    errors: dict[str, float] = {}
+    lost, whole, left_out = 0.0, 0.0, list[str]()
+    for name in knob.parts:
+        delta = knob.dense(name)
+        square = float(delta.double().square().sum())
+        whole += square
+        if not is_linear(model, name):
+            left_out.append(name)
+            lost += square
+            continue
+        low = truncate(delta, rank=rank, energy=energy, seed=seed)
+        parts[name], errors[name] = low, relative_error(delta, low)
+        lost += square * errors[name] ** 2
+    if not parts:
+        raise OptionError(f"Knob {knob.name!r} changes no linear layer of this model: there is nothing to compress.")
+    fidelity = {
+        "rank": rank,
+        "energy": energy,
+        "relative_error": math.sqrt(lost / whole) if whole else 0.0,
+        "by_weight": errors,
+        "left_out": left_out,
+    }
+    diagnostics = {**knob.diagnostics, "fidelity": fidelity}
+    return replace(knob, parts=parts, diagnostics=diagnostics, tuning=None)
 
 
 def relative_error(delta: Tensor, low: LowRank) -> float:

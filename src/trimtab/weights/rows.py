@@ -1,0 +1,86 @@
+"""Low-rank weight knobs, row by row: every row of a batch goes through linear layers with a mixture of its own.
+
+The ranks of all knobs lie side by side, so that a layer costs one addition, `y += ((x A^T) * s) B^T`, whatever the
+number of knobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.artifact.delta import DeltaKnob, LowRank
+from trimtab.errors import AdapterError, KnobError
+
+Alphas = Mapping[DeltaKnob, float]
+
+
+@dataclass
+class RowAddend:
+    """What is added to one linear layer's output."""
+
+    name: str
+    a: Tensor  # [R, in], of all knobs side by side, in the layer's dtype and on its device
+    b: Tensor  # [out, R]
+    strengths: Tensor  # [R] for all rows alike, or [rows, R]
+
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return the output `[B, T, out]` with each row's share added; B is a multiple of the rows.
+
+        Where all rows are alike inputs may have any shape, as those of an expert, which sees some tokens of each row.
+        """
+        strengths = self.strengths
+        if strengths.dim() == 2:
+            times, left = divmod(inputs.shape[0], len(strengths))
+            if inputs.dim() != 3 or left:
+                raise AdapterError(
+                    f"{self.name!r} gets its tokens in shape {list(inputs.shape)}, so that their rows are not known: "
+                    "knobs on it cannot differ from row to row. Give all rows one setting."
+                )
+            strengths = strengths.repeat_interleave(times, 0)[:, None]  # [B, 1, R]
+        return output + ((inputs.to(self.a) @ self.a.T) * strengths @ self.b.T).to(output)
+
+
+def row_addends(model: nn.Module, rows: Sequence[Alphas]) -> dict[str, RowAddend]:
+    """Return what to add to each module, by name; `rows` holds alphas, one mapping for all rows or one per row.
+
+    Raises `KnobError` for a weight that is not that of a linear layer.
+    """
+    knobs = list(dict.fromkeys(knob for row in rows for knob, alpha in row.items() if alpha))
+    names = dict.fromkeys(name for knob in knobs for name in knob.parts)
+    found: dict[str, RowAddend] = {}
+    for name in names:
+        path, _, kind = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = getattr(module, kind, None)
+        if not is_linear(model, name) or not isinstance(weight, Tensor):
+            raise KnobError(
+                f"{name!r} belongs to a {type(module).__name__}, no linear layer, so that rows cannot differ in it. "
+                "Use the knob in its dense form, knob.dense_copy(), for all rows alike."
+            )
+        own = [knob for knob in knobs if name in knob.parts]
+        parts: list[LowRank] = []
+        for knob in own:
+            part = knob.parts[name]
+            assert isinstance(part, LowRank)
+            parts.append(part if isinstance(module, nn.Linear) else LowRank(part.b.T, part.a.T))
+        scales = [
+            [row.get(knob, 0.0) for knob, part in zip(own, parts, strict=True) for _ in range(part.rank)]
+            for row in rows
+        ]
+        strengths = torch.tensor(scales, dtype=torch.float64).to(weight)
+        if not bool(torch.isfinite(strengths).all()):
+            raise KnobError(f"A strength is too large for {weight.dtype}.")
+        a, b = torch.cat([part.a.float() for part in parts]), torch.cat([part.b.float() for part in parts], dim=1)
+        found[path] = RowAddend(name, a.to(weight), b.to(weight), strengths[0] if len(rows) == 1 else strengths)
+    return found
+
+
+def is_linear(model: nn.Module, name: str) -> bool:
+    """Tell whether a parameter is the matrix of a linear layer, as is that of GPT-2's Conv1D, stored as [in, out]."""
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    return kind == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
