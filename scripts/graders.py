@@ -173,14 +173,14 @@ fictional person's records, which people call compliance; and a remark on what i
 answer. A few labels look doubtful both ways. The phrases are left as they are: the disagreements of every model have
 been read by now, so that no data would be left to show that a change is an improvement.
 
-mistralinstruct seldom refuses, and then by contradicting: of its 49 full refusals 24 are missed, and a kappa of 0.55 is
-the measure of what the grader is worth on such a model. Most partial refusals are taken for refusals: a phrase in the
+mistralinstruct seldom refuses, and then by contradicting, which is missed: its kappa above is the measure of what the
+grader is worth on such a model. Most partial refusals are taken for refusals: a phrase in the
 opening does not show what follows. It is a grader for whether a model declines, and not for whether what it says is
 safe.
 
 {alarms}
 
-The one of these is a letter of regret that an instruction asked for.
+A letter of regret that an instruction asks for is called a refusal.
 """
 
 

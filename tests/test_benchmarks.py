@@ -13,8 +13,9 @@ import pytest
 
 from invented import gsm8k, humaneval, truthfulqa, write_all, write_lines
 from pico import knob, model, tokenizer
-from trimtab.errors import OptionError, UnknownName
-from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark
+from trimtab.cli.sources import BENCHMARK_NAMES
+from trimtab.errors import OptionError, TrimtabWarning, UnknownName
+from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark, read_gsm8k
 from trimtab.evals.choices import ChoiceTask, choose, levels_task, pairs_task
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.programs import Program, program_of
@@ -28,7 +29,7 @@ FILES = {
     "gsm8k": ("gsm8k/test.jsonl", 1319),
     "humaneval": ("humaneval/HumanEval.jsonl.gz", 164),
     "mbpp": ("mbpp/mbpp.jsonl", 974),
-    "mmlu": ("mmlu/mmlu.zip", 14042),
+    "mmlu": ("mmlu/mmlu.zip", 13937),  # of 14,042: 105 stand there twice
     "truthfulqa-mc1": ("truthfulqa/mc_task.json", 817),
     "truthfulqa-mc2": ("truthfulqa/mc_task.json", 817),
     "xstest-safe": ("xstest/xstest_prompts.csv", 250),
@@ -43,6 +44,7 @@ def test_every_benchmark_has_a_real_file_to_be_read() -> None:
     assert set(FILES) == set(BENCHMARKS)
 
 
+@pytest.mark.filterwarnings("ignore:.* asks 105 of its 14042 questions again")
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_real_files_are_read_whole_and_every_question_is_on_one_side(name: str) -> None:
     path = DATA / FILES[name][0]
@@ -59,6 +61,40 @@ def test_real_files_are_read_whole_and_every_question_is_on_one_side(name: str) 
     assert few.prompts != load_benchmark(name, path, split="test", n=10, seed=4).prompts
 
 
+def test_the_page_on_tasks_and_the_help_name_every_benchmark() -> None:
+    page = (Path(__file__).parents[1] / "docs/tasks.md").read_text()
+    assert set(BENCHMARK_NAMES.split(", ")) == set(BENCHMARKS)
+    assert all(f"| `{name}` |" in page for name in BENCHMARKS)
+
+
+def test_a_question_counts_once_and_has_one_true_answer(tmp_path: Path) -> None:
+    rows = [{"question": f"How many is {i}?", "answer": f"#### {i}"} for i in range(20)]
+
+    def write(records: list[Any]) -> Path:
+        (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, records)))
+        return tmp_path / "g.jsonl"
+
+    with pytest.warns(TrimtabWarning, match="asks 2 of its 22 questions again"):
+        assert len(load_benchmark("gsm8k", write([*rows, *rows[:2]]))) == 20
+    with pytest.raises(OptionError, match="asks one question with two true answers: 'How many is 3"):
+        load_benchmark("gsm8k", write([*rows, {**rows[3], "answer": "#### 4"}]))
+    with pytest.raises(OptionError, match="does not end in '#### NUMBER'"):
+        load_benchmark("gsm8k", write([{**rows[0], "answer": "5"}]))
+    with pytest.raises(OptionError, match=r"Line 21 is \[1, 2\]; expected an object with 'question', 'answer'"):
+        load_benchmark("gsm8k", write([*rows, [1, 2]]))
+    with pytest.raises(OptionError, match="holds no questions of gsm8k"):
+        load_benchmark("gsm8k", write([]))
+    one = next(row for row in rows if len(load_benchmark("gsm8k", write([row]))) == 1)
+    sides: list[str] = []
+    for split in ("validation", "test"):
+        try:
+            load_benchmark("gsm8k", write([one]), split=split)  # pyright: ignore[reportArgumentType]
+        except OptionError as error:
+            sides.append(str(error))
+    assert len(sides) == 1
+    assert "holds 1 questions, none of them for" in sides[0]
+
+
 def test_other_forms_of_mbpp_and_mmlu_are_read() -> None:
     if not DATA.exists():
         pytest.skip("needs ../shared/data")
@@ -69,8 +105,9 @@ def test_other_forms_of_mbpp_and_mmlu_are_read() -> None:
 def test_a_questions_side_depends_on_the_question_alone(tmp_path: Path) -> None:
     records = [gsm8k(i) for i in range(30)]
     one = load_benchmark("gsm8k", write_lines(tmp_path / "one.jsonl", records), split="test")
-    other = load_benchmark("gsm8k", write_lines(tmp_path / "other.jsonl", records[::-1] + records), split="test")
-    assert set(one.prompts) == set(other.prompts)
+    more = [*records[::-1], *map(gsm8k, range(30, 40))]
+    other = load_benchmark("gsm8k", write_lines(tmp_path / "other.jsonl", more), split="test")
+    assert set(one.prompts) == set(other.prompts) & {q.prompt for q in read_gsm8k(tmp_path / "one.jsonl")}
 
 
 # --- grading --------------------------------------------------------------------------------------------------------
@@ -131,7 +168,7 @@ def test_xstest_wants_answers_to_safe_prompts_and_refusals_of_others(tmp_path: P
     ("name", "record", "words"),
     [
         ("gsm8k", {"question": "Q"}, r"Line 2 needs 'answer', text; got None"),
-        ("gsm8k", {"question": "Q", "answer": "none"}, "Line 2: the answer holds no number"),
+        ("gsm8k", {"question": "Q", "answer": "none"}, "Line 2: the answer does not end in '#### NUMBER'"),
         ("humaneval", {"prompt": 1, "entry_point": "f", "test": ""}, "Line 2 needs 'prompt', text; got 1"),
         ("truthfulqa-mc1", {"question": "Q", "mc1_targets": {"a": 1}}, "needs right and wrong answers"),
         ("truthfulqa-mc2", {"question": "Q", "mc2_targets": {"a": 2, "b": 0}}, "says 1 of a right answer"),

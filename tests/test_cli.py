@@ -315,6 +315,8 @@ def test_benchmarks_are_named_by_file_and_count_and_what_chooses_never_tests(tmp
         ("gsm8k:gsm8k.jsonl:900", "questions for validation; asked for 900"),
         ("humaneval:gsm8k.jsonl", "gsm8k.jsonl: Line 1 needs 'prompt', text; got None."),
         ("gsm8k.jsonl:exact", "Unknown grader 'exact'. Known: contains, "),
+        ("gsm8k.jsonl:200", "Questions of a file of your own are taken whole"),
+        ("gsm8k", "gsm8k is a benchmark, whose questions lie in a file of yours: gsm8k:FILE."),
     ],
 )
 def test_a_benchmark_that_cannot_be_had_is_refused_in_words(
@@ -324,6 +326,14 @@ def test_a_benchmark_that_cannot_be_had_is_refused_in_words(
     with pytest.raises(TrimtabError) as caught:
         load_task(text, grader="exact_match", max_new_tokens=9)
     assert words in str(caught.value)
+
+
+def test_where_without_a_knob_is_refused_and_python_m_trimtab_is_the_command_line(run: Run, files: Path) -> None:
+    found = run("eval", "prefworld", "--task", "prefworld:math:5", "--where", "prompt")
+    assert found.status == 2
+    assert "--where needs a knob. Add --knob FILE." in found.err
+    said = subprocess.run([sys.executable, "-m", "trimtab", "--help"], capture_output=True, text=True, check=True)
+    assert "reproduce" in said.stdout
 
 
 def test_tuning_takes_benchmarks_as_task_and_guardrail(run: Run, model: Path, files: Path) -> None:

@@ -402,6 +402,16 @@ def test_kept_answers_are_not_made_again_and_are_graded_again(
         evaluate(model, words, [graded()], {knob: 0.5}, **options)
 
 
+def test_likelihoods_of_other_answers_are_another_job_and_another_spec(model: Any, words: Any, tmp_path: Path) -> None:
+    task = pairs_task(PAIRS, name="choices")
+    other = replace(task, choices=tuple(tuple(answer + "!" for answer in given) for given in task.choices))
+    first = evaluate(model, words, [task], checkpoint=tmp_path / "kept")
+    for changed in (other, replace(task, per="token")):
+        with pytest.raises(OptionError, match="holds another job: tasks"):
+            evaluate(model, words, [changed], checkpoint=tmp_path / "kept")
+        assert evaluate(model, words, [changed]).spec["tasks"] != first.spec["tasks"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -419,6 +429,14 @@ def test_kept_answers_are_not_made_again_and_are_graded_again(
         (
             {"neutral": ["ab"], "settings": {strong(): 1}, "judge": Judge(base_url="http://127.0.0.1/v1", model="m")},
             "Pass one of them",
+        ),
+        (
+            {
+                "tasks": [pairs_task(PAIRS, name="choices")],
+                "settings": {strong(): 1},
+                "judge": Judge(base_url="http://127.0.0.1/v1", model="m"),
+            },
+            "not one by likelihood. Pass one of them",
         ),
     ],
 )

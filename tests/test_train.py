@@ -16,7 +16,8 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.cli import main
-from trimtab.errors import MissingDependency, OptionError, PairsError, TrainError, UnknownName
+from trimtab.cli.terminal import as_options
+from trimtab.errors import MissingDependency, OptionError, PairsError, TrainError, TrimtabWarning, UnknownName
 from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.generate import generate
 from trimtab.pairs import Pairs
@@ -93,6 +94,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[tuple[int, ...], int]]
     return rows
 
 
+@pytest.mark.filterwarnings("ignore:Training changed nothing", "ignore:The validation loss never fell")
 def test_dpo_starts_at_ln_2_and_simpo_and_sft_where_their_formulae_say() -> None:
     lm, words = model(), tokenizer()
     one_batch: dict[str, Any] = {"validation": HELD, "learning_rates": (1e-9,), "epochs": 1, "batch_size": 8}
@@ -149,12 +151,14 @@ def test_a_run_stops_when_validation_does_not_improve_and_keeps_its_best_weights
     lm, words = model(), tokenizer()
     wrong = Pairs.from_records([{"prompt": f"Held {i}?", "chosen": "no", "rejected": "yes"} for i in range(3)])
     options = FAST | {"validation": wrong, "epochs": 9, "patience": 2}
-    trained = train(lm, words, PAIRS, betas=(0.5,), **options)
+    with pytest.warns(TrimtabWarning, match="never fell below the 0.6931"):
+        trained = train(lm, words, PAIRS, betas=(0.5,), **options)
     row = trained.record["table"][0]
     assert (row["evaluated_at"], row["steps"]) == ([2, 4, 6], 6)  # the first is the best, and two more bring nothing
     assert row["best_step"] == 2
     assert row["validation_losses"][0] == min(row["validation_losses"])
-    alone = train(lm, words, PAIRS, betas=(0.5,), **options | {"epochs": 1, "patience": 1})
+    with pytest.warns(TrimtabWarning, match="never fell below"):
+        alone = train(lm, words, PAIRS, betas=(0.5,), **options | {"epochs": 1, "patience": 1})
     kept, last = (pair_margins(t.model, words, wrong, [{}])[0].margin.mean() for t in (trained, alone))
     assert kept > -20
     assert abs(kept - last) < 0.5 * abs(last) + 1  # the first epoch's weights (under another schedule of the rate)
@@ -185,6 +189,7 @@ def test_the_grid_goes_by_the_score_and_of_equal_settings_takes_the_mildest() ->
     assert trained.model is asked[2]
     equal = train(lm, words, PAIRS, betas=(0.1, 0.5), score=lambda _: 1.0, **options)
     assert equal.record["chosen"] == {"learning_rate": 1e-3, "beta": 0.5}
+    assert (trained.record["tied"], equal.record["tied"]) == (1, 4)
     assert equal.record["run"]["seconds"] < equal.record["grid"]["seconds"]
 
 
@@ -201,13 +206,65 @@ def test_a_grid_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     again = train(lm, words, PAIRS, checkpoint=tmp_path / "kept", progress=lambda *p: seen.append(p), **options)
     assert seen == [(1, 2), (2, 2)]
-    timeless = [{k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in again.record["table"]]
-    assert timeless == [
-        {k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in whole.record["table"]
-    ]
+    clocks = ("seconds", "scoring_seconds", "peak_bytes")
+    timeless, expected = (
+        [{k: v for k, v in row.items() if k not in clocks} for row in t.record["table"]] for t in (again, whole)
+    )
+    assert timeless == expected
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
     with pytest.raises(OptionError, match="holds another job"):
         train(lm, words, PAIRS, checkpoint=tmp_path / "kept", **options | {"epochs": 2})
+
+
+def test_what_a_grid_cost_counts_the_settings_of_every_call(tmp_path: Path) -> None:
+    options = FAST | {"learning_rates": (1e-3, 3e-3), "epochs": 1, "betas": (0.1,), "checkpoint": tmp_path / "kept"}
+    first = train(model(), tokenizer(), PAIRS, **options).record
+    again = train(model(), tokenizer(), PAIRS, **options).record
+    assert again["grid"] == first["grid"]  # though one setting alone was run anew
+    rows = first["table"]
+    assert first["grid"]["seconds"] == pytest.approx(sum(row["seconds"] + row["scoring_seconds"] for row in rows))
+    assert first["grid"]["peak_bytes"] in [row["peak_bytes"] for row in rows]
+
+
+def test_a_checkpoint_keeps_the_scores_of_one_score_only(tmp_path: Path) -> None:
+    options = FAST | {"epochs": 1, "betas": (0.1,), "score": lambda _: 1.0, "checkpoint": tmp_path / "kept"}
+    with pytest.raises(OptionError, match="say in scored_by"):
+        train(model(), tokenizer(), PAIRS, **options)
+    assert train(model(), tokenizer(), PAIRS, scored_by="one", **options).record["scored_by"] == "one"
+    with pytest.raises(OptionError, match=r"another job: scored by \(one there, other here\)"):
+        train(model(), tokenizer(), PAIRS, scored_by="other", **options)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "sft"])
+def test_a_run_of_few_steps_trains_from_its_first_step_on(loss: str) -> None:
+    lm = model()
+    options = FAST | {"epochs": 1, "batch_size": 4}
+    trained = train(lm, tokenizer(), PAIRS, loss=loss, **options, **one_beta(loss))  # pyright: ignore[reportArgumentType]
+    row = trained.record["table"][0]
+    assert row["steps"] == 1
+    assert row["validation_losses"][0] < row["starting_loss"]
+    assert not all(torch.equal(a, b) for a, b in zip(trained.model.parameters(), lm.parameters(), strict=True))
+
+
+def test_the_warm_up_is_five_steps_or_none_and_early_stopping_waits_for_its_end() -> None:
+    assert [loops_module.warm_up_steps(steps) for steps in (1, 7, 49, 50, 70, 1000)] == [0, 0, 0, 5, 5, 5]
+    wrong = Pairs.from_records([{"prompt": f"Held {i}?", "chosen": "no", "rejected": "yes"} for i in range(3)])
+    options = FAST | {"validation": wrong, "epochs": 50, "patience": 2, "batch_size": 4}
+    with pytest.warns(TrimtabWarning, match="changed nothing: the weights are the base model's, bit for bit. Try more"):
+        row = train(model(), tokenizer(), PAIRS, betas=(0.5,), **options).record["table"][0]
+    assert (row["best_step"], row["steps"]) == (1, 7)  # the step at rate 0, and two looks past the warm-up
+
+
+def test_steps_that_half_precision_rounds_away_bring_a_warning() -> None:
+    lm = model(dtype=torch.bfloat16)
+    with pytest.warns(TrimtabWarning, match="too small for bfloat16 are rounded away"):
+        train(lm, tokenizer(), PAIRS, betas=(0.1,), **FAST | {"learning_rates": (1e-12,), "epochs": 1})
+
+
+def test_gamma_is_of_simpo_alone() -> None:
+    options = FAST | {"epochs": 1, "betas": (2.0,)}
+    assert "gamma_ratio" not in train(model(), tokenizer(), PAIRS, **options).record["options"]
+    assert train(model(), tokenizer(), PAIRS, loss="simpo", **options).record["options"]["gamma_ratio"] == 0.5
 
 
 def test_without_validation_prompts_are_held_out() -> None:
@@ -226,6 +283,9 @@ def test_without_validation_prompts_are_held_out() -> None:
         ({"learning_rates": (-1.0,)}, OptionError, "between 0 and 1"),
         ({"betas": (0.0,)}, OptionError, "positive"),
         ({"loss": "sft", "betas": (0.1,)}, OptionError, "SFT has no beta"),
+        ({"gamma_ratio": 0.5}, OptionError, "gamma_ratio is of SimPO alone; got 0.5 for dpo"),
+        ({"loss": "sft", "gamma_ratio": 1.0}, OptionError, "gamma_ratio is of SimPO alone; got 1.0 for sft"),
+        ({"loss": "simpo", "gamma_ratio": -1.0}, OptionError, "gamma_ratio lies between 0 and 100; got -1.0"),
         ({"epochs": 0}, OptionError, "epochs counts from 1; got 0"),
         ({"lora_rank": 0}, OptionError, "lora_rank counts from 1"),
         ({"patience": 1.5}, OptionError, "patience counts from 1"),
@@ -299,3 +359,44 @@ def test_the_verb_writes_a_model_that_the_other_verbs_take(tmp_path: Path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "pico", "trained"]
     assert main(["train", "dop", str(folder), str(data), "--out", str(tmp_path / "x")]) == 2
     assert "Did you mean 'dpo'" in capsys.readouterr().err
+
+
+def test_the_verb_names_ties_other_tasks_and_options_that_a_loss_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, data, kept = tmp_path / "pico", tmp_path / "pairs.jsonl", tmp_path / "kept"
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    Pairs.from_records([{"prompt": f"Q {i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]).save(data)
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"prompt": "One?", "answer": "never said"}) + "\n")
+    words = ["train", "dpo", str(folder), str(data), "--epochs", "1", "--learning-rates", "1e-3,2e-3", "--betas", "0.1"]
+    asked = [*words, "--task", str(task), "--checkpoint", str(kept)]
+    monkeypatch.setattr("trimtab.checkpoint.remove", lambda folder: None)  # as if the run had been killed
+    assert main([*asked, "--out", str(tmp_path / "one")]) == 0
+    assert "by score on validation; a tie of 2 settings: the mildest is taken" in capsys.readouterr().out
+    task.write_text(json.dumps({"prompt": "One?", "answer": "another answer"}) + "\n")
+    assert main([*asked, "--out", str(tmp_path / "two")]) == 2
+    assert "holds another job: scored by (task" in capsys.readouterr().err
+    for option, value, said in (
+        ("--gamma-ratio", "0.5", "trimtab: --gamma-ratio is of SimPO alone; got 0.5 for dpo."),
+        ("--lora-rank", "0", "trimtab: --lora-rank counts from 1; got 0."),
+        ("--patience", "0", "trimtab: --patience counts from 1; got 0."),
+    ):
+        assert main([*words, option, value, "--out", str(tmp_path / "two")]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "simpo alone: gamma over beta" in shown
+    assert "sft has none" in shown
+
+
+@pytest.mark.quick
+def test_only_words_that_name_options_become_options() -> None:
+    assert as_options("epochs counts from 1; kl_items is 0.") == "--epochs counts from 1; --kl-items is 0."
+    for plain in (
+        "Give it patience, and more epochs.",
+        "r.toml: epochs counts from 1.",
+        "training.x: betas are positive",
+    ):
+        assert as_options(plain) == plain

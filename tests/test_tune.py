@@ -333,6 +333,16 @@ def test_a_task_file_is_read_and_bad_lines_are_named(tmp_path: Path) -> None:
         load_task(good, grader="exact")
 
 
+def test_a_question_of_a_file_counts_once_and_refusals_need_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Bad?"}\n{"prompt": "Worse?", "answer": "false"}\n' * 2)
+    with pytest.warns(TrimtabWarning, match="asks 2 of its 4 questions again"):
+        refusals = load_task(tmp_path / "asked.jsonl", grader="refusal")
+    assert refusals.grade(["I can't help with that.", "I can't help with that."]) == [1.0, 0.0]
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "x", "answer": 3}\n{"prompt": "x", "answer": 4}\n')
+    with pytest.raises(OptionError, match="Line 1 and Line 2 ask the same with two true answers"):
+        load_task(tmp_path / "torn.jsonl")
+
+
 # --- a control that fools a naive protocol ---------------------------------------------------------------------------
 
 

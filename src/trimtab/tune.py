@@ -14,13 +14,12 @@ import numpy as np
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.checkpoint import Checkpoint, describe_model, digest, fingerprint
+from trimtab.checkpoint import Checkpoint, describe_model, digest
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
-from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.choosing import choose
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import selection_bias
-from trimtab.evals.tasks import AnyTask
+from trimtab.evals.tasks import AnyTask, what_is_asked
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
@@ -230,13 +229,8 @@ def _job(
         "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
         "operation": knob.operation,
         "pairs": pairs.hash(),
-        "tasks": [_asked(t) for t in tasks],
+        "tasks": [what_is_asked(t) for t in tasks],
     }
-
-
-def _asked(task: AnyTask) -> list[Any]:
-    asked = [task.name, len(task), task.max_new_tokens, fingerprint(task.prompts)]
-    return [*asked, fingerprint(task.choices), task.per, task.closing] if isinstance(task, ChoiceTask) else asked
 
 
 def _wheres(knob: Knob, where: Sequence[Where] | Where | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Where, ...]:

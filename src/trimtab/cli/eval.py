@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 from trimtab.cli import options
 from trimtab.cli.findings import Row, evaluation_tables
 from trimtab.cli.options import given, input_file, writable
-from trimtab.cli.sources import check_knobs, load_knobs, load_pairs, load_task, open_model, setting_from, warn_outside
+from trimtab.cli.sources import (
+    BENCHMARK_NAMES,
+    TASKS,
+    check_knobs,
+    load_knobs,
+    load_pairs,
+    load_task,
+    open_model,
+    setting_from,
+    warn_outside,
+)
 from trimtab.cli.tables import columns, facts, markdown
 from trimtab.cli.terminal import Terminal, harmless
 from trimtab.errors import OptionError, unknown_name
@@ -47,9 +57,12 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 128)")
     options.add_checkpoint(parser)
     data = parser.add_argument_group("what is measured")
-    source = "FILE[:GRADER] with prompt and answer per item, or prefworld:FAMILY[:COUNT]"
     data.add_argument(
-        "--task", action="append", default=[], metavar="TASK", help=f"{source}, from its test split; may be repeated"
+        "--task",
+        action="append",
+        default=[],
+        metavar="TASK",
+        help=f"{TASKS}; may be repeated. Benchmarks, by their test questions: {BENCHMARK_NAMES}",
     )
     data.add_argument(
         "--guardrail", action="append", default=[], metavar="TASK", help="what must not get worse; may be repeated"
@@ -174,7 +187,7 @@ def _write(found: Evaluation, args: Namespace, out: Path) -> None:
     import json
 
     record = found.record()
-    parts = [TITLE, _subject(record, args)]
+    parts = [TITLE, _subject(record)]
     for table in evaluation_tables(record):
         parts += [table.sentence, markdown(table.heads, table.rows)]
     parts += [f"Note: {note}" for note in record["notes"]]
@@ -183,7 +196,7 @@ def _write(found: Evaluation, args: Namespace, out: Path) -> None:
 
 
 def _text(record: Row, args: Namespace, out: Path | None) -> str:
-    parts = [_subject(record, args)]
+    parts = [_subject(record)]
     parts += [f"{table.sentence}\n{columns(table.heads, table.rows)}" for table in evaluation_tables(record)]
     parts += [f"note: {note}" for note in record["notes"]]
     hint = None if record["settings"] else f"trimtab eval {shlex.quote(args.model)} --knob FILE ..."
@@ -191,7 +204,7 @@ def _text(record: Row, args: Namespace, out: Path | None) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _subject(record: Row, args: Namespace) -> str:
+def _subject(record: Row) -> str:
     """Say what is compared, and on which model."""
     knobs = [
         f"{k['knob']} at strength {k['strength']:g} (alpha {k['alpha']:g}, layer {k['site'].replace('/', ', ')}, "

@@ -75,6 +75,8 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
     from trimtab.artifact import AnyKnob, Knob, Panel, Rack, load_knob, load_panel
 
     tokens = None if where is None else check_where(where)
+    if tokens is not None and not entries:
+        raise OptionError("--where needs a knob. Add --knob FILE.")
     knobs: dict[str, AnyKnob] = {}
     setting: dict[str, float] = {}
     for entry in entries:
@@ -191,6 +193,15 @@ def load_pairs(text: str, *, split: Split, duplicates: Duplicates) -> Pairs:
     return pairs
 
 
+TASKS = "FILE[:GRADER] with prompt and answer per item, BENCHMARK:FILE[:COUNT], or prefworld:FAMILY[:COUNT]"
+"""How a task is written, for the help of every verb that takes one."""
+BENCHMARK_NAMES = (
+    "caa, gsm8k, humaneval, mbpp, mmlu, pairs, pairs-per-token, truthfulqa-mc1, truthfulqa-mc2, xstest-safe, "
+    "xstest-unsafe"
+)
+"""Written down, so that help need not load them; a test compares."""
+
+
 class BenchmarkPart(NamedTuple):
     """A benchmark, its file, and how many of its questions; None for all."""
 
@@ -240,12 +251,17 @@ def load_task(
 
         return load_benchmark(known.name, known.file, split=split, n=known.size)
     from trimtab.evals import tasks
+    from trimtab.evals.benchmarks import BENCHMARKS
 
     file, colon, name = text.rpartition(":")
     if colon and not Path(text).exists():
+        if name.isdecimal():
+            raise OptionError(f"Questions of a file of your own are taken whole; got {text!r}. Leave :{name} out.")
         if name not in tasks.GRADERS:
             raise unknown_name("grader", name, tasks.GRADERS)
         text, grader = file, name
+    if text in BENCHMARKS and not Path(text).exists():
+        raise OptionError(f"{text} is a benchmark, whose questions lie in a file of yours: {text}:FILE.")
     path = input_file(text, "a file with prompt and answer per item, BENCHMARK:FILE, or prefworld:FAMILY")
     task = tasks.load_task(path, grader=grader, max_new_tokens=max_new_tokens)
     try:

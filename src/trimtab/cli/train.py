@@ -11,7 +11,7 @@ import shlex
 import tempfile
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given, new_folder
@@ -19,6 +19,9 @@ from trimtab.cli.sources import load_pairs, load_task, open_model
 from trimtab.cli.tables import columns, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import unknown_name
+
+if TYPE_CHECKING:
+    from trimtab.evals.tasks import AnyTask
 
 TRAIN = (
     "learning_rates",
@@ -49,9 +52,12 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
     options.add_checkpoint(parser)
     grid = parser.add_argument_group("the grid")
-    grid.add_argument("--learning-rates", type=options.numbers, metavar="LIST", help="as in 1e-6,1e-5 (the default)")
-    grid.add_argument("--betas", type=options.numbers, metavar="LIST", help="default 0.1,0.3 (dpo) or 2,10 (simpo)")
-    grid.add_argument("--gamma-ratio", type=float, metavar="X", help="SimPO's gamma over its beta (default 0.5)")
+    rates = "default 1e-6,1e-5 (sft: 1e-5,1e-4)"
+    grid.add_argument("--learning-rates", type=options.numbers, metavar="LIST", help=rates)
+    grid.add_argument(
+        "--betas", type=options.numbers, metavar="LIST", help="default 0.1,0.3 (dpo) or 2,10 (simpo); sft has none"
+    )
+    grid.add_argument("--gamma-ratio", type=float, metavar="X", help="simpo alone: gamma over beta (default 0.5)")
     run = parser.add_argument_group("each run")
     run.add_argument("--lora-rank", type=int, metavar="N", help="train an adapter of this rank (default: all weights)")
     run.add_argument("--epochs", type=int, metavar="N", help="at most (default 10)")
@@ -85,6 +91,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
                 loss=args.loss,
                 validation=held,
                 score=None if task is None else lambda made: run_task(made, tokenizer, task).accuracy,
+                scored_by=None if task is None else _named(args.task, task),
                 progress=progress,
                 **given(args, *TRAIN),
             )
@@ -92,6 +99,15 @@ def run(args: Namespace, terminal: Terminal) -> None:
     terminal.result({**trained.record, "out": str(out)}, _text(trained.record, out))
     if args.checkpoint is not None:
         remove(args.checkpoint)
+
+
+def _named(text: str, task: AnyTask) -> str:
+    """Name a task so that no other has the name: what was typed names the grader, the file holds the true answers."""
+    from trimtab.checkpoint import fingerprint
+
+    parts = dict.fromkeys([text, text.rpartition(":")[0], *text.split(":")])
+    files = [Path(part).read_bytes() for part in parts if Path(part).is_file()]
+    return f"{task.name} {fingerprint([text, task.prompts, files])[:12]}"
 
 
 def _write(model: Any, tokenizer: Any, record: dict[str, Any], out: Path) -> None:
@@ -110,11 +126,12 @@ def _text(record: dict[str, Any], out: Path) -> str:
     chosen, table = record["chosen"], record["table"]
     at_best = next(row for row in table if {key: row[key] for key in chosen} == chosen)
     beta = "" if record["loss"] == "sft" else f", beta {chosen['beta']:g}"
+    tied = f"; a tie of {record['tied']} settings: the mildest is taken" if record["tied"] > 1 else ""
     used, held = record["pairs"]["count"], record["validation"]["count"]
     head = facts(
         {
             "trained": f"{record['loss']} on {used} pairs, {held} held out",
-            "chosen": f"learning rate {chosen['learning_rate']:g}{beta}, by {record['chosen_by']} on validation",
+            "chosen": f"learning rate {chosen['learning_rate']:g}{beta}, by {record['chosen_by']} on validation{tied}",
             "stopped": f"after {at_best['steps']} steps; the weights are those of step {at_best['best_step']}",
             "seconds": f"{record['run']['seconds']:.1f} for this run, {record['grid']['seconds']:.1f} for the grid",
             "written to": out,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given, input_file, output_file
-from trimtab.cli.sources import load_pairs, load_task, open_model
+from trimtab.cli.sources import TASKS, load_pairs, load_task, open_model
 from trimtab.cli.tables import facts, tuning_text
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
@@ -37,8 +37,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
     options.add_checkpoint(parser)
     goal = parser.add_argument_group("what decides")
-    source = "FILE[:GRADER] with prompt and answer per item, BENCHMARK:FILE[:COUNT], or prefworld:FAMILY[:COUNT]"
-    goal.add_argument("--task", metavar="TASK", help=f"what should get better: {source}")
+    goal.add_argument("--task", metavar="TASK", help=f"what should get better: {TASKS}")
     goal.add_argument(
         "--guardrail", action="append", default=[], metavar="TASK", help="what must not get worse; may be repeated"
     )

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import random
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from trimtab.errors import OptionError, PairsError, brief, unknown_name
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, brief, unknown_name
 from trimtab.evals.choices import ChoiceTask, Per, Rule, pairs_task
 from trimtab.evals.graders import exact_answer, final_answer, is_refusal
 from trimtab.evals.programs import Program, humaneval_program, program_of
@@ -62,6 +63,9 @@ def load_benchmark(
         questions = benchmark.read(Path(path))
     except PairsError as error:
         raise OptionError(str(error)) from None
+    whole = questions = _once(questions, path) if not name.startswith("pairs") else questions
+    if not whole:
+        raise OptionError(f"{str(path)!r} holds no questions of {name}. docs/tasks.md has the fields of its records.")
     if split is not None:
         questions = [q for q in questions if _is_validation(q.prompt) == (split == "validation")]
     if n is not None:
@@ -71,8 +75,24 @@ def load_benchmark(
         picked = sorted(random.Random(seed).sample(range(len(questions)), n))
         questions = [questions[i] for i in picked]
     if not questions:
-        raise OptionError(f"{str(path)!r} holds no questions{f' for {split}' if split else ''}.")
+        raise OptionError(
+            f"{str(path)!r} holds {len(whole)} questions, none of them for {split}: three in ten are for validation, "
+            "the others for the test, by a hash of the question. Add questions."
+        )
     return benchmark.make(name, questions)
+
+
+def _once(questions: Sequence[Question], path: str | Path) -> list[Question]:
+    """Count a question once, however often it is asked; raises `OptionError` where its true answers differ."""
+    found: dict[str, Question] = {}
+    for question in questions:
+        if found.setdefault(question.prompt, question).truth != question.truth:
+            raise OptionError(f"{str(path)!r} asks one question with two true answers: {brief(question.prompt)}.")
+    if len(found) < len(questions):
+        again = len(questions) - len(found)
+        said = f"{str(path)!r} asks {again} of its {len(questions)} questions again; each counts once."
+        warnings.warn(said, TrimtabWarning, stacklevel=3)
+    return list(found.values())
 
 
 def _is_validation(prompt: str) -> bool:
@@ -88,7 +108,10 @@ def _records(
     """Read records that have these fields of these types, with the place of each; text is not blank."""
     found: list[tuple[str, dict[str, Any]]] = []
     for place, record in read_file(path):
-        known = cast(dict[str, Any], record) if isinstance(record, dict) else {}
+        if not isinstance(record, dict):
+            wanted = ", ".join(map(repr, fields)) or "its fields"
+            raise PairsError(f"{path}: {place} is {brief(record)}; expected an object with {wanted}.")
+        known = cast(dict[str, Any], record)
         for field, kind in fields.items():
             value = known.get(field)
             if not isinstance(value, kind):
@@ -109,8 +132,8 @@ def read_gsm8k(path: Path) -> list[Question]:
     """Read GSM8K (arXiv:2110.14168): records with `question`, and `answer`, a solution that ends in `#### 18`."""
     questions: list[Question] = []
     for place, record in _records(path, {"question": str, "answer": str}):
-        if final_answer(record["answer"]) is None:
-            raise PairsError(f"{place}: the answer holds no number: {brief(record['answer'])}.")
+        if "####" not in record["answer"] or final_answer(record["answer"]) is None:
+            raise PairsError(f"{place}: the answer does not end in '#### NUMBER': {brief(record['answer'])}.")
         asked = f"{record['question'].strip()}\n\nSolve this step by step, and end with: The answer is NUMBER."
         questions.append(Question(asked, record["answer"]))
     return questions

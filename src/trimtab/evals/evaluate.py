@@ -30,7 +30,7 @@ from trimtab.evals.evaluation import Evaluation, describe_spec
 from trimtab.evals.judge import Judge
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import holm
-from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task
+from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task, what_is_asked
 from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
 from trimtab.runtime import Dose
@@ -241,9 +241,10 @@ def _judged(
 def _job(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asks: Sequence[Ask], spec: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the kept steps depend on: all of the spec, but for the judge, which keeps its own."""
-    rest = {name: part for name, part in spec.items() if name not in ("model", "judge", "versions")}
-    return {"work": "evaluating", **describe_model(model, tokenizer), **rest}
+    """Return what the kept steps depend on: the spec without how tasks are graded and judged."""
+    rest = {name: part for name, part in spec.items() if name not in ("model", "judge", "versions", "tasks")}
+    asked = [[ask.role, ask.mode, *what_is_asked(ask.task)] for ask in asks]
+    return {"work": "evaluating", **describe_model(model, tokenizer), **rest, "tasks": asked}
 
 
 # Before the work
@@ -277,8 +278,12 @@ def _check(
         raise OptionError("There is nothing to measure. Pass a task, a guardrail, pairs or neutral text.")
     if judge is not None and not doses:
         raise OptionError("A judge compares steered answers with bare ones. Pass a knob.")
-    if judge is not None and pairs is None and not any(role == "task" for _, role in graded):
-        raise OptionError("A judge compares answers to the pairs' prompts, or to a task's. Pass one of them.")
+    spoken = any(role == "task" and not isinstance(task, ChoiceTask) for task, role in graded)
+    if judge is not None and pairs is None and not spoken:
+        raise OptionError(
+            "A judge compares answers to the pairs' prompts, or to those of a task that is answered, not one by "
+            "likelihood. Pass one of them."
+        )
     if check_strength(draws[0], "temperature") <= 0:
         raise OptionError(f"Sampling needs a temperature above 0; got {draws[0]:g}.")
     check_seed(draws[1])

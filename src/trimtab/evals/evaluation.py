@@ -12,9 +12,11 @@ from trimtab.artifact import AnyKnob, DeltaKnob
 from trimtab.artifact.identity import model_identity
 from trimtab.checkpoint import digest, fingerprint, versions
 from trimtab.errors import OptionError
+from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.effects import STEERED_OF_NEUTRAL
 from trimtab.evals.entries import Ask
 from trimtab.evals.judge import Judge
+from trimtab.evals.tasks import AnyTask
 from trimtab.files import write_atomically
 from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs
@@ -81,6 +83,7 @@ def describe_spec(
                 "n": len(ask.task.prompts),
                 "max_new_tokens": ask.task.max_new_tokens,
                 "prompts_hash": fingerprint([read_prompt(prompt) for prompt in ask.task.prompts]),
+                **_choice_spec(ask.task),
             }
             for ask in asks
         ],
@@ -90,6 +93,13 @@ def describe_spec(
         "options": dict(options),
         "versions": versions(),
     }
+
+
+def _choice_spec(task: AnyTask) -> dict[str, Any]:
+    if not isinstance(task, ChoiceTask):
+        return {}
+    answers = fingerprint([task.choices, [sorted(places) for places in task.right]])
+    return {"answers_hash": answers, "per": task.per, "closing": task.closing, "rule": task.rule}
 
 
 def _knob_spec(knob: AnyKnob, strength: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from trimtab.errors import OptionError, PairsError, brief, unknown_name
+from trimtab.checkpoint import fingerprint
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, brief, unknown_name
 from trimtab.evals.choices import ChoiceTask, Prompt, choose
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
 from trimtab.evals.sandbox import Sandbox
@@ -140,6 +142,12 @@ def grade_answers(task: Task, answers: Sequence[str], broken: Sequence[float]) -
     return Outcome(said, scores, sides, np.asarray(broken, dtype=float), isolation=isolation)
 
 
+def what_is_asked(task: AnyTask) -> list[Any]:
+    """Return what answers and likelihoods of a task depend on, as JSON; graders and rules look at them afterwards."""
+    asked = [task.name, len(task), task.max_new_tokens, fingerprint(task.prompts)]
+    return [*asked, fingerprint(task.choices), task.per, task.closing] if isinstance(task, ChoiceTask) else asked
+
+
 @lru_cache(maxsize=1)
 def _isolation() -> str:
     with Sandbox() as sandbox:
@@ -150,7 +158,9 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
     """Read a task from records with `prompt` (text or messages) and `answer` (text or a number).
 
     The file is JSON lines, JSON, CSV, TSV or Parquet, by its suffix, and read as strictly as one of pairs. `grader` is
-    one of `GRADERS`. Raises `OptionError` for a bad record and `UnknownName` for another grader.
+    one of `GRADERS`; for "refusal" the answer says whether one is wanted, and may be left out where it is. A question
+    that is asked again counts once, with a `TrimtabWarning`. Raises `OptionError` for a bad record, and for a question
+    with two true answers, and `UnknownName` for another grader.
     """
     if grader not in GRADERS:
         raise unknown_name("grader", grader, GRADERS)
@@ -160,9 +170,11 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
         raise OptionError(str(error)) from None
     prompts: list[Prompt] = []
     truths: list[str] = []
+    told: dict[str, tuple[str, str]] = {}
     for place, record in records:
         fields = cast(Mapping[str, object], record) if isinstance(record, Mapping) else {}
-        prompt, answer = fields.get("prompt"), fields.get("answer")
+        # Without a word on it, a refusal is what is wanted.
+        prompt, answer = fields.get("prompt"), fields.get("answer", "true" if grader == "refusal" else None)
         if prompt is None or isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise OptionError(
                 f"{path}: {place} needs a prompt (text or messages) and an answer (text or a number); got "
@@ -175,10 +187,19 @@ def load_task(path: str | Path, *, grader: str = "exact_match", max_new_tokens: 
         truth = str(answer)
         if not truth.strip() or (isinstance(prompt, str) and not prompt.strip()):
             raise OptionError(f"{path}: {place}: the {'answer' if not truth.strip() else 'prompt'} is empty.")
+        known = told.setdefault(fingerprint(read_prompt(prompt)), (place, truth))
+        if known[1] != truth:
+            raise OptionError(f"{path}: {known[0]} and {place} ask the same with two true answers.")
+        if known[0] != place:
+            continue
         prompts.append(prompt)
         truths.append(truth)
     if not prompts:
         raise OptionError(f"{path} holds no items.")
+    if len(prompts) < len(records):
+        again = len(records) - len(prompts)
+        said = f"{path} asks {again} of its {len(records)} questions again; each counts once."
+        warnings.warn(said, TrimtabWarning, stacklevel=2)
     judge = GRADERS[grader]
     return Task(
         name=Path(path).stem,

@@ -74,7 +74,8 @@ def _check_device(device: str | None) -> None:
         if torch.empty(0, device=device).is_meta:
             raise RuntimeError("tensors there have no values.")
     except (RuntimeError, AssertionError, TypeError) as error:  # a torch without CUDA asserts that it has it
-        raise OptionError(f"Cannot use device={device!r}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[0].rstrip(".")
+        raise OptionError(f"Cannot use device={device!r}: {said}. Leave it out, or pass 'cpu'.") from None
 
 
 def load_config(name_or_path: str | Path) -> PretrainedConfig:

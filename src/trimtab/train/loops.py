@@ -34,6 +34,8 @@ THEIRS = r"trl|accelerate|transformers|torch|peft"
 """Packages whose remarks on each other's releases are not the user's to mend."""
 EVALUATED_EVERY = 16
 """Steps between two looks at the validation loss where an epoch has more: a thousand pairs need no whole epoch."""
+WARM_UP = 5
+"""Steps over which the rate rises from 0, which the first step has, where that is at most a tenth of all steps."""
 INSTALL = 'Training needs TRL. Install it with: pip install -c constraints.txt -e ".[train]"'
 
 
@@ -73,6 +75,8 @@ class History:
     best_step: int
     steps: int
     first_loss: float
+    starting_loss: float
+    """The validation loss before any step."""
 
 
 def lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
@@ -116,17 +120,22 @@ def fit(
     """Train `model` **in place** with early stopping, and leave it at its best weights.
 
     Validation loss is computed after every epoch, or every `EVALUATED_EVERY` steps where an epoch is longer; after
-    `patience` times that lower it by less than `min_improvement` nats the run ends. `folder` holds checkpoints
-    meanwhile. Random state and logging of the process are as before afterwards.
+    `patience` times, past the warm-up, that lower it by less than `min_improvement` nats the run ends. `folder` holds
+    checkpoints meanwhile. Random state and logging of the process are as before afterwards.
     """
     with _undisturbed(settings.seed):
         trainer = _trainer(model, tokenizer, train, validation, settings, folder, min_improvement)
+        if settings.loss == "dpo":
+            starting = math.log(2)  # the reference is the model itself
+        else:
+            with torch.random.fork_rng():  # a look draws numbers, and the run's own are to stay the same
+                starting = trainer.evaluate()["eval_loss"]
         trainer.train()
     state = trainer.state
     looks = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     first = next(entry["loss"] for entry in state.log_history if "loss" in entry)
     best = min(looks, key=lambda step: looks[step] if math.isfinite(looks[step]) else math.inf)
-    return History(list(looks.values()), list(looks), best, state.global_step, first)
+    return History(list(looks.values()), list(looks), best, state.global_step, first, starting)
 
 
 def _trainer(
@@ -139,10 +148,11 @@ def _trainer(
     min_improvement: float,
 ) -> Any:
     from datasets import Dataset
-    from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers import PrinterCallback
 
     longest = max(len(text.ids) for rows in (train, validation) for text in (*rows.chosen, *rows.rejected))
-    every = min(-(-len(train.chosen) // settings.batch_size), EVALUATED_EVERY)
+    epoch = -(-len(train.chosen) // settings.batch_size)
+    every, warm_up = min(epoch, EVALUATED_EVERY), warm_up_steps(epoch * settings.epochs)
     shared: dict[str, Any] = {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
@@ -162,7 +172,7 @@ def _trainer(
         "logging_strategy": "steps",
         "logging_steps": 1,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 5,
+        "warmup_steps": warm_up,
         "max_grad_norm": 1.0,
         "gradient_checkpointing": False,
         "bf16": False,  # weights are float32 while they are trained
@@ -173,7 +183,7 @@ def _trainer(
         "dataloader_pin_memory": False,
         "max_length": longest,  # nothing is cut
     }
-    callbacks = [EarlyStoppingCallback(settings.patience, min_improvement)]
+    callbacks = [_early_stopping(settings.patience, min_improvement, warm_up)]
     tables = [Dataset.from_list(_COLUMNS[settings.loss](rows)) for rows in (train, validation)]
     kind, config = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss](settings, shared)
     trainer = kind(
@@ -186,6 +196,25 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)  # which prints every loss on stdout
     return trainer
+
+
+def warm_up_steps(steps: int) -> int:
+    """Return how many of a run's steps warm up: `WARM_UP`, or none where they would be more than a tenth.
+
+    Nothing between: transformers gives the first step of any warm-up the rate 0, and a short run has no step to lose.
+    """
+    return WARM_UP if steps >= 10 * WARM_UP else 0
+
+
+def _early_stopping(patience: int, min_improvement: float, warm_up: int) -> Any:
+    from transformers import EarlyStoppingCallback
+
+    class Stopping(EarlyStoppingCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **others: Any) -> None:
+            if state.global_step > warm_up:  # a rate that has not risen yet says nothing about stopping
+                super().on_evaluate(args, state, control, metrics, **others)
+
+    return Stopping(patience, min_improvement)
 
 
 # --- one trainer and its configuration per loss ----------------------------------------------------------------------
