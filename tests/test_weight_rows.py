@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pico import model, tokenizer
+from pico import CACHE, model, tokenizer
 from trimtab.artifact import DeltaKnob, Knob, LowRank, Rack, load_knob, load_panel, save_panel
 from trimtab.errors import CacheError, KnobError, OptionError
 from trimtab.evals.likelihood import pair_margins
@@ -128,9 +128,9 @@ def test_a_cache_made_under_other_weights_is_refused() -> None:
     one, two = low_rank(lm), low_rank(lm, 2)  # of one name
     for knob in (one, one.dense_copy()):
         with torch.no_grad(), steer(lm, {knob: 1.0}):
-            cache = lm(IDS, use_cache=True).past_key_values
+            cache = lm(IDS, use_cache=True)[CACHE]
         with torch.no_grad(), steer(lm, {two: 1.0}), pytest.raises(CacheError):
-            lm(IDS[:, :1], past_key_values=cache, use_cache=True)
+            lm(IDS[:, :1], **{CACHE: cache}, use_cache=True)
 
 
 def test_what_is_no_linear_layer_and_other_models_are_refused() -> None:
