@@ -399,3 +399,91 @@ def test_a_low_rank_knob_and_its_dense_twin_change_the_model_alike(tmp_path: Pat
             said.append(lm(ids).logits)
     assert torch.allclose(said[0], said[1], atol=1e-5)
     assert not torch.allclose(said[0], lm(ids).logits, atol=1e-3)
+
+
+def test_a_parameter_stays_the_object_it_is_and_gets_its_own_memory_back() -> None:
+    lm = model()
+    knob = knob_of(lm)
+    before = {name: (p, p.data_ptr(), p.requires_grad) for name, p in lm.named_parameters()}
+    with applied(lm, {knob: 1.0}) as live:
+        place = lm.get_parameter(next(iter(knob.parts))).data_ptr()
+        live.set({knob: -1.0})
+        assert lm.get_parameter(next(iter(knob.parts))).data_ptr() == place  # no more memory for another strength
+        assert all(p is before[name][0] for name, p in lm.named_parameters())
+    assert {name: (p, p.data_ptr(), p.requires_grad) for name, p in lm.named_parameters()} == before
+
+
+def test_gradients_through_weights_that_were_changed_meanwhile_are_refused() -> None:
+    layer = nn.Linear(4, 4)
+    knob = DeltaKnob("k", "m", {"weight": drawn(4, 4)})
+    inputs = drawn(2, 4).requires_grad_()
+    before = layer(inputs).sum()
+    with applied(layer, {knob: 1.0}) as live:
+        inside = layer(inputs).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            before.backward()
+        live.set({knob: 2.0})
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            inside.backward()
+        inside = layer(inputs).sum()
+        inside.backward()
+        assert torch.allclose(inputs.grad, (layer.weight.sum(0)).expand(2, 4))  # pyright: ignore[reportArgumentType]
+        inside = layer(inputs).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
+
+
+def test_weights_of_any_layout_width_and_mode_are_changed_and_come_back() -> None:
+    delta = drawn(3, 5)
+    knob = DeltaKnob("k", "m", {"weight": delta})
+    turned, wide, scalar = nn.Linear(5, 3), nn.Linear(5, 3).double(), nn.Module()
+    turned.weight = nn.Parameter(drawn(5, 3, seed=1).T)
+    scalar.weight = nn.Parameter(torch.tensor(2.0))
+    with torch.inference_mode():
+        made_there = nn.Linear(5, 3)
+    for layer in (turned, wide, made_there):
+        before = layer.weight.detach().clone()
+        with torch.inference_mode(), applied(layer, {knob: 0.5}):
+            assert torch.allclose(layer.weight, before + 0.5 * delta)
+        with applied(layer, {knob: 0.5}):
+            assert torch.allclose(layer.weight, before + 0.5 * delta)
+        assert torch.equal(layer.weight, before)
+        assert layer.weight.dtype == before.dtype
+    with applied(scalar, {DeltaKnob("s", "m", {"weight": torch.tensor(1.0)}): 3.0}):
+        assert scalar.weight.tolist() == 5.0
+    wide.weight = nn.Parameter(drawn(3, 5).double() / 3)
+    with applied(wide, {DeltaKnob("z", "m", {"weight": torch.zeros(3, 5)}): 1.0}):
+        assert torch.equal(wide.weight, drawn(3, 5).double() / 3)  # never through float32
+
+
+def test_tied_weights_take_a_difference_once() -> None:
+    lm = model(tie_word_embeddings=True)
+    part = 0.1 * drawn(*lm.lm_head.weight.shape)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    before = lm.lm_head.weight.detach().clone()  # pyright: ignore[reportAttributeAccessIssue]
+    head, embedding = (DeltaKnob(n[:2], "m", {n: part}) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    with applied(lm, {head: 1.0, embedding: 0.5}):
+        assert torch.allclose(lm.lm_head.weight, before + 1.5 * part, atol=1e-6)  # pyright: ignore[reportAttributeAccessIssue]
+        assert lm.lm_head.weight is lm.model.embed_tokens.weight  # pyright: ignore[reportAttributeAccessIssue]
+    both = DeltaKnob("both", "m", {**head.parts, **embedding.parts})
+    with pytest.raises(KnobError, match="it ties them"), applied(lm, {both: 1.0}):
+        pass
+    assert torch.equal(lm.lm_head.weight, before)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_nothing_is_added_to_quantised_or_offloaded_weights() -> None:
+    knob = DeltaKnob("k", "m", {"weight": drawn(3, 5)})
+    small, away = nn.Linear(5, 3), nn.Linear(5, 3, device="meta")
+    small.weight = nn.Parameter(torch.ones(3, 5, dtype=torch.int8), requires_grad=False)
+    for layer, words in ((small, "quantised"), (away, "not in memory")):
+        with pytest.raises(KnobError, match=words), applied(layer, {knob: 1.0}):
+            pass
+
+
+def test_16_bit_weights_are_summed_in_float32_and_rounded_once() -> None:
+    layer = nn.Linear(8, 4).to(torch.bfloat16)
+    one, two = (DeltaKnob(f"k{i}", "m", {"weight": 1e-2 * drawn(4, 8, seed=i)}) for i in (1, 2))
+    stored = DeltaKnob("short", "m", {"weight": (1e-2 * drawn(4, 8, seed=3)).to(torch.bfloat16)})
+    before = layer.weight.detach().double()
+    with applied(layer, {one: 0.7, two: -1.3, stored: 0.7}):
+        exact = before + 0.7 * one.dense("weight") - 1.3 * two.dense("weight") + 0.7 * stored.dense("weight")
+        assert torch.equal(layer.weight, exact.to(torch.bfloat16))

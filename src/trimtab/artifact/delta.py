@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 FIELDS = frozenset("format_version sha256 kind name method gain provenance diagnostics tuning".split())
 """What the header of a delta's file holds: each of them, and nothing else."""
-
-
+ADDABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of weights to which a difference can be added."""
 SAMPLE = 2**14
 """Values of a tensor that `digest` looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
 
@@ -242,16 +242,13 @@ class DeltaKnob:
         strict: bool = True,
         hashes: bool = True,
     ) -> None:
-        """Compare the knob with a model, and with its tokenizer if given; see `Knob.check`.
-
-        Raises `KnobError` for a parameter that the model has not, or has in another shape.
-        """
+        """Compare the knob with a model, and with its tokenizer if given; see `Knob.check` and `check_shapes`."""
         self.check_shapes(model)
         compare_identity(self.name, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
 
     def check_shapes(self, model: nn.Module) -> None:
-        """Raise `KnobError` for a parameter that the model has not, or has in another shape."""
-        known = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
+        known = dict(model.named_parameters(remove_duplicate=False))
         missing = [name for name in self.parts if name not in known]
         if missing:
             raise KnobError(
@@ -259,10 +256,21 @@ class DeltaKnob:
                 f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model."
             )
         for name, part in self.parts.items():
-            if tuple(part.shape) != known[name]:
+            own = known[name]
+            if own.dtype not in ADDABLE:
+                raise KnobError(
+                    f"Knob {self.name!r} changes {name!r}, which this {type(model).__name__} holds as {own.dtype}: "
+                    "nothing can be added to quantised weights. Load the model without quantisation."
+                )
+            if own.is_meta:
+                raise KnobError(
+                    f"Knob {self.name!r} changes {name!r}, which this {type(model).__name__} has not in memory. Load "
+                    "the model without offloading."
+                )
+            if part.shape != own.shape:
                 raise KnobError(
                     f"Knob {self.name!r} changes {name!r} in shape {list(part.shape)}; this {type(model).__name__} "
-                    f"has it in shape {list(known[name])}. Use a knob made for this model."
+                    f"has it in shape {list(own.shape)}. Use a knob made for this model."
                 )
 
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.artifact.delta import DeltaKnob
+from trimtab.artifact.delta import DeltaKnob, LowRank, Part
 from trimtab.errors import KnobError
 from trimtab.types import check_strength
 
-BLOCK = 1 << 22
-"""Entries that are computed at once: the float32 copies stay in the cache of a processor."""
+BLOCK, LARGE_BLOCK = 1 << 19, 1 << 24
+"""Entries that are computed at once: on a processor few enough to stay in its cache, elsewhere many for each launch."""
 
 Setting = Mapping[DeltaKnob, float]
 
 
 class Live:
-    """A model's weights with knobs in them; the originals are kept, and every change starts from them."""
+    """A model's weights with knobs in them; the originals are set aside untouched, and every change starts from them.
+
+    A changed parameter points to memory of its own, which costs one pass, and pointing back costs nothing. Copying the
+    original away and back would cost two more.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[nn.Parameter, Tensor] = {}
 
     def set(self, setting: Setting) -> None:
         """Put `weights + sum_k strength_k gain_k difference_k` in place, computed in float32 and rounded once.
@@ -35,48 +39,61 @@ class Live:
         for knob, alpha in turned.items():
             if abs(alpha) > torch.finfo(torch.float32).max:
                 raise KnobError(f"Strength {setting[knob]:g} of {knob.name!r} is too large for float32.")
-        wanted = {name for knob in turned for name in knob.parts}
-        with torch.no_grad():
-            for name in [*self._kept]:
-                if name not in wanted:
-                    self._parameters[name].copy_(self._kept.pop(name))
-            try:
-                for name in sorted(wanted):
-                    self._write(name, turned)
-            except BaseException:
-                self.restore()
-                raise
+        wanted = self._sort(turned)
+        try:
+            for parameter in [*self._kept]:
+                if parameter not in wanted:
+                    _point(parameter, self._kept.pop(parameter))
+            for parameter, parts in wanted.items():
+                self._write(parameter, parts)
+        except BaseException:
+            self.restore()
+            raise
 
-    def _write(self, name: str, turned: Mapping[DeltaKnob, float]) -> None:
-        parameter = self._parameters[name]
-        original = self._kept.setdefault(name, parameter.detach().clone())
-        parts = [(knob.dense(name), alpha) for knob, alpha in turned.items() if name in knob.parts]
-        flat, source = parameter.detach().reshape(-1), original.reshape(-1)
-        finite = True
-        for start in range(0, len(flat), BLOCK):
-            piece = source[start : start + BLOCK].to(torch.float32, copy=True)  # never the original itself
-            for delta, alpha in parts:
-                piece.add_(delta.reshape(-1)[start : start + BLOCK].to(piece), alpha=alpha)
-            rounded = piece.to(flat.dtype)
-            finite = finite and bool(torch.isfinite(rounded).all())
-            flat[start : start + BLOCK] = rounded
-        if not finite:
-            raise KnobError(f"At these strengths {name!r} would hold values that are not finite. Take smaller ones.")
+    def _sort(self, turned: Mapping[DeltaKnob, float]) -> dict[nn.Parameter, list[tuple[str, Part, float]]]:
+        """Return what is to be added to each parameter; tied weights are one parameter under two names."""
+        wanted: dict[nn.Parameter, list[tuple[str, Part, float]]] = {}
+        for knob, alpha in turned.items():
+            seen: dict[nn.Parameter, str] = {}
+            for name, part in knob.parts.items():
+                parameter = self._parameters[name]
+                if parameter in seen:
+                    raise KnobError(
+                        f"Knob {knob.name!r} changes {seen[parameter]!r} and {name!r}, which are one weight in this "
+                        "model: it ties them. Use a knob made of models that tie them too."
+                    )
+                seen[parameter] = name
+                wanted.setdefault(parameter, []).append((name, part, alpha))
+        return wanted
+
+    def _write(self, parameter: nn.Parameter, parts: Sequence[tuple[str, Part, float]]) -> None:
+        original = self._kept.get(parameter)
+        if original is None:
+            source, changed = parameter.data, torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+        else:
+            source, changed = original, parameter.data
+        added = [(part.dense() if isinstance(part, LowRank) else part, alpha) for _, part, alpha in parts]
+        if not _add(source, added, changed):
+            raise KnobError(
+                f"At these strengths {parts[0][0]!r} would hold values that are not finite. Take smaller ones."
+            )
+        self._kept[parameter] = source
+        _point(parameter, changed)
 
     def restore(self) -> None:
-        """Put the original weights back, bit for bit."""
-        with torch.no_grad():
-            for name, original in self._kept.items():
-                self._parameters[name].copy_(original)
-        self._kept.clear()
+        """Put the original weights back, bit for bit: the same memory, which nothing has written to."""
+        while self._kept:
+            _point(*self._kept.popitem())
 
 
 @contextmanager
 def applied(model: nn.Module, setting: Setting) -> Generator[Live]:
     """Turn weight knobs inside the context: dense ones, several at once, at any strength; undone however it ends.
 
-    The model is changed in place, for every thread and every row. Strength 0 everywhere touches nothing. Memory: a copy
-    of the weights that are changed. Raises `KnobError` for a knob made for another model.
+    The model is changed, for every thread and every row. Strength 0 everywhere touches nothing. Memory: a copy of the
+    weights that are changed. Parameters stay the objects they are, but lie elsewhere meanwhile: what holds their memory
+    itself, as a view of a weight or a captured CUDA graph does, keeps the originals. Raises `KnobError` for a knob made
+    for another model.
     """
     for knob, strength in setting.items():
         check_strength(strength, f"strength of {knob.name!r}")
@@ -87,3 +104,35 @@ def applied(model: nn.Module, setting: Setting) -> Generator[Live]:
         yield live
     finally:
         live.restore()
+
+
+def _point(parameter: nn.Parameter, data: Tensor) -> None:
+    """Let a parameter hold other values; a graph that saved the earlier ones will refuse to go backward."""
+    countless = parameter.is_inference() or data.is_inference()  # made in inference mode: there are no versions
+    parameter.data = data
+    if not countless:
+        torch.autograd.graph.increment_version(parameter)
+
+
+def _add(source: Tensor, added: Sequence[tuple[Tensor, float]], result: Tensor) -> bool:
+    """Write `source + sum alpha delta` to `result`, which is contiguous; False if any of it is not finite.
+
+    One pass over memory: block by block, all that is done to a block before the next.
+    """
+    before, after = source.reshape(-1), result.reshape(-1)
+    deltas = [(delta.reshape(-1), alpha) for delta, alpha in added]
+    wide = torch.promote_types(result.dtype, torch.float32)
+    size = BLOCK if result.device.type == "cpu" else LARGE_BLOCK
+    buffer = torch.empty(0 if result.dtype == wide else min(size, len(after)), dtype=wide, device=result.device)
+    sums: list[Tensor] = []
+    for start in range(0, len(after), size):
+        old, new = before[start : start + size], after[start : start + size]
+        total = new if new.dtype == wide else buffer[: len(new)]
+        base = old if old.dtype == wide else total.copy_(old)
+        for delta, alpha in deltas:
+            base = torch.add(base, delta[start : start + size].to(total), alpha=alpha, out=total)
+        if total is not new:
+            new.copy_(total)
+        sums.append(new.sum())
+    # Sums are a fast look at all values; one may overflow where no value does, and then each value is looked at.
+    return not sums or bool(torch.stack(sums).isfinite().all()) or bool(result.isfinite().all())
