@@ -309,8 +309,8 @@ def test_a_writer_that_is_killed_leaves_no_half_knob(tmp_path: Path) -> None:
         "import sys, time, torch\n"
         "from trimtab.artifact.large import Entry, write_large\n"
         "def slow():\n"
-        "    print('writing', flush=True); time.sleep(60)\n"
-        "makers = {'dense/w': lambda: torch.ones(4), 'dense/x': slow}\n"
+        "    yield torch.ones(2); print('writing', flush=True); time.sleep(60)\n"
+        "makers = {'dense/w': lambda: [torch.ones(4)], 'dense/x': slow}\n"
         "entries = [Entry(name, torch.float32, (4,), make) for name, make in makers.items()]\n"
         "write_large(sys.argv[1], entries, {})\n"
     )

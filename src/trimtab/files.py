@@ -10,9 +10,9 @@ import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 NESTING_LIMIT = 100
 """How many lists and objects of JSON may stand in each other."""
@@ -52,21 +52,29 @@ def is_knob_file(path: str | Path) -> bool:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file such that a reader, or whoever looks after a crash, sees the old file or the new, never a part.
+    """Write a file whole or not at all; see `replacing`."""
+    with replacing(path) as file:
+        file.write(data)
 
-    Missing folders are made; a link is replaced, not followed. Raises `OSError` that names `path`; the old file is then
-    as it was. A process that is killed while it writes leaves `.NAME.XXXXXXXX.part` in the folder: nobody reads it, and
-    it can be deleted. No later call does so, since it could be the work of a writer that is alive.
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Generator[BinaryIO]:
+    """Open a file that takes the place of `path` when the context ends, and is gone if that ends with an error.
+
+    A reader, or whoever looks after a crash, sees the old file or the new, never a part. Missing folders are made; a
+    link is replaced, not followed. Raises `OSError` that names `path`; the old file is then as it was. A process that
+    is killed while it writes leaves `.NAME.XXXXXXXX.part` in the folder: nobody reads it, and it can be deleted. No
+    later call does so, since it could be the work of a writer that is alive.
     """
     path = Path(path)
     # A name may have 255 bytes; fifty characters leave room for what is added, whatever the alphabet.
     part = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}.part"
     try:
-        _refuse_special_target(path)
+        refuse_special_target(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("xb") as file:
-                file.write(data)
+            with part.open("x+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             with contextlib.suppress(OSError):  # what nobody else may read stays so
@@ -78,8 +86,6 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             raise
     except OSError as error:  # write and fsync do not say of which file they speak
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from None
-    except ValueError:
-        raise OSError(errno.EINVAL, "no file can have such a name", str(path)) from None
     if os.name == "posix":  # the rename itself must reach the disk too; not every file system lets one ask for that
         with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
@@ -87,6 +93,19 @@ def write_atomically(path: str | Path, data: bytes) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def refuse_special_target(path: str | Path) -> None:
+    """Never put a file in the place of a device or a pipe: the rename would delete it. Raises `OSError`."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:
+        raise OSError(errno.EINVAL, "no file can have such a name", str(path)) from None
+    except OSError:  # nothing there, or a broken link; whatever else is wrong, writing says so
+        return
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "it is a folder; pass the name of a file in it")
+    _refuse_special(mode)
 
 
 def reason(error: OSError) -> str:
@@ -142,14 +161,3 @@ def _refuse_special(mode: int) -> None:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file")
-
-
-def _refuse_special_target(path: Path) -> None:
-    """Never put a file in the place of a device or a pipe: the rename would delete it."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:  # nothing there, or a broken link; whatever else is wrong, writing says so
-        return
-    if stat.S_ISDIR(mode):
-        raise OSError(errno.EISDIR, "it is a folder; pass the name of a file in it")
-    _refuse_special(mode)

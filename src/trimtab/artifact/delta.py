@@ -303,7 +303,7 @@ def _entries(parts: Mapping[str, Part]) -> Iterator[Entry]:
         stored = {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
         for label, tensor in stored.items():
             kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
-            yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: kept)
+            yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: [kept.reshape(-1)])
 
 
 def _from_file(file: LargeFile) -> DeltaKnob:

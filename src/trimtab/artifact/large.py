@@ -6,13 +6,10 @@ that are read are views of the file: a file that another program cuts short mean
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +19,7 @@ from torch import Tensor
 
 from trimtab.artifact.file import BLANK, FORMAT_VERSION, HEADER_LIMIT, read_header, refuse_to_replace
 from trimtab.errors import KnobError, brief, printable
-from trimtab.files import is_knob_file, reason
+from trimtab.files import is_knob_file, reason, refuse_special_target, replacing
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What a weight difference may be stored in."""
@@ -30,37 +27,38 @@ PIECE = 1 << 24
 
 
 class Entry(NamedTuple):
-    """A tensor that is made when it is written: name, dtype, shape, and what makes it."""
+    """A tensor that is made while it is written: name, dtype, shape, and what makes it, flat piece by flat piece."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    make: Callable[[], Iterable[Tensor]]
 
 
 def write_large(path: str | Path, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
     """Write tensors one after another, and a header; a reader sees the old file or the whole new one.
 
-    No more than one tensor is in memory. Raises `KnobError` as `write_file` does. A process that is killed meanwhile
-    leaves `.NAME.XXXXXXXX.part`.
+    No more than one piece of a tensor is in memory. Raises `KnobError` as `write_file` does; see `replacing` for what a
+    killed process leaves.
     """
-    path = Path(path)
-    refuse_to_replace(path, "knob", is_knob_file)
-    part = path.parent / f".{path.name[:50]}.{secrets.token_hex(4)}.part"
+    check_target(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(part, entries, header)
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+        with replacing(path) as file:
+            _write(file, entries, header)
     except OSError as error:
         raise KnobError(f"Cannot write {brief(str(path), 240)}: {reason(error)}. Nothing there was changed.") from None
 
 
-def _write(part: Path, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
+def check_target(path: str | Path) -> None:
+    """Raise `KnobError` where no knob could be written; for those who are about to compute for long."""
+    refuse_to_replace(path, "knob", is_knob_file)
+    try:
+        refuse_special_target(path)
+    except OSError as error:
+        raise KnobError(f"Cannot write {brief(str(path), 240)}: {reason(error)}. Nothing there was changed.") from None
+
+
+def _write(file: BinaryIO, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
     """Write the tensors behind a gap as long as a header can be, then the header into the gap's end.
 
     A safetensors header may be padded with spaces, so its length can be settled before its text is known.
@@ -76,29 +74,27 @@ def _write(part: Path, entries: Sequence[Entry], header: Mapping[str, Any]) -> N
         }
         offset += size
     room = 8 * math.ceil((len(json.dumps(places)) + (1 << 20)) / 8)
-    with part.open("w+b") as file:
-        file.seek(8 + room)
-        for entry in entries:
-            tensor = entry.make()
-            assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype), entry.name
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            for start in range(0, len(flat), PIECE):
-                file.write(flat[start : start + PIECE].numpy().data)
-        try:
-            text = json.dumps({"format_version": FORMAT_VERSION, "sha256": BLANK, **header}, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise KnobError(f"The header of {brief(part.name, 240)} cannot be written as JSON: {error}.") from None
-        outer = json.dumps({"__metadata__": {"trimtab": text}, **places}).encode()
-        if len(outer) > min(room, HEADER_LIMIT):
-            raise KnobError(f"The knob's header has {len(outer)} bytes; at most {min(room, HEADER_LIMIT)} are written.")
-        start = room.to_bytes(8, "little") + outer.ljust(room)
-        file.seek(0)
-        file.write(start)
-        digest = _digest(file, start)
-        file.seek(0)
-        file.write(start.replace(BLANK.encode(), digest.encode(), 1))
-        file.flush()
-        os.fsync(file.fileno())
+    file.seek(8 + room)
+    for entry in entries:
+        for flat in entry.make():
+            assert flat.dtype == entry.dtype, entry.name
+            piece = flat.detach().cpu().contiguous().view(torch.uint8)
+            for start in range(0, len(piece), PIECE):
+                file.write(piece[start : start + PIECE].numpy().data)
+        assert file.tell() == 8 + room + places[entry.name]["data_offsets"][1], entry.name
+    try:
+        text = json.dumps({"format_version": FORMAT_VERSION, "sha256": BLANK, **header}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise KnobError(f"The knob's header cannot be written as JSON: {error}.") from None
+    outer = json.dumps({"__metadata__": {"trimtab": text}, **places}).encode()
+    if len(outer) > min(room, HEADER_LIMIT):
+        raise KnobError(f"The knob's header has {len(outer)} bytes; at most {min(room, HEADER_LIMIT)} are written.")
+    start = room.to_bytes(8, "little") + outer.ljust(room)
+    file.seek(0)
+    file.write(start)
+    digest = _digest(file, start)
+    file.seek(0)
+    file.write(start.replace(BLANK.encode(), digest.encode(), 1))
 
 
 def _digest(file: BinaryIO, start: bytes) -> str:

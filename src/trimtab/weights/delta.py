@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab.artifact.delta import DeltaKnob, LowRank, Part
-from trimtab.artifact.large import Entry, write_large
+from trimtab.artifact.large import Entry, check_target, write_large
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
 from trimtab.weights.source import Source, Weights, is_adapter, read_adapter
 
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 """Entries that are subtracted at once."""
-EXPO_STRENGTH = 1.3
-"""ExPO (arXiv:2404.16792) goes beyond the aligned model by 0.3 to 0.5 of the difference; strength 1 is that point."""
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,20 +43,25 @@ def difference(
     """Return the knob `plus - minus`: of two models or checkpoint folders, or of two LoRA adapters of one base.
 
     A Preference Vector is theta+ minus theta-, of training with labels and with labels swapped (arXiv:2504.20106, eq.
-    2); an Alignment Vector is aligned minus base (arXiv:2410.19206). Adapters are put side by side: `[s+ B+, -s- B-]`
-    times `[A+; A-]` is their difference exactly, of twice the rank; one adapter alone is a difference to its base.
+    2); an Alignment Vector is aligned minus base (arXiv:2410.19206). ExPO (arXiv:2404.16792) goes beyond the aligned
+    model by 0.3 to 0.5 of that: on the base model, strength 1 is there with `gain=1.3`. Adapters are put side by side:
+    `[s+ B+, -s- B-]` times `[A+; A-]` is their difference exactly, of twice the rank; one adapter alone is a difference
+    to its base.
 
-    Weights are subtracted in float32, in blocks, one tensor at a time, and only then rounded to `dtype` (float32,
-    bfloat16, float16). With `out` the knob is written there as it is made, atomically, and its tensors stay in the
-    file. What is the same in both is left out. Two 16-bit checkpoints bring a `TrimtabWarning`: small changes were
-    rounded away when they were saved. Raises `OptionError` that names the tensors where names or shapes do not match.
+    Weights are subtracted in float32, in blocks, and only then rounded to `dtype`: float32; bfloat16, whose error of at
+    most 1/512 is small beside the rounding of 16-bit weights; float16, which has few digits left below 6e-5. With `out`
+    the knob is written there as it is made, atomically, and its tensors stay in the file. What is the same in both is
+    left out. Two 16-bit checkpoints bring a `TrimtabWarning`: small changes were rounded away when they were saved.
+    Raises `OptionError` that names the tensors where names or shapes do not match.
     """
     if dtype not in STORED:
         raise OptionError(f"Unknown dtype {dtype!r}. Known: {', '.join(STORED)}.")
-    told = dict(provenance or {})
+    if out is not None:
+        check_target(out)
+    shell = DeltaKnob(name, method, {"weight": torch.zeros(1)}, gain, provenance=dict(provenance or {}))
     if is_adapter(plus) or (minus is not None and is_adapter(minus)):
         parts = _adapters(plus, minus, STORED[dtype])
-        knob = DeltaKnob(name, method, parts, gain, provenance=told, diagnostics=_low_rank_diagnostics(parts))
+        knob = replace(shell, parts=parts, diagnostics=_low_rank_diagnostics(parts))
         if out is None:
             return knob
         knob.save(out)
@@ -74,15 +79,12 @@ def difference(
         "zero": {label: stats[label].zero for label in changed},
         "unchanged": len(pair.names) - len(changed),
     }
-    entries = [
-        Entry(f"dense/{label}", STORED[dtype], pair.plus.shapes[label], partial(pair.subtract, label, STORED[dtype]))
-        for label in changed
-    ]
+    made = {label: partial(pair.subtract, label, STORED[dtype]) for label in changed}
     if out is None:
-        parts = {label: pair.subtract(label, STORED[dtype]) for label in changed}
-        return DeltaKnob(name, method, parts, gain, provenance=told, diagnostics=diagnostics)
-    shell = DeltaKnob(name, method, {"weight": torch.zeros(1)}, gain, provenance=told, diagnostics=diagnostics)
-    write_large(out, entries, shell.header())
+        parts = {label: torch.cat([*make()]).reshape(pair.plus.shapes[label]) for label, make in made.items()}
+        return replace(shell, parts=parts, diagnostics=diagnostics)
+    entries = [Entry(f"dense/{n}", STORED[dtype], pair.plus.shapes[n], make) for n, make in made.items()]
+    write_large(out, entries, replace(shell, diagnostics=diagnostics).header())
     return DeltaKnob.load(out)
 
 
@@ -119,22 +121,23 @@ class _Pair:
         sides = [side.get(name).reshape(-1) for side in (self.plus, self.minus)]
         return [(sides[0][i : i + BLOCK], sides[1][i : i + BLOCK]) for i in range(0, len(sides[0]), BLOCK)]
 
-    def subtract(self, name: str, dtype: torch.dtype) -> Tensor:
-        result = torch.empty(self.plus.shapes[name], dtype=dtype)
-        flat = result.reshape(-1)
-        for i, (a, b) in enumerate(self.blocks(name)):
-            flat[i * BLOCK : (i + 1) * BLOCK] = (a.float() - b.float().to(a.device)).to(dtype)
-        if not torch.isfinite(result).all():
-            raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
-        return result
+    def subtract(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the difference of one parameter as flat blocks."""
+        for a, b in self.blocks(name):
+            block = (a.float() - b.float().to(a.device)).to(dtype)
+            if not torch.isfinite(block).all():
+                raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
+            yield block
 
     def stats(self, name: str) -> _Stats:
         square, zero, count = 0.0, 0, 0
         for a, b in self.blocks(name):
-            piece = a.float() - b.float().to(a.device)
-            square += float(piece.double().square().sum())
-            zero += int((piece == 0).sum())
-            count += len(piece)
+            block = a.float() - b.float().to(a.device)
+            square += float(block.double().square().sum())
+            if not math.isfinite(square):  # nothing compares with NaN: the weight would pass for unchanged
+                raise KnobError(f"{name!r} holds values that are not finite, in {self.plus.said} or {self.minus.said}.")
+            zero += int((block == 0).sum())
+            count += len(block)
         return _Stats(square**0.5, zero / max(count, 1))
 
     def warn(self, stats: Mapping[str, _Stats]) -> None:
