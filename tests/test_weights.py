@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from pico import model
 from trimtab.artifact.delta import DeltaKnob, LowRank
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
+from trimtab.weights import delta
 from trimtab.weights.delta import difference
 from trimtab.weights.live import applied
-from trimtab.weights.lowrank import EXACT, effective_rank, relative_error, truncate
+from trimtab.weights.lowrank import EXACT, compress, effective_rank, fidelity, relative_error, truncate
 
 # transformers' own remark on a name that PEFT still asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -122,6 +124,10 @@ def test_pickles_missing_folders_and_quantised_weights_are_refused(tmp_path: Pat
         difference(tmp_path / "none", tmp_path / "none", name="p")
     (tmp_path / "int").mkdir()
     save_file({"w": torch.ones(2, dtype=torch.int8)}, tmp_path / "int/model.safetensors")
+    (tmp_path / "nan").mkdir()
+    save_file({"w": torch.tensor([1.0, torch.nan])}, tmp_path / "nan/model.safetensors")
+    with pytest.raises(KnobError, match="'w' holds values that are not finite"):
+        difference(tmp_path / "nan", tmp_path / "nan", name="p")
     with pytest.raises(OptionError, match="quantised"):
         difference(tmp_path / "int", tmp_path / "int", name="p")
     with pytest.raises(OptionError, match="alone is no difference"):
@@ -133,12 +139,12 @@ def test_pickles_missing_folders_and_quantised_weights_are_refused(tmp_path: Pat
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-def adapters(folder: Path, **options: Any) -> tuple[Any, list[Path]]:
+def adapters(folder: Path, ranks: tuple[int, ...] = (2, 3), **options: Any) -> tuple[Any, list[Path]]:
     """Two trained-looking LoRA adapters of one pico model, and the model."""
     peft = pytest.importorskip("peft")
     lm, saved = model(), list[Path]()
-    for i in range(2):
-        config = peft.LoraConfig(r=2 + i, lora_alpha=8, target_modules="all-linear", **options)
+    for i, rank in enumerate(ranks):
+        config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear", **options)
         wrapped = peft.get_peft_model(moved(lm, 0, size=0.0), config)
         with torch.no_grad():
             for j, (name, p) in enumerate(wrapped.named_parameters()):
@@ -178,18 +184,34 @@ def test_one_adapter_is_the_difference_to_its_base(tmp_path: Path) -> None:
         difference(plus, lm, name="p")
 
 
-def test_sums_and_signs_of_adapters_are_exact_and_never_peft_s_linear(tmp_path: Path) -> None:
-    _, (plus, minus) = adapters(tmp_path)
-    one, two = difference(plus, name="a"), difference(minus, name="b")
-    found = 0.7 * one - 2.0 * two
-    for name in one.parts:
-        wanted = 0.7 * one.dense(name) - 2.0 * two.dense(name)
-        a, b = one.parts[name], two.parts[name]
+@pytest.mark.parametrize("signs", [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-0.5, -2.0)])
+def test_several_adapters_at_every_sign_equal_the_merged_weights(signs: tuple[float, float], tmp_path: Path) -> None:
+    lm, folders = adapters(tmp_path)
+    one, two = (difference(folder, name="abc"[i]) for i, folder in enumerate(folders))
+    exact = [difference(merged(lm, folder), lm, name="d") for folder in folders]
+    found = signs[0] * one + signs[1] * two
+    for name, part in found.parts.items():
+        assert isinstance(part, LowRank)
+        wanted = signs[0] * exact[0].dense(name) + signs[1] * exact[1].dense(name)
         assert torch.allclose(found.gain * found.dense(name), wanted, atol=1e-6)
-        assert isinstance(a, LowRank)
-        assert isinstance(b, LowRank)
-        linear = (0.7 * a.b - 2.0 * b.b[:, :2]) @ (0.7 * a.a - 2.0 * b.a[:2])
-        assert (linear - wanted).norm() > 0.3 * wanted.norm()
+        assert part.rank == 5
+
+
+def test_peft_s_linear_combination_is_not_the_difference_of_adapters_and_its_cat_is(tmp_path: Path) -> None:
+    lm, (plus, minus) = adapters(tmp_path, ranks=(2, 2))
+    knob = difference(plus, minus, name="p")
+    peft = pytest.importorskip("peft")
+    errors: dict[str, float] = {}
+    for kind in ("linear", "cat"):
+        wrapped = peft.PeftModel.from_pretrained(moved(lm, 0, size=0.0), plus, adapter_name="plus")
+        wrapped.load_adapter(minus, adapter_name="minus")
+        wrapped.add_weighted_adapter(["plus", "minus"], [1.0, -1.0], kind, combination_type=kind)
+        wrapped.set_adapter(kind)
+        combined = wrapped.merge_and_unload(adapter_names=[kind])
+        found = difference(combined, lm, name="p")
+        errors[kind] = (found - knob).norm() / knob.norm()
+    assert errors["cat"] < 1e-4
+    assert errors["linear"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -266,6 +288,41 @@ def test_effective_rank_counts_directions() -> None:
     assert effective_rank(drawn(5, 1) @ drawn(1, 6, seed=1)) == pytest.approx(1, abs=1e-3)
 
 
+def test_fidelity_is_the_divergence_of_answers_and_falls_with_rank() -> None:
+    lm = model()
+    names = [name for name, p in lm.named_parameters() if "layers" in name and p.dim() == 2]
+    parts = {n: 0.1 * drawn(lm.get_parameter(n).shape[0], 4) @ drawn(4, lm.get_parameter(n).shape[1]) for n in names}
+    exact = DeltaKnob("planted", "m", parts)
+    ids = [[1, 5, 9, 30, 4, 7], [3, 8], [40, 41, 42, 43]]
+    found = [fidelity(exact, compress(exact, lm, rank=rank), lm, ids) for rank in (1, 2, 3, 4)]
+    said = [knob.diagnostics["fidelity"] for knob in found]
+    assert [one["tokens"] for one in said] == [12] * 4
+    kls = [one["kl"] for one in said]
+    assert kls == sorted(kls, reverse=True)
+    assert kls[2] > 1e-4
+    assert abs(kls[3]) < 1e-6  # float32's rounding
+    assert all(one["relative_error"] > 0.01 for one in said[:3])
+    assert "nats a token" in found[0].card()
+
+
+def test_fidelity_is_the_mean_over_tokens_of_the_kl_of_exact_to_compressed() -> None:
+    lm = model()
+    one, two = knob_of(lm, 1, size=0.1), knob_of(lm, 2, size=0.1)
+    ids = [[1, 5, 9], [3]]
+    with torch.no_grad():
+        logs: list[Tensor] = []
+        for knob in (one, two):
+            with applied(lm, {knob: -0.5}):
+                logs.append(torch.cat([lm(torch.tensor([text])).logits[0] for text in ids]).double().log_softmax(-1))
+    wanted = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+    found = fidelity(one, two, lm, ids, strength=-0.5).diagnostics["fidelity"]
+    assert found == {"kl": pytest.approx(wanted, rel=1e-4), "tokens": 4, "strength": -0.5}
+    with pytest.raises(OptionError, match="one token or more"):
+        fidelity(one, two, lm, [[1], []])
+    with pytest.raises(OptionError, match="Dropout"):
+        fidelity(one, two, lm.train(), ids)
+
+
 # --- the knob and its file ------------------------------------------------------------------------------------------
 
 
@@ -304,25 +361,76 @@ def test_every_altered_byte_is_found(tmp_path: Path) -> None:
             DeltaKnob.load(path)
 
 
-def test_a_writer_that_is_killed_leaves_no_half_knob(tmp_path: Path) -> None:
+def folders(folder: Path) -> list[Path]:
+    """Two checkpoints with two weights each."""
+    for seed in range(2):
+        (folder / str(seed)).mkdir()
+        weights = {name: drawn(6, 5, seed=10 * seed + i) for i, name in enumerate("vw")}
+        save_file(weights, folder / str(seed) / "model.safetensors")
+    return [folder / "0", folder / "1"]
+
+
+def test_a_difference_that_is_killed_while_it_is_written_leaves_no_half_knob(tmp_path: Path) -> None:
     code = (
-        "import sys, time, torch\n"
-        "from trimtab.artifact.large import Entry, write_large\n"
-        "def slow():\n"
-        "    yield torch.ones(2); print('writing', flush=True); time.sleep(60)\n"
-        "makers = {'dense/w': lambda: [torch.ones(4)], 'dense/x': slow}\n"
-        "entries = [Entry(name, torch.float32, (4,), make) for name, make in makers.items()]\n"
-        "write_large(sys.argv[1], entries, {})\n"
+        "import sys, time\n"
+        "from trimtab.weights import delta\n"
+        "delta.BLOCK, subtract = 8, delta._Pair.subtract\n"
+        "def slow(pair, name, dtype):\n"
+        "    for i, block in enumerate(subtract(pair, name, dtype)):\n"
+        "        yield block\n"
+        "        if (name, i) == ('w', 1): print('writing', flush=True); time.sleep(60)\n"
+        "delta._Pair.subtract = slow\n"
+        "delta.difference(sys.argv[1], sys.argv[2], name='new', out=sys.argv[3])\n"
     )
-    path = tmp_path / "k.safetensors"
-    DeltaKnob("old", "m", {"w": torch.ones(2)}).save(path)
-    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, env={**os.environ})
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"writing\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    assert DeltaKnob.load(path).name == "old"
+    sources, out = folders(tmp_path), tmp_path / "out"
+    for old in (False, True):
+        path = out / f"{old}.safetensors"
+        if old:
+            DeltaKnob("old", "m", {"w": torch.ones(2)}).save(path)
+        command = [sys.executable, "-c", code, *map(str, sources), str(path)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ})
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"writing\n"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        assert DeltaKnob.load(path).name == "old" if old else not path.exists()
+    left = sorted(file.name for file in out.iterdir())
+    assert [re.sub(r"\.[0-9a-f]{8}\.", ".*.", name) for name in left] == [
+        ".False.safetensors.*.part",
+        ".True.safetensors.*.part",
+        "True.safetensors",
+    ]
+    assert difference(*sources, name="new", out=path).name == "new"  # leftovers are in nobody's way
+
+
+def test_no_more_than_a_block_is_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = folders(tmp_path)
+    whole = difference(*sources, name="p")
+    blocks: list[int] = []
+    subtract = delta._Pair.subtract  # pyright: ignore[reportPrivateUsage]
+
+    def counted(pair: Any, name: str, dtype: torch.dtype) -> Any:
+        for block in subtract(pair, name, dtype):
+            blocks.append(len(block))
+            yield block
+
+    monkeypatch.setattr(delta, "BLOCK", 8)
+    monkeypatch.setattr(delta._Pair, "subtract", counted)  # pyright: ignore[reportPrivateUsage]
+    found = difference(*sources, name="p", out=tmp_path / "k.safetensors")
+    assert blocks == [8, 8, 8, 6] * 2
+    assert all(torch.equal(found.dense(name), whole.dense(name)) for name in whole.parts)
+
+
+def test_a_knob_takes_the_place_of_no_folder_and_no_device_and_that_is_said_before_the_work(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("hello")
+    for place, words in (("", "it is a folder"), ("pipe", "it is a pipe"), ("text", "is not replaced"), ("\0", "name")):
+        with pytest.raises(KnobError, match=words):
+            difference(tmp_path / "none", tmp_path / "none", name="p", out=tmp_path / place)
+        with pytest.raises(KnobError, match=words):
+            DeltaKnob("k", "m", {"w": drawn(2)}).save(tmp_path / place)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pipe", "text"]
 
 
 def test_foreign_files_and_wrong_parts_are_refused(tmp_path: Path) -> None:

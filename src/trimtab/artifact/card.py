@@ -40,14 +40,18 @@ def describe_delta(knob: DeltaKnob) -> str:
     dense = sum(part["rank"] is None for part in parts)
     shapes = [f"{dense} dense"] if dense else []
     shapes += [f"{len(parts) - dense} of rank {ranks[0]} to {ranks[-1]}"] if ranks else []
-    fidelity: object = knob.diagnostics.get("fidelity")
-    error = cast(Mapping[str, object], fidelity).get("relative_error") if isinstance(fidelity, Mapping) else None
+    stored: object = knob.diagnostics.get("fidelity")
+    fidelity = cast(Mapping[str, object], stored) if isinstance(stored, Mapping) else {}
+    error, kl = fidelity.get("relative_error"), fidelity.get("kl")
     lines = {
         "knob": f"{knob.name} ({knob.kind}, {knob.method})",
         "weights": f"{len(parts)}: {', '.join(shapes)}",
         "strength 1": f"{knob.gain:.4g} times the difference",
         "where": "every token, and in its dense form every row of a batch" if dense else "every token",
         "left out": f"{error:.2%} of the difference's length, by compression" if isinstance(error, float) else None,
+        "divergence": f"{kl:.3g} nats a token from the difference before compression"
+        if isinstance(kl, float)
+        else None,
         "safe range": describe_safe_range(knob),
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
         "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,

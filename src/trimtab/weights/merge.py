@@ -6,7 +6,9 @@ float32. None of them knows of models or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -133,8 +135,8 @@ MERGES: dict[Rule, MergeRule] = {
 def sign_conflict(a: Tensor, b: Tensor) -> float:
     """Return the share of entries whose signs are opposed, of those that are not zero in either; 0 where none is.
 
-    >>> sign_conflict(torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 5.0, -3.0]))
-    0.6666666865348816
+    >>> round(sign_conflict(torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 5.0, -3.0])), 6)
+    0.666667
     """
     both = (a != 0) & (b != 0)
     count = int(both.sum())
@@ -175,6 +177,20 @@ def cosine_matrix(deltas: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the cosines `[K, K]` of K differences over all their tensors together, in float64."""
     flat = [torch.cat([tensor.double().flatten() for tensor in delta]) for delta in deltas]
     return torch.tensor([[cosine(a, b) for b in flat] for a in flat], dtype=torch.float64)
+
+
+def layer_norms(norms: Mapping[str, float]) -> dict[str, float]:
+    """Add up the norms of weights, as `diagnostics["norms"]` holds them, within each block; others stand alone.
+
+    >>> layer_norms({"model.layers.0.mlp.up.weight": 3.0, "model.layers.0.q.weight": 4.0, "lm_head.weight": 1.0})
+    {'model.layers.0': 5.0, 'lm_head.weight': 1.0}
+    """
+    squares: dict[str, float] = {}
+    for name, norm in norms.items():
+        block = re.match(r".*?\.\d+(?=\.)", name)  # the first number, so that an expert's is not taken for a layer's
+        label = block[0] if block else name
+        squares[label] = squares.get(label, 0.0) + norm**2
+    return {label: math.sqrt(square) for label, square in squares.items()}
 
 
 def _trimmed(delta: Tensor, density: float) -> Tensor:
