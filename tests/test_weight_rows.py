@@ -145,6 +145,15 @@ def test_what_is_no_linear_layer_and_other_models_are_refused() -> None:
         pass
 
 
+def test_rows_get_no_values_that_are_not_finite() -> None:
+    lm = model()
+    knob = low_rank(lm)
+    name = next(iter(knob.parts))
+    bad = DeltaKnob("bad", "m", {name: LowRank(torch.full_like(knob.parts[name].a, torch.nan), knob.parts[name].b)})  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KnobError, match="not finite"), steer(lm, {bad: 1.0}):
+        pass
+
+
 def test_generation_and_margins_take_weight_knobs_by_name_per_row(tmp_path: Path) -> None:
     lm, words = model(), tokenizer()
     low = low_rank(lm, name="low")

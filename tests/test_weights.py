@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pico import model
+from trimtab.artifact import load_knob
 from trimtab.artifact.delta import DeltaKnob, LowRank
+from trimtab.artifact.large import Entry, write_large
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
 from trimtab.weights import delta
 from trimtab.weights.delta import difference
@@ -100,6 +102,7 @@ def test_subtraction_is_in_float32_and_rounded_once(tmp_path: Path) -> None:
     [
         ({"w": (3, 4), "v": (2,)}, {"w": (3, 4)}, "1 weights of .* are not in .*'v'"),
         ({"w": (3, 4)}, {"w": (3, 5)}, r"1 weights differ in shape: 'w' \(\[3, 4\] and \[3, 5\]\)"),
+        ({"w": (3,)}, {"w": (4,)}, r"'w' \(\[3\] and \[4\]\)\.$"),
         ({"e": (10, 4)}, {"e": (12, 4)}, "vocabularies differ in size"),
         ({"w": (2, 2), "lm_head.weight": (4, 2)}, {"w": (2, 2)}, "ties its output layer"),
         ({"w": (2, 2)}, {"w": (2, 2)}, "hold the same weights"),
@@ -134,6 +137,39 @@ def test_pickles_missing_folders_and_quantised_weights_are_refused(tmp_path: Pat
         difference(model(), name="p")
     with pytest.raises(OptionError, match="Unknown dtype"):
         difference(model(), model(), name="p", dtype="int4")
+
+
+def test_an_index_that_its_shards_do_not_bear_out_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for shard in ("1", "2"):
+        save_file({"w": drawn(2, 3)}, folder / f"{shard}.safetensors")
+    for listed, words in (
+        ({"w": "1.safetensors", "lost": "1.safetensors"}, "lacks 1 weights that its index lists, 'lost'"),
+        ({"w": "1.safetensors", "x": "2.safetensors"}, "'w' in two shards"),
+        ({"w": "3.safetensors"}, "Cannot read"),
+        ({"w": "../../../etc/passwd"}, "Cannot read .*/a/passwd"),
+        ({"w": 1}, "no weight_map"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        with pytest.raises(OptionError, match=words):
+            difference(folder, folder, name="p")
+
+
+def test_what_is_no_source_and_names_that_no_knob_could_hold_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    for source in (3, None, {"w": drawn(2)}):
+        with pytest.raises(OptionError, match="Pass models in memory, or folders"):
+            difference(source, model(), name="p")  # pyright: ignore[reportArgumentType]
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        save_file({"w\n": drawn(2, seed=seed)}, tmp_path / str(seed) / "model.safetensors")
+    with pytest.raises(KnobError, match="printable"):
+        difference(tmp_path / "0", tmp_path / "1", name="p", out=tmp_path / "k.safetensors")
+    with pytest.raises(KnobError, match="at most 8388608 are written"):
+        difference(model(), moved(model(), 1), name="p", out=tmp_path / "k.safetensors", provenance={"x": "x" * 2**23})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1"]
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -214,21 +250,78 @@ def test_peft_s_linear_combination_is_not_the_difference_of_adapters_and_its_cat
     assert errors["linear"] > 0.5
 
 
+def test_zero_alpha_is_no_missing_alpha(tmp_path: Path) -> None:
+    _, (plus, _) = adapters(tmp_path)
+    edit(plus, lora_alpha=0)
+    assert difference(plus, name="p").norm() == 0
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "with biases"),
+        ({"lora_bias": True}, "with biases"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"trainable_token_indices": [3]}, "embeddings of its own"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "repeated layers"),
+        ({"init_lora_weights": "pissa"}, "whose start changed"),
         ({"peft_type": "IA3"}, "type 'IA3'"),
+        ({"peft_type": None}, "type None"),
+        ({"lora_alpha": "8"}, "lora_alpha is a number"),
+        ({"lora_alpha": None}, "lora_alpha is a number"),
+        ({"alpha_pattern": [1]}, "maps patterns to numbers"),
+        ({"alpha_pattern": {"(": 1}}, "maps patterns to numbers"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     _, (plus, _) = adapters(tmp_path)
-    config = json.loads((plus / "adapter_config.json").read_text())
-    (plus / "adapter_config.json").write_text(json.dumps(config | change))
+    edit(plus, **change)
     with pytest.raises(OptionError, match=words):
         difference(plus, name="p")
+
+
+A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({A: (2, 5)}, "alone"),
+        ({B: (3, 2)}, "alone"),
+        ({A: (2, 5), B: (3, 2), "base_model.model.q.lora_B.bias": (3,)}, "alone"),
+        ({A: (2, 5), B: (3, 2), "base_model.model.q.lora_magnitude_vector": (3,)}, "alone"),
+        ({A: (2, 5), B: (3, 4)}, "no product"),
+        ({A: (2,), B: (3,)}, "no product"),
+        ({A: (0, 5), B: (3, 0)}, "no product"),
+        ({}, "no LoRA weights"),
+    ],
+)
+def test_halves_and_strangers_in_an_adapter_are_refused(
+    tensors: dict[str, tuple[int, ...]], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2}))
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(OptionError, match=words):
+        difference(tmp_path, name="p")
+
+
+def test_adapters_that_are_not_finite_or_not_numbers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2}))
+    for fill, dtype, stored, words in (
+        (torch.nan, torch.float32, "float32", "not finite"),
+        (1e6, torch.float32, "float16", "not finite"),
+        (1, torch.int8, "float32", "no product"),
+    ):
+        halves = {A: torch.full((2, 5), fill, dtype=dtype), B: torch.full((3, 2), fill, dtype=dtype)}
+        save_file(halves, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(KnobError if words == "not finite" else OptionError, match=words):
+            difference(tmp_path, name="p", dtype=stored)
 
 
 # --- low rank -------------------------------------------------------------------------------------------------------
@@ -445,6 +538,37 @@ def test_foreign_files_and_wrong_parts_are_refused(tmp_path: Path) -> None:
         DeltaKnob("k", "m", {"w": drawn(2)}, gain=-1.0)
     with pytest.raises(KnobError, match="two shapes"):
         DeltaKnob("k", "m", {"w": drawn(2)}) + DeltaKnob("k", "m", {"w": drawn(3)})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"a/w": (2, 3)}, "a tensor 'a/w', which"),
+        ({"b/w": (2, 3)}, "a tensor 'b/w', which"),
+        ({"a/w": (2, 3), "b/w": (4, 2), "dense/w": (4, 3)}, "twice"),
+        ({"a/w": (2, 3), "b/w": (4, 3)}, r"b \[out, R\] times"),
+        ({"w": (2, 3)}, "a tensor 'w', which"),
+        ({"dense/": (2,)}, "printable"),
+        ({}, "holds no difference"),
+    ],
+)
+def test_files_with_other_tensors_are_refused(tensors: dict[str, tuple[int, ...]], words: str, tmp_path: Path) -> None:
+    def entry(name: str, shape: tuple[int, ...]) -> Entry:
+        return Entry(name, torch.float32, shape, lambda: [torch.ones(shape).reshape(-1)])
+
+    header = DeltaKnob("k", "m", {"w": drawn(1)}).header()
+    write_large(tmp_path / "k.safetensors", [entry(*item) for item in tensors.items()], header)
+    with pytest.raises(KnobError, match=words):
+        DeltaKnob.load(tmp_path / "k.safetensors")
+
+
+def test_a_pipe_is_no_knob_and_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (DeltaKnob.load, load_knob):
+        with pytest.raises(KnobError, match="a pipe"):
+            read(tmp_path / "pipe")
+        with pytest.raises(KnobError, match="no file can have such a name"):
+            DeltaKnob.load("a\0b")
 
 
 def test_a_knob_for_another_model_is_refused() -> None:

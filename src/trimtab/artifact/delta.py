@@ -83,6 +83,7 @@ class DeltaKnob:
             raise KnobError(f"The gain must be finite and not negative; got {self.gain!r}. Turn a knob with -knob.")
         object.__setattr__(self, "parts", dict(sorted(self.parts.items())))
         for name, part in self.parts.items():
+            check_parameter_name(name)
             _check_part(name, part)
         _ = self.safe_range
 
@@ -274,9 +275,13 @@ class DeltaKnob:
                 )
 
 
-def _check_part(name: str, part: Part) -> None:
+def check_parameter_name(name: str) -> None:
+    """Raise `KnobError` for a name that a terminal could not show."""
     if not name or not name.isprintable() or len(name) > 400:
         raise KnobError(f"A parameter's name is 1 to 400 printable characters; got {brief(name)}.")
+
+
+def _check_part(name: str, part: Part) -> None:
     if isinstance(part, LowRank) and not (part.a.dim() == part.b.dim() == 2 and part.a.shape[0] == part.b.shape[1] > 0):
         raise KnobError(
             f"A low-rank difference is b [out, R] times a [R, in]; that of {name!r} has {list(part.b.shape)} and "
@@ -318,6 +323,8 @@ def _from_file(file: LargeFile) -> DeltaKnob:
     parts: dict[str, Part] = {}
     for label in file:
         side, _, name = label.partition("/")
+        if side == "dense" and name in parts:
+            raise KnobError(f"it holds the difference of {brief(name)} twice, dense and as a product.")
         if side == "dense":
             parts[name] = file[label]
         elif side == "a" and f"b/{name}" in file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,39 +60,33 @@ def check_target(path: str | Path) -> None:
 
 
 def _write(file: BinaryIO, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
-    """Write the tensors behind a gap as long as a header can be, then the header into the gap's end.
-
-    A safetensors header may be padded with spaces, so its length can be settled before its text is known.
-    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     offset, places = 0, dict[str, Any]()
     for entry in entries:
-        size = math.prod(entry.shape) * entry.dtype.itemsize
+        end = offset + math.prod(entry.shape) * entry.dtype.itemsize
         places[entry.name] = {
             "dtype": names[entry.dtype],
             "shape": list(entry.shape),
-            "data_offsets": [offset, offset + size],
+            "data_offsets": [offset, end],
         }
-        offset += size
-    room = 8 * math.ceil((len(json.dumps(places)) + (1 << 20)) / 8)
-    file.seek(8 + room)
-    for entry in entries:
-        for flat in entry.make():
-            assert flat.dtype == entry.dtype, entry.name
-            piece = flat.detach().cpu().contiguous().view(torch.uint8)
-            for start in range(0, len(piece), PIECE):
-                file.write(piece[start : start + PIECE].numpy().data)
-        assert file.tell() == 8 + room + places[entry.name]["data_offsets"][1], entry.name
+        offset = end
     try:
         text = json.dumps({"format_version": FORMAT_VERSION, "sha256": BLANK, **header}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise KnobError(f"The knob's header cannot be written as JSON: {error}.") from None
     outer = json.dumps({"__metadata__": {"trimtab": text}, **places}).encode()
-    if len(outer) > min(room, HEADER_LIMIT):
-        raise KnobError(f"The knob's header has {len(outer)} bytes; at most {min(room, HEADER_LIMIT)} are written.")
-    start = room.to_bytes(8, "little") + outer.ljust(room)
-    file.seek(0)
+    if len(outer) > HEADER_LIMIT:
+        raise KnobError(f"The knob's header has {len(outer)} bytes; at most {HEADER_LIMIT} are written.")
+    outer = outer.ljust(8 * math.ceil(len(outer) / 8))  # tensors begin at a multiple of 8
+    start = len(outer).to_bytes(8, "little") + outer
     file.write(start)
+    for entry in entries:
+        for flat in entry.make():
+            assert flat.dtype == entry.dtype, entry.name
+            data = flat.detach().cpu().contiguous().view(torch.uint8)
+            for at in range(0, len(data), PIECE):
+                file.write(data[at : at + PIECE].numpy().data)
+        assert file.tell() == len(start) + places[entry.name]["data_offsets"][1], entry.name
     digest = _digest(file, start)
     file.seek(0)
     file.write(start.replace(BLANK.encode(), digest.encode(), 1))
@@ -115,11 +110,10 @@ class LargeFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         try:
+            refuse_special_target(path)  # a pipe would block
             with Path(path).open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                file.seek(0)
-                start = file.read(8 + min(length, HEADER_LIMIT))
-                entries, self.header, said = read_header(start, Path(path).stat().st_size)
+                start = _start(file)
+                entries, self.header, said = read_header(start, os.fstat(file.fileno()).st_size)
                 if said != _digest(file, start.replace(said.encode(), BLANK.encode(), 1)):
                     raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
         except OSError as error:
@@ -131,9 +125,11 @@ class LargeFile(Mapping[str, Tensor]):
             self._file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise KnobError(f"it is not a whole safetensors file ({printable(str(error))[:200]}).") from None
-        self._names = sorted(entries)
+        self._names = dict.fromkeys(sorted(entries))
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
         return self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -146,11 +142,16 @@ class LargeFile(Mapping[str, Tensor]):
 def stored_kind(path: str | Path) -> str | None:
     """Return the kind of knob that a file says it holds; None where it says none, which reading it explains."""
     try:
+        refuse_special_target(path)
         with Path(path).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            start = file.read(8 + min(length, HEADER_LIMIT))
-        kind: object = read_header(start, Path(path).stat().st_size)[1].get("kind")
+            kind: object = read_header(_start(file), os.fstat(file.fileno()).st_size)[1].get("kind")
     except (OSError, ValueError):  # KnobError is one
         return None
     return kind if isinstance(kind, str) else None
+
+
+def _start(file: BinaryIO) -> bytes:
+    """Return length and header, or as much as a header may have."""
+    length = int.from_bytes(file.read(8), "little")
+    file.seek(0)
+    return file.read(8 + min(length, HEADER_LIMIT))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.artifact.delta import DeltaKnob, LowRank, Part
+from trimtab.artifact.delta import DeltaKnob, LowRank, Part, check_parameter_name
 from trimtab.artifact.large import Entry, check_target, write_large
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
 from trimtab.weights.source import Source, Weights, is_adapter, read_adapter
@@ -108,13 +108,15 @@ class _Pair:
         other = [name for name in sorted(plus.shapes) if plus.shapes[name] != minus.shapes[name]]
         if other:
             first = other[0]
-            rows = plus.shapes[first][1:] == minus.shapes[first][1:]
+            rows = len(plus.shapes[first]) == 2 and plus.shapes[first][1:] == minus.shapes[first][1:]
             raise OptionError(
                 f"{len(other)} weights differ in shape: {_some(other)} ({list(plus.shapes[first])} and "
                 f"{list(minus.shapes[first])})."
                 + (" The vocabularies differ in size: resize the smaller one first." if rows else "")
             )
         self.names = sorted(plus.shapes)
+        for name in self.names:
+            check_parameter_name(name)
 
     def blocks(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Return flat views of both sides, block by block."""
@@ -122,12 +124,12 @@ class _Pair:
         return [(sides[0][i : i + BLOCK], sides[1][i : i + BLOCK]) for i in range(0, len(sides[0]), BLOCK)]
 
     def subtract(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the difference of one parameter as flat blocks."""
+        """Yield the difference of one parameter as flat blocks, in main memory."""
         for a, b in self.blocks(name):
             block = (a.float() - b.float().to(a.device)).to(dtype)
             if not torch.isfinite(block).all():
                 raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
-            yield block
+            yield block.cpu()
 
     def stats(self, name: str) -> _Stats:
         square, zero, count = 0.0, 0, 0
@@ -169,6 +171,8 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
         a = torch.cat([part.a for _, part in own])
         b = torch.cat([sign * part.b for sign, part in own], dim=1)
         parts[name] = LowRank(a.to(dtype), b.to(dtype))
+        if not all(bool(side.isfinite().all()) for side in parts[name]):
+            raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
     return parts
 
 

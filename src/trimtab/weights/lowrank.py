@@ -144,7 +144,7 @@ def _decompose(wide: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tens
         u, s, vh = torch.linalg.svd(wide, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank].T
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would turn the accelerators' as well
         u, s, v = torch.svd_lowrank(wide, q=min(rank + OVERSAMPLING, min(wide.shape)), niter=ROUNDS)
     return u[:, :rank], s[:rank], v[:, :rank]
 

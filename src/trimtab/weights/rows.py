@@ -74,8 +74,11 @@ def row_addends(model: nn.Module, rows: Sequence[Alphas]) -> dict[str, RowAddend
         strengths = torch.tensor(scales, dtype=torch.float64).to(weight)
         if not bool(torch.isfinite(strengths).all()):
             raise KnobError(f"A strength is too large for {weight.dtype}.")
-        a, b = torch.cat([part.a.float() for part in parts]), torch.cat([part.b.float() for part in parts], dim=1)
-        found[path] = RowAddend(name, a.to(weight), b.to(weight), strengths[0] if len(rows) == 1 else strengths)
+        a = torch.cat([part.a.float() for part in parts]).to(weight)
+        b = torch.cat([part.b.float() for part in parts], dim=1).to(weight)
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            raise KnobError(f"The difference of {name!r} holds values that are not finite in {weight.dtype}.")
+        found[path] = RowAddend(name, a, b, strengths[0] if len(rows) == 1 else strengths)
     return found
 
 

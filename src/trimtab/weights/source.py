@@ -13,13 +13,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trimtab.artifact.delta import LowRank
-from trimtab.errors import OptionError, brief, printable
+from trimtab.artifact.file import number
+from trimtab.errors import KnobError, OptionError, brief, printable
 from trimtab.files import parse_json, read_bytes
 
 Source = nn.Module | str | Path
 INDEX, WHOLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 _JSON_LIMIT = 64 * 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_UNFIT = {
+    "use_dora": "of DoRA, which scales weights as well",
+    "bias": "with biases",
+    "lora_bias": "with biases",
+    "modules_to_save": "with whole modules",
+    "trainable_token_indices": "with embeddings of its own",
+    "target_parameters": "of parameters that are no module's weight",
+    "layer_replication": "of a model with repeated layers",
+    "use_qalora": "of QALoRA, which pools what it reads",
+    "alora_invocation_tokens": "that acts after certain tokens only",
+    "megatron_config": "of a model that is split over devices",
+    "init_lora_weights": "whose start changed the model's own weights",
+}
+"""Fields of an adapter's configuration that, when set, make it more than `scale * B A` on some weights."""
+_HARMLESS_STARTS = (True, "gaussian", "eva", "orthogonal")
+"""Ways to begin an adapter that add nothing and leave the model as it is."""
 
 
 class Weights:
@@ -40,8 +57,8 @@ class Weights:
         strange = [name for name, dtype in self.dtypes.items() if dtype not in _DTYPES.values()]
         if strange:
             raise OptionError(
-                f"{strange[0]!r} of {self.said} has dtype {self.dtypes[strange[0]]}: quantised weights have no "
-                "difference that could be added. Use the weights before quantisation."
+                f"{brief(strange[0])} of {self.said} is stored as none of {', '.join(_DTYPES)}: quantised weights have "
+                "no difference that could be added. Use the weights before quantisation."
             )
 
     def get(self, name: str) -> Tensor:
@@ -49,11 +66,13 @@ class Weights:
         return self._tensors[name] if name in self._tensors else self._files[name].get_tensor(name)
 
     def _open(self, folder: Path) -> None:
+        listed: Mapping[str, str] = {}
         if (folder / INDEX).is_file():
             entries = _read_json(folder / INDEX).get("weight_map")
             if not isinstance(entries, Mapping) or not all(isinstance(file, str) for file in entries.values()):
                 raise OptionError(f"{str(folder / INDEX)!r} has no weight_map of names to files.")
-            files = {Path(file).name for file in cast(Mapping[str, str], entries).values()}
+            listed = cast(Mapping[str, str], entries)
+            files = {Path(file).name for file in listed.values()}
         elif (folder / WHOLE).is_file():
             files = {WHOLE}
         else:
@@ -67,10 +86,18 @@ class Weights:
         for file in sorted(files):
             opened = open_shard(folder / file)
             for name in opened.keys():  # noqa: SIM118  # no mapping
+                if name in self._files:
+                    raise OptionError(f"{self.said} holds {brief(name)} in two shards. Get the checkpoint again.")
                 part = opened.get_slice(name)
                 self._files[name] = opened
                 self.shapes[name] = tuple(part.get_shape())
                 self.dtypes[name] = _DTYPES.get(part.get_dtype(), torch.int8)
+        missing = sorted(listed.keys() - self._files.keys())
+        if missing:
+            raise OptionError(
+                f"{self.said} lacks {len(missing)} weights that its index lists, {brief(missing[0])} for one. Get the "
+                "checkpoint again."
+            )
 
 
 def open_shard(path: Path) -> Any:
@@ -82,44 +109,49 @@ def open_shard(path: Path) -> Any:
 
 
 def is_adapter(source: Source) -> bool:
-    """Tell whether a source is a folder with a PEFT adapter."""
+    """Tell whether a source is a folder with a PEFT adapter; raises `OptionError` for what is no source at all."""
+    if not isinstance(source, Source):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"Pass models in memory, or folders of checkpoints or adapters; got {brief(source)}.")
     return not isinstance(source, nn.Module) and (Path(source) / "adapter_config.json").is_file()
 
 
 def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     """Return what a PEFT LoRA adapter adds to each weight, by the weight's name in the bare model, its scale included.
 
-    Raises `OptionError` for what is no plain LoRA: DoRA, biases, and whole modules saved along.
+    Raises `OptionError` for what is no plain LoRA: see `_UNFIT`.
     """
     folder = Path(folder)
     config = _read_json(folder / "adapter_config.json")
-    kind = str(config.get("peft_type")).upper()
-    for wrong, said in (
-        (kind != "LORA", f"an adapter of type {brief(config.get('peft_type'))}"),
-        (bool(config.get("use_dora")), "a DoRA adapter, which scales weights as well"),
-        (config.get("bias", "none") != "none", "an adapter with biases"),
-        (
-            bool(config.get("modules_to_save")),
-            f"an adapter with whole modules ({brief(config.get('modules_to_save'))})",
-        ),
-    ):
-        if wrong:
-            raise OptionError(f"{str(folder)!r} is {said}; a knob is made of plain LoRA weights.")
+    if str(config.get("peft_type")).upper() != "LORA":
+        raise OptionError(f"{str(folder)!r} is an adapter of type {brief(config.get('peft_type'))}, no LoRA.")
+    unfit = [key for key in _UNFIT if config.get(key) not in (None, False, "none", [], {})]
+    if config.get("init_lora_weights") in _HARMLESS_STARTS:
+        unfit.remove("init_lora_weights")
+    if unfit:
+        raise OptionError(
+            f"{str(folder)!r} is an adapter {_UNFIT[unfit[0]]} ({unfit[0]} is {brief(config[unfit[0]])}); a knob is "
+            "made of plain LoRA weights."
+        )
     file = open_shard(folder / ADAPTER)
-    names = list(file.keys())
+    names = set(file.keys())
     found: dict[str, LowRank] = {}
-    for name in names:
+    for name in sorted(names):
         module, side, rest = name.partition(".lora_A.")
-        if not side:
-            if ".lora_B." not in name:
-                raise OptionError(f"{str(folder)!r} holds {name!r}, which is no part of a plain LoRA adapter.")
-            continue
-        a, b = file.get_tensor(name).float(), file.get_tensor(f"{module}.lora_B.{rest}").float()
-        bare = module.removeprefix("base_model.model.")
-        product = LowRank(a, b * _scale(config, bare, a.shape[0]))
-        if config.get("fan_in_fan_out"):  # the weight is stored [in, out], as in GPT-2
-            product = LowRank(product.b.T.contiguous(), product.a.T.contiguous())
-        found[f"{bare}.weight"] = product
+        twin = f"{module}.lora_B.{rest}" if side else name.replace(".lora_B.", ".lora_A.")
+        if twin == name or twin not in names:
+            raise OptionError(f"{str(folder)!r} holds {brief(name)} alone, which is no part of a plain LoRA adapter.")
+        if side:
+            bare = module.removeprefix("base_model.model.")
+            a, b = file.get_tensor(name), file.get_tensor(twin)
+            if not a.is_floating_point() or not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] > 0:
+                raise OptionError(
+                    f"{str(folder)!r} holds {brief(name)} as {list(a.shape)} and its other half as {list(b.shape)}, of "
+                    f"{a.dtype}: no product of a rank."
+                )
+            product = LowRank(a.float(), b.float() * _scale(config, bare, a.shape[0]))
+            if config.get("fan_in_fan_out"):  # the weight is stored [in, out], as in GPT-2
+                product = LowRank(product.b.T.contiguous(), product.a.T.contiguous())
+            found[f"{bare}.weight"] = product
     if not found:
         raise OptionError(f"{str(folder)!r} holds no LoRA weights.")
     return found
@@ -127,13 +159,19 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return alpha / r, or alpha / sqrt(r) where rank-stabilised; patterns name modules with an alpha of their own."""
-    alpha = float(config.get("lora_alpha") or rank)
-    patterns: Mapping[str, Any] = config.get("alpha_pattern") or {}
-    for pattern, own in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = float(own)
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    patterns: object = config.get("alpha_pattern") or {}
+    alpha: object = config.get("lora_alpha")
+    try:
+        for pattern, own in cast(Mapping[str, object], patterns).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = own
+                break
+        return number(alpha, "alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (AttributeError, re.error, KnobError):
+        raise OptionError(
+            f"An adapter's lora_alpha is a number and its alpha_pattern maps patterns to numbers; got {brief(alpha)} "
+            f"and {brief(patterns)}."
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
