@@ -171,4 +171,4 @@ def test_a_card_and_the_cli_tell_of_a_weight_knob(tmp_path: Path, capsys: pytest
     assert main(["inspect", str(tmp_path / "low.knob.safetensors")]) == 0
     said = capsys.readouterr().out
     assert "low (delta, planted)" in said
-    assert "of rank 2 to 2" in said
+    assert "21 of rank 2\n" in said

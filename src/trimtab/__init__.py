@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from trimtab.pairs import Pairs
     from trimtab.render import load
     from trimtab.runtime import steer
+    from trimtab.train.vectors import learn_weights
     from trimtab.tune import tune
 
-__all__ = ["Knob", "Pairs", "Rack", "generate", "learn", "load", "steer", "tune"]
+__all__ = ["Knob", "Pairs", "Rack", "generate", "learn", "learn_weights", "load", "steer", "tune"]
 
 # Loaded when asked for, so that `trimtab --help` does not wait for torch.
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "Rack": "artifact",
     "generate": "generate",
     "learn": "learn",
+    "learn_weights": "train.vectors",
     "load": "render",
     "steer": "runtime",
     "tune": "tune",

@@ -52,6 +52,11 @@ class LowRank(NamedTuple):
         """Return the product in float32."""
         return self.b.float() @ self.a.float()
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of the product, without multiplying it out: ||b a||^2 = tr(b^T b a a^T)."""
+        a, b = self.a.double(), self.b.double()
+        return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
 
 Part = Tensor | LowRank
 
@@ -107,9 +112,13 @@ class DeltaKnob:
         part = self.parts[name]
         return part.dense() if isinstance(part, LowRank) else part.float()
 
+    def norms(self) -> dict[str, float]:
+        """Return the Frobenius norm of each part, before gain and strength."""
+        return {name: part.norm() if isinstance(part, LowRank) else _length(part) for name, part in self.parts.items()}
+
     def norm(self) -> float:
         """Return the Frobenius norm of the whole difference at strength 1."""
-        return self.gain * math.sqrt(sum(float(self.dense(name).double().square().sum()) for name in self.parts))
+        return self.gain * math.hypot(*self.norms().values())
 
     @property
     def where(self) -> Where:
@@ -207,9 +216,19 @@ class DeltaKnob:
 
     # File and model
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all parts as a file labels them; see `parts_of`."""
+        return {
+            label: tensor
+            for name, part in self.parts.items()
+            for label, tensor in (
+                {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
+            ).items()
+        }
+
     def save(self, path: str | Path) -> None:
         """Write the knob to one safetensors file, tensor by tensor, atomically; see `Knob.save`."""
-        write_large(path, list(_entries(self.parts)), self.header())
+        write_large(path, list(_entries(self.tensors())), self.header())
 
     def header(self) -> dict[str, Any]:
         """Return what a file holds beside the tensors."""
@@ -276,6 +295,10 @@ def _check_part(name: str, part: Part) -> None:
         )
 
 
+def _length(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
+
 def _scaled(part: Part, factor: float) -> Part:
     """Multiply; 1 changes nothing, and a low-rank part is scaled on one side."""
     if factor == 1:
@@ -290,12 +313,27 @@ def _joined(one: Part, two: Part) -> Part:
     return first + second
 
 
-def _entries(parts: Mapping[str, Part]) -> Iterator[Entry]:
-    for name, part in parts.items():
-        stored = {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
-        for label, tensor in stored.items():
-            kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
-            yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: kept)
+def _entries(tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
+    for label, tensor in tensors.items():
+        kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
+        yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: kept)
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """Return the parts that labelled tensors hold: `dense/NAME`, or `a/NAME` with `b/NAME`.
+
+    Raises `KnobError` for a label of another form.
+    """
+    parts: dict[str, Part] = {}
+    for label in tensors:
+        side, _, name = label.partition("/")
+        if side == "dense":
+            parts[name] = tensors[label]
+        elif side == "a" and f"b/{name}" in tensors:
+            parts[name] = LowRank(tensors[label], tensors[f"b/{name}"])
+        elif not (side == "b" and f"a/{name}" in tensors):
+            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind 'delta' has not.")
+    return parts
 
 
 def _from_file(file: LargeFile) -> DeltaKnob:
@@ -307,15 +345,7 @@ def _from_file(file: LargeFile) -> DeltaKnob:
     if missing or unknown:
         wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
         raise KnobError(f"its header is wrong: it {wrong}.")
-    parts: dict[str, Part] = {}
-    for label in file:
-        side, _, name = label.partition("/")
-        if side == "dense":
-            parts[name] = file[label]
-        elif side == "a" and f"b/{name}" in file:
-            parts[name] = LowRank(file[label], file[f"b/{name}"])
-        elif not (side == "b" and f"a/{name}" in file):
-            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind 'delta' has not.")
+    parts = parts_of(file)
     try:
         return DeltaKnob(
             name=text_field(header, "name"),

@@ -56,7 +56,8 @@ def difference(
     told = dict(provenance or {})
     if is_adapter(plus) or (minus is not None and is_adapter(minus)):
         parts = _adapters(plus, minus, STORED[dtype])
-        knob = DeltaKnob(name, method, parts, gain, provenance=told, diagnostics=_low_rank_diagnostics(parts))
+        knob = DeltaKnob(name, method, parts, gain, provenance=told)
+        knob = knob.with_(diagnostics={"norms": knob.norms()})
         if out is None:
             return knob
         knob.save(out)
@@ -167,16 +168,6 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
         b = torch.cat([sign * part.b for sign, part in own], dim=1)
         parts[name] = LowRank(a.to(dtype), b.to(dtype))
     return parts
-
-
-def _low_rank_diagnostics(parts: Mapping[str, Part]) -> dict[str, Any]:
-    norms: dict[str, float] = {}
-    for name, part in parts.items():
-        assert isinstance(part, LowRank)
-        # ||b a||^2 = tr(b^T b a a^T): no product of the weight's own size.
-        square = (part.b.double().T @ part.b.double() * (part.a.double() @ part.a.double().T)).sum()
-        norms[name] = max(0.0, float(square)) ** 0.5
-    return {"norms": norms}
 
 
 def _some(names: list[str]) -> str:
