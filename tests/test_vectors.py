@@ -15,11 +15,13 @@ from trimtab.artifact import DeltaKnob, LowRank
 from trimtab.cli import main
 from trimtab.errors import OptionError, PairsError, TrainError, UnknownName
 from trimtab.evals.likelihood import pair_margins
+from trimtab.evals.tasks import Task
 from trimtab.generate import generate
 from trimtab.pairs import Pairs
 from trimtab.runtime import steer
 from trimtab.train import train
 from trimtab.train import vectors as vectors_module
+from trimtab.tune import WEIGHT_GAINS, tune
 from trimtab.weights.live import applied
 
 pytest.importorskip("trl", reason="training needs the train extra")
@@ -170,6 +172,26 @@ def test_what_cannot_be_trained_says_so() -> None:
         made(learning_rates=(1e-60,), lora_rank=None, method="alignment-vector")
 
 
+@pytest.mark.parametrize("rank", [2, None], ids=["adapter", "all weights"])
+def test_tuning_chooses_the_gain_of_weights_and_keeps_the_guardrails(rank: int | None) -> None:
+    lm, words = model(), tokenizer()
+    knob = made(lora_rank=rank)
+    held = Pairs.from_records([{"prompt": f"Other {i}?", "chosen": "yes", "rejected": "no"} for i in range(3)])
+    base = generate(lm, words, ["Hi"], max_new_tokens=4)[0].text
+    # The answer is another one once the weights have gone far.
+    rail = Task("same", ("Hi",) * 4, lambda answers: [float(said == base) for said in answers], max_new_tokens=4)
+    options: dict[str, Any] = {"broken_budget": 1.0, "strengths": (0.5, 1.0, 2.0), "guardrails": [rail]}
+    free = tune(knob, lm, words, held, gains=(0.5, 1.0), budget=1.0, **options)
+    assert free.gain == 1.0  # the margin decides
+    held_back = tune(knob, lm, words, held, gains=(0.01, 40.0), budget=0.0, **options)
+    assert held_back.gain == 0.01
+    assert held_back.tuning is not None
+    assert [row["within_budget"] for row in held_back.tuning["table"]] == [True, False]
+    assert held_back.safe_range == (0.0, 2.0)
+    with pytest.raises(OptionError, match="leave where out"):
+        tune(knob, lm, words, held, where="prompt")
+
+
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +224,24 @@ def test_the_verb_trains_a_knob_that_the_other_verbs_take(files: Path, capsys: p
     assert learned["training"]["plus"]["validation"]["count"] == 3
     assert not (files / "kept").exists()
     assert said(capsys, "inspect", out)["provenance"]["paper"] == "arXiv:2504.20106"
+    tuned = str(files / "tuned.knob.safetensors")
+    chosen = said(
+        capsys,
+        "tune",
+        base,
+        "--knob",
+        out,
+        "--pairs",
+        str(files / "held.jsonl"),
+        "--out",
+        tuned,
+        "--broken-budget",
+        "1",
+    )
+    assert chosen["site"] is None
+    assert chosen["gain"] in WEIGHT_GAINS
+    assert main(["inspect", tuned]) == 0
+    assert "dose-response" in capsys.readouterr().out
     answers = said(capsys, "generate", base, "Hi", "--knob", out, "--strength", "1", "--max-new-tokens", "3")
     assert answers
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.artifact import Knob
+from trimtab.artifact import AnyKnob
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.effects import own_answers
@@ -63,7 +63,7 @@ class Trial:
         told = [item for items in held for item in items]
         self._texts = own_answers(model, tokenizer, [prompt for prompt, _ in told], [answer for _, answer in told])
 
-    def measure(self, knob: Knob, strength: float) -> tuple[dict[str, Any], np.ndarray]:
+    def measure(self, knob: AnyKnob, strength: float) -> tuple[dict[str, Any], np.ndarray]:
         """Return score, guardrails, broken share, KL and whether the budgets are kept; and the items' scores `[n]`.
 
         `kl` is KL(base || steered) in nats per token over the base model's own answers to the first `KL_ITEMS` prompts
@@ -83,7 +83,7 @@ class Trial:
         return row, outcomes[0][1].scores
 
     def curve(
-        self, knob: Knob, strengths: Sequence[float], at_one: Mapping[str, Any], advance: Callable[[], None]
+        self, knob: AnyKnob, strengths: Sequence[float], at_one: Mapping[str, Any], advance: Callable[[], None]
     ) -> list[dict[str, Any]]:
         """Measure a knob's dose-response, strength 0 included, in the order of the strengths.
 
