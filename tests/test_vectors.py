@@ -183,8 +183,8 @@ def test_tuning_chooses_the_gain_of_weights_and_keeps_the_guardrails(rank: int |
     options: dict[str, Any] = {"broken_budget": 1.0, "strengths": (0.5, 1.0, 2.0), "guardrails": [rail]}
     free = tune(knob, lm, words, held, gains=(0.5, 1.0), budget=1.0, **options)
     assert free.gain == 1.0  # the margin decides
-    held_back = tune(knob, lm, words, held, gains=(0.01, 40.0), budget=0.0, **options)
-    assert held_back.gain == 0.01
+    held_back = tune(knob, lm, words, held, gains=(1e-4, 40.0), budget=0.0, **options)
+    assert held_back.gain == 1e-4
     assert held_back.tuning is not None
     assert [row["within_budget"] for row in held_back.tuning["table"]] == [True, False]
     assert held_back.safe_range == (0.0, 2.0)

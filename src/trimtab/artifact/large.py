@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab.artifact.file import BLANK, FORMAT_VERSION, HEADER_LIMIT, read_header, refuse_to_replace
 from trimtab.errors import KnobError, brief, printable
-from trimtab.files import is_knob_file, reason
+from trimtab.files import is_knob_file, open_regular, reason
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What a weight difference may be stored in."""
@@ -119,11 +119,11 @@ class LargeFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         try:
-            with Path(path).open("rb") as file:
+            with open_regular(path) as (file, size):
                 length = int.from_bytes(file.read(8), "little")
                 file.seek(0)
                 start = file.read(8 + min(length, HEADER_LIMIT))
-                entries, self.header, said = read_header(start, Path(path).stat().st_size)
+                entries, self.header, said = read_header(start, size)
                 if said != _digest(file, start.replace(said.encode(), BLANK.encode(), 1)):
                     raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
         except OSError as error:
@@ -150,11 +150,11 @@ class LargeFile(Mapping[str, Tensor]):
 def stored_kind(path: str | Path) -> str | None:
     """Return the kind of knob that a file says it holds; None where it says none, which reading it explains."""
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as (file, size):
             length = int.from_bytes(file.read(8), "little")
             file.seek(0)
             start = file.read(8 + min(length, HEADER_LIMIT))
-        kind: object = read_header(start, Path(path).stat().st_size)[1].get("kind")
+        kind: object = read_header(start, size)[1].get("kind")
     except (OSError, ValueError):  # KnobError is one
         return None
     return kind if isinstance(kind, str) else None

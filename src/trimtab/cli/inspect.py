@@ -29,7 +29,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
 
         knob = load_knob(path)
     if isinstance(knob, Knob):
-        tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, str(knob.site), knob.where, knob.gain))
+        tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.where, knob.gain))
         own = {
             "site": str(knob.site),
             "width": knob.width,

@@ -68,7 +68,7 @@ def sites_text(diagnostics: Row) -> str | None:
     )
 
 
-def tuning_text(tuning: Row | None, site: str, where: str, gain: float) -> str | None:
+def tuning_text(tuning: Row | None, site: object, where: str, gain: float) -> str | None:
     """Return the finalists and the dose-response of tuning, the chosen setting marked, or None before tuning."""
     if tuning is None:
         return None
@@ -77,7 +77,7 @@ def tuning_text(tuning: Row | None, site: str, where: str, gain: float) -> str |
     parts: list[str] = []
     finalists = _rows(tuning.get("table"))
     if finalists:
-        own = (site, where, gain)
+        own = (str(site), where, gain)
         chosen = [(row.get("site"), row.get("where", where), row.get("gain")) == own for row in finalists]
         base = _object(tuning.get("base"))
         rows = [["", "base", None, None, None, *_measures(base, rails), None, None]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.artifact.delta import LowRank
 from trimtab.errors import OptionError, brief, printable
-from trimtab.files import parse_json, read_bytes
+from trimtab.files import open_regular, parse_json, read_bytes
 
 Source = nn.Module | str | Path
 INDEX, WHOLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
@@ -76,7 +76,8 @@ class Weights:
 def open_shard(path: Path) -> Any:
     """Open one safetensors file; raises `OptionError` that says what is wrong with it."""
     try:
-        return safe_open(path, "pt")
+        with open_regular(path):
+            return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise OptionError(f"Cannot read {brief(str(path), 240)}: {printable(str(error))[:200]}.") from None
 
