@@ -258,10 +258,11 @@ def test_the_verb_subtracts_weights_that_were_trained_elsewhere(
     found = said(
         capsys,
         *("learn", str(files / "base"), "--method", "alignment-vector", "--plus", str(files / "other")),
-        *("--out", str(out)),
+        *("--out", str(out), "--gain", "1.3"),
     )
     assert [part["name"] for part in found["weights"]] == ["model.layers.0.mlp.up_proj.weight"]
     knob = DeltaKnob.load(out)
+    assert knob.gain == 1.3
     torch.testing.assert_close(knob.dense("model.layers.0.mlp.up_proj.weight"), torch.full_like(weight, 0.5))
     knob.check(model(), tokenizer())
     assert not any(isinstance(part, LowRank) for part in knob.parts.values())
@@ -282,6 +283,7 @@ def test_the_verb_subtracts_weights_that_were_trained_elsewhere(
         ("--method alignment-vector --plus nowhere", "--plus takes a folder"),
         ("--method alignment-vector --plus base", "the same weights"),
         ("PAIRS --method alignment-vector --all-weights --lora-rank 2", "Pass one of the two"),
+        ("PAIRS --method alignment-vector --gain -1", "--gain is a positive number"),
         ("PAIRS --method preference-vektor", "preference-vector"),
         ("", "Pass the pairs"),
     ],

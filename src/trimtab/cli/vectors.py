@@ -32,7 +32,7 @@ TRAINED = (
 )
 """Options that go to `trimtab.learn_weights` under their own names."""
 OWN = ("validation", "learning_rates", "betas", "lora_rank", "all_weights", "epochs", "patience", "batch_size")
-SOURCES = ("plus", "minus", "stored_as")
+SOURCES = ("plus", "minus", "stored_as", "gain")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def add_options(parser: ArgumentParser) -> None:
     made = parser.add_argument_group("weights that were trained elsewhere, instead of PAIRS")
     made.add_argument("--plus", metavar="DIR", help="a model folder with safetensors, or a LoRA adapter")
     made.add_argument("--minus", metavar="DIR", help="what is subtracted, of the same kind (default: MODEL)")
+    parser.add_argument("--gain", type=float, metavar="X", help="differences at strength 1 (default 1; ExPO: 1.3)")
     parser.add_argument(
         "--stored-as", metavar="DTYPE", help="dense differences: float32, bfloat16 or float16 (default float32)"
     )
@@ -73,6 +74,8 @@ def run(args: Namespace, terminal: Terminal, out: Path, name: str) -> None:
         refuse(args, ("minus",), "a training", "a difference of given weights, beside --plus")
     else:
         refuse(args, (*OWN, "checkpoint"), "a difference of given weights", "training")
+    if args.gain is not None and not 0 < args.gain < 1e6:
+        raise OptionError(f"--gain is a positive number; got {args.gain:g}. A negative strength turns a knob round.")
     if args.all_weights and args.lora_rank is not None:
         raise OptionError("--all-weights trains no adapter, so that --lora-rank has no meaning. Pass one of the two.")
     begun = time.perf_counter()
@@ -104,9 +107,10 @@ def _trained(args: Namespace, terminal: Terminal, name: str) -> DeltaKnob:
     with open_model(args, terminal) as (model, tokenizer):
         working = terminal.working(f"Training on {len(pairs)} pairs ({args.method})", counted=True)
         with options.resumable(args.checkpoint), working as progress:
-            return learn_weights(
+            made = learn_weights(
                 model, tokenizer, pairs, method=args.method, name=name, validation=held, progress=progress, **chosen
             )
+    return made if args.gain is None else made.with_(gain=args.gain)
 
 
 def _subtracted(args: Namespace, terminal: Terminal, out: Path, name: str) -> DeltaKnob:
@@ -131,6 +135,7 @@ def _subtracted(args: Namespace, terminal: Terminal, out: Path, name: str) -> De
             name=name,
             method=args.method,
             dtype=args.stored_as or "float32",
+            gain=1.0 if args.gain is None else args.gain,
             out=out,
             provenance=told,
         )

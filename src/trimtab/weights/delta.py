@@ -18,8 +18,8 @@ from trimtab.weights.source import Source, Weights, is_adapter, read_adapter
 
 BLOCK = 1 << 24
 """Entries that are subtracted at once."""
-EXPO_STRENGTH = 1.3
-"""ExPO (arXiv:2404.16792) goes beyond the aligned model by 0.3 to 0.5 of the difference; strength 1 is that point."""
+EXPO_GAIN = 1.3
+"""The gain with which an Alignment Vector is ExPO (arXiv:2404.16792): beyond the aligned model by 0.3 (to 0.5)."""
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,8 +43,9 @@ def difference(
     """Return the knob `plus - minus`: of two models or checkpoint folders, or of two LoRA adapters of one base.
 
     A Preference Vector is theta+ minus theta-, of training with labels and with labels swapped (arXiv:2504.20106, eq.
-    2); an Alignment Vector is aligned minus base (arXiv:2410.19206). Adapters are put side by side: `[s+ B+, -s- B-]`
-    times `[A+; A-]` is their difference exactly, of twice the rank; one adapter alone is a difference to its base.
+    2); an Alignment Vector is aligned minus base (arXiv:2410.19206), and with gain `EXPO_GAIN` it is ExPO. Adapters are
+    put side by side: `[s+ B+, -s- B-]` times `[A+; A-]` is their difference exactly, of twice the rank; one adapter
+    alone is a difference to its base.
 
     Weights are subtracted in float32, in blocks, one tensor at a time, and only then rounded to `dtype` (float32,
     bfloat16, float16). With `out` the knob is written there as it is made, atomically, and its tensors stay in the

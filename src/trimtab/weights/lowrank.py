@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.artifact.delta import DeltaKnob, LowRank, Part
 from trimtab.errors import OptionError
+from trimtab.weights.live import applied
 from trimtab.weights.rows import is_linear
 
 EXACT = 1024
@@ -52,12 +54,20 @@ def truncate(delta: Tensor, *, rank: int | None = None, energy: float | None = N
 
 
 def compress(
-    knob: DeltaKnob, model: nn.Module, *, rank: int | None = None, energy: float | None = None, seed: int = 0
+    knob: DeltaKnob,
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    probe: Sequence[Tensor] = (),
+    seed: int = 0,
 ) -> DeltaKnob:
     """Return a knob of low rank, which can have another strength in every row of a batch; see `truncate`.
 
     Weights of `model` that are no linear layer's (embeddings, norms, biases) are left out. `diagnostics["fidelity"]`
-    of the result holds the relative error of the whole difference, what was left out counted in, and by weight.
+    of the result holds the relative error of the whole difference, what was left out counted in, and by weight; and
+    with `probe`, texts as token ids `[T]`, `kl`: KL(model under `knob` || model under the result), both at strength 1,
+    in nats per token, over `kl_tokens` tokens.
     """
     knob.check_shapes(model)
     parts: dict[str, Part] = {}
@@ -83,8 +93,23 @@ def compress(
         "by_weight": errors,
         "left_out": left_out,
     }
-    diagnostics = {**knob.diagnostics, "fidelity": fidelity}
-    return replace(knob, parts=parts, diagnostics=diagnostics, tuning=None)
+    made = replace(knob, parts=parts, tuning=None)
+    if probe:
+        fidelity |= {"kl": divergence(model, knob, made, probe), "kl_tokens": sum(len(ids) for ids in probe)}
+    return replace(made, diagnostics={**knob.diagnostics, "fidelity": fidelity})
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, exact: DeltaKnob, other: DeltaKnob, probe: Sequence[Tensor]) -> float:
+    """Return KL(model under `exact` || model under `other`) at strength 1, in nats per token of the texts `[T]`."""
+    device = next(model.parameters()).device
+    inputs = [ids.to(device)[None] for ids in probe]
+    with applied(model, {exact: 1.0}):
+        wanted = [model(ids).logits[0].float().log_softmax(-1).cpu() for ids in inputs]
+    with applied(model, {other: 1.0}):
+        found = [model(ids).logits[0].float().log_softmax(-1).cpu() for ids in inputs]
+    sums = [float((p.exp() * (p - q)).sum()) for p, q in zip(wanted, found, strict=True)]
+    return max(sum(sums), 0.0) / sum(map(len, probe))  # rounding can leave a little less than 0
 
 
 def relative_error(delta: Tensor, low: LowRank) -> float:
