@@ -136,6 +136,42 @@ def test_a_killed_job_goes_on_and_gives_the_same_knob(tmp_path: Path, monkeypatc
         made(seed=1, checkpoint=tmp_path / "kept")
 
 
+def test_a_knob_remembers_how_it_was_trained_and_progress_counts_settings(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    knob = learn_weights(
+        model(),
+        tokenizer(),
+        PAIRS,
+        method="preference-vector",
+        name="yes",
+        validation=HELD,
+        lora_rank=2,
+        learning_rates=(1e-3, 3e-3),
+        betas=(0.1, 0.3),
+        epochs=2,
+        patience=1,
+        batch_size=3,
+        seed=5,
+        dtype="float16",
+        licence="CC0-1.0",
+        checkpoint=tmp_path / "kept",
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(number, 5) for number in range(1, 6)]
+    assert knob.name == "yes"
+    known = knob.provenance
+    assert known["licence"] == "CC0-1.0"
+    assert known["pairs_hash"] == PAIRS.hash()
+    wanted: dict[str, Any] = {"lora_rank": 2, "learning_rates": [1e-3, 3e-3], "betas": [0.1, 0.3], "epochs": 2}
+    wanted |= {"patience": 1, "batch_size": 3, "seed": 5, "dtype": "float16"}
+    assert known["options"] == wanted
+    sides = knob.diagnostics["training"]
+    assert len(sides["plus"]["table"]) == 4
+    assert len(sides["minus"]["table"]) == 1
+    assert sides["minus"]["chosen"] == sides["plus"]["chosen"]
+    assert {part.a.dtype for part in knob.parts.values() if isinstance(part, LowRank)} == {torch.float16}
+
+
 def test_rows_of_one_batch_have_strengths_of_their_own() -> None:
     lm, knob = model(), made()
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])

@@ -115,8 +115,8 @@ def divergence(model: nn.Module, exact: DeltaKnob, other: DeltaKnob, probe: Sequ
 def relative_error(delta: Tensor, low: LowRank) -> float:
     """Return `||delta - B A|| / ||delta||` in Frobenius norms, 0 for a difference of zero.
 
-    >>> relative_error(torch.eye(2), LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]])))
-    0.7071067811865476
+    >>> relative_error(torch.diag(torch.tensor([3.0, 4.0])), LowRank(torch.tensor([[0.0, 4.0]]), torch.eye(2)[:, 1:]))
+    0.6
     """
     length = float(delta.double().norm())
     return float((delta.double() - low.b.double() @ low.a.double()).norm()) / length if length else 0.0
