@@ -388,6 +388,34 @@ def test_weights_are_restored_after_an_error_inside_and_one_while_entering() -> 
     assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
 
 
+def test_whoever_holds_the_original_weights_sees_no_change_and_strides_do_not_matter() -> None:
+    lm = model().to(torch.bfloat16)
+    weight = lm.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T  # as a transposed view
+    knob = knob_of(lm, like="layers.0.mlp.up_proj")
+    held, before = weight.data, weight.detach().clone()
+    with applied(lm, {knob: 2.0}):
+        wanted = before.float() + 2.0 * knob.dense("model.layers.0.mlp.up_proj.weight")
+        assert torch.equal(weight, wanted.bfloat16())
+        assert torch.equal(held, before)
+    assert weight.data_ptr() == held.data_ptr()
+
+
+def test_tensors_that_cannot_be_changed_or_would_count_twice_are_refused() -> None:
+    lm = model(tie_word_embeddings=True)
+    tied = lm.lm_head.weight
+    assert tied is lm.model.embed_tokens.weight
+    parts = {"lm_head.weight": drawn(*tied.shape), "model.embed_tokens.weight": drawn(*tied.shape)}
+    before = tied.detach().clone()
+    with pytest.raises(KnobError, match="are one tensor in this model"), applied(lm, {DeltaKnob("k", "m", parts): 1.0}):
+        pass
+    assert torch.equal(tied, before)
+    knob = knob_of(lm)
+    lm.model.layers[1].to("meta")
+    with pytest.raises(KnobError, match="off-loaded"), applied(lm, {knob: 1.0}):
+        pass
+
+
 def test_a_low_rank_knob_and_its_dense_twin_change_the_model_alike(tmp_path: Path) -> None:
     lm, (plus, minus) = adapters(tmp_path)
     low = difference(plus, minus, name="low")
