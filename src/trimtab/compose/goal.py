@@ -172,9 +172,10 @@ def undominated(points: np.ndarray) -> list[int]:
 def goal_bias(base: Tried, table: Sequence[Tried], goal: Goal) -> SelectionBias:
     """Return what the best of as many useless settings would seem to add to the goal's value.
 
-    As `trimtab.evals.stats.selection_bias`, of which it is the same for one preference of weight 1.
+    As `trimtab.evals.stats.selection_bias`, and the same for one preference of weight 1. Settings that do not qualify
+    are left out: they are not chosen from. There must be one that does, `base` apart.
     """
-    others = [tried for tried in table if tried is not base]
+    others = [tried for tried in table if tried is not base and tried.qualifies(goal)]
     squares = [sum(float(d.var()) / len(d) for d in _differences(tried, base, goal)) for tried in others]
     error = math.sqrt(float(np.mean(squares)))
     items = sum(len(base.items[name]) for name in goal.names)
