@@ -55,10 +55,11 @@ def _front(record: Row, names: Sequence[str]) -> str:
     parts = [
         paragraph(
             "Settings that keep all budgets and floors, and that no other beats on one preference without losing on "
-            "another. The goal chooses one of them, or a milder one that the items cannot tell from it."
+            "another. The goal chooses one of them, or a milder one that the items cannot tell from it. Below, they "
+            "stand beside the base model and the choice."
         ),
         figure(draw_front(record), "Scores of every measured setting, on validation items.", "front"),
-        _table(record, record["front"]),
+        _table(record, sorted({0, record["trials"].index(record["chosen"]), *record["front"]})),
     ]
     return "\n".join(parts)
 

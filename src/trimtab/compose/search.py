@@ -112,7 +112,7 @@ def plan(
         settings = _distinct([*first, *grid_settings(reach, grid, bounded=bounded)])
         return Plan(settings, len(settings))
     if grid is not None:
-        raise OptionError(f'The grid is that of search="grid"; got search={search!r}.')
+        raise OptionError(f"The grid is that of search='grid'; got search={search!r}.")
     load_optuna()
     settings = _distinct([*first, full])
     total = TRIALS if trials is None else trials
