@@ -133,16 +133,17 @@ def tune(
         "ranked pairs": rank_pairs,
         "ranked tokens": rank_tokens,
     }
-    tasks = [*([task] if task else []), *guardrails]
+    prompts, scored = [pair.prompt for pair in pairs], [task] if task else []
+    tasks = [*scored, *guardrails]
     kept = Checkpoint(
         checkpoint, lambda: _job(searched, model, tokenizer, pairs, tasks) | tried | {"batch size": batch_size}
     )
     ranking = _rank(searched, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens, kept)
     advance()
-    trial = Trial(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size, kept)
+    trial = Trial(model, tokenizer, prompts, scored, guardrails, budget, broken_budget, batch_size, kept)
     advance()
     table, scores = _measure_finalists(searched, trial, ranking, finalists, gains, advance)
-    bias = selection_bias(trial.base_scores, scores) if task else None
+    bias = selection_bias(trial.base_items[0], scores) if task else None
     best = choose(table, scores, trial, knob.name, task, bias)
     chosen = _at(searched, best["site"], best["where"], best["gain"])
     tuning: dict[str, Any] = {
@@ -297,8 +298,8 @@ def _measure_finalists(
     spots: dict[tuple[Site | None, Where], None] = dict.fromkeys((c.site, c.where) for c in ranking)  # best first
     for site, where in list(spots)[:finalists]:
         for gain in sorted(gains):
-            row, items = trial.measure(_at(knob, site, where, gain), 1.0)
-            scores.append(items)
+            row, items, _ = trial.measure({_at(knob, site, where, gain): 1.0})
+            scores += items
             margin = margins[site, where, gain]
             table.append({"site": _named(site), "where": where, "gain": gain, "margin": margin, **row})
             advance()
