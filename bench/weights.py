@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.artifact import DeltaKnob, Knob, LowRank
-from trimtab.artifact.delta import Part
+from trimtab.artifact.parts import Part
 from trimtab.runtime import Dose, steer
 from trimtab.types import Site
 from trimtab.weights.live import applied

@@ -138,12 +138,13 @@ def loops(answers: Sequence[str]) -> list[float]:
 def test_broken_answers_do_not_hide_among_given_ones() -> None:
     lm, words = model(), tokenizer()  # a random model never ends an answer: all are broken
     said = Task("said", ("Hi",), loops, max_new_tokens=3)
-    trial = Trial(lm, words, PAIRS, said, [letters(30)], 0.02, 0.05, 8)
+    asked = [pair.prompt for pair in PAIRS]
+    trial = Trial(lm, words, asked, [said], [letters(30)], 0.02, 0.05, 8)
     assert trial.base["broken"] == 1.0
     # Where nothing else is said, the answers to the pairs' prompts show it.
-    prompts = Task("prompts", tuple(pair.prompt for pair in PAIRS), loops, max_new_tokens=48)
+    prompts = Task("prompts", tuple(asked), loops, max_new_tokens=48)
     shown = run_task(lm, words, prompts).degenerate.mean()
-    assert Trial(lm, words, PAIRS, letters(30), [pairs_task(PAIRS)], 0.02, 0.05, 8).base["broken"] == shown > 0.5
+    assert Trial(lm, words, asked, [letters(30)], [pairs_task(PAIRS)], 0.02, 0.05, 8).base["broken"] == shown > 0.5
 
 
 @pytest.mark.filterwarnings("ignore::trimtab.errors.TrimtabWarning")  # a random direction need not help
@@ -185,7 +186,7 @@ def test_where_answers_are_run_the_outcome_says_what_kept_them_apart() -> None:
     found = run_task(lm, words, replace(task, runs_code=True)).isolation
     assert found
     assert "limits" in found or "process" in found
-    trial = Trial(lm, words, PAIRS, letters(), [replace(task, runs_code=True)], 0.02, 0.05, 8)
+    trial = Trial(lm, words, ["Hi"], [letters()], [replace(task, runs_code=True)], 0.02, 0.05, 8)
     assert trial.isolation == found
     assert world.task("code", "validation", 2).runs_code
 

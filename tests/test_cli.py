@@ -27,6 +27,7 @@ from trimtab.cli.options import Parser
 from trimtab.cli.sources import load_pairs, load_task
 from trimtab.cli.tables import sites_text, tuning_text
 from trimtab.cli.terminal import Terminal, as_options, harmless, plain_warnings
+from trimtab.compose import compose
 from trimtab.errors import TrimtabError
 from trimtab.evals.benchmarks import load_benchmark
 from trimtab.evals.evaluate import evaluate
@@ -963,7 +964,14 @@ def test_help_of_every_verb_needs_neither_torch_nor_rich(verb: str) -> None:
 
 
 def test_the_help_states_the_defaults_and_names_of_the_functions() -> None:
-    functions = {"learn": learn, "tune": tune, "eval": evaluate, "generate": generate, "chat": generate}
+    functions = {
+        "learn": learn,
+        "tune": tune,
+        "compose": compose,
+        "eval": evaluate,
+        "generate": generate,
+        "chat": generate,
+    }
     stated = 0
     for verb, function in functions.items():
         parser = Parser(prog=verb, description="")
@@ -981,7 +989,7 @@ def test_the_help_states_the_defaults_and_names_of_the_functions() -> None:
     parser = Parser(prog="learn", description="")
     VERBS["learn"].add_options(parser)
     assert all(method in options(parser)["method"] for method in METHODS)
-    for verb in ("tune", "eval"):
+    for verb in ("tune", "compose", "eval"):
         parser = Parser(prog=verb, description="")
         VERBS[verb].add_options(parser)
         assert all(grader in options(parser)["grader"] for grader in GRADERS)

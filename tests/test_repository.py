@@ -28,7 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Packages behind an extra: imported in one place, when used.
-OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval", "pyarrow"}
+OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval", "pyarrow", "optuna"}
 
 # A plug-in is loaded by those who have its host, and a class needs its base when it is made.
 PLUGINS = {"evals/lm_eval.py": "lm_eval"}

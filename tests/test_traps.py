@@ -81,6 +81,7 @@ def test_every_public_parameter_is_exercised() -> None:
 REQUIRED = {
     "learn": "prefworld prefworld:math --out x.safetensors",
     "tune": "prefworld --knob x.safetensors --pairs prefworld:math --out y.safetensors",
+    "compose": "prefworld --knob x.safetensors --prefer prefworld:math --out y.json",
     "eval": "prefworld --task prefworld:math",
     "train": "dpo prefworld prefworld:math --out x",
     "generate": "prefworld Hello",

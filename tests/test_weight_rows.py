@@ -180,4 +180,20 @@ def test_a_card_and_the_cli_tell_of_a_weight_knob(tmp_path: Path, capsys: pytest
     assert main(["inspect", str(tmp_path / "low.knob.safetensors")]) == 0
     said = capsys.readouterr().out
     assert "low (delta, planted)" in said
-    assert "of rank 2 to 2" in said
+    assert "21 of rank 2\n" in said
+
+
+def test_compression_stores_how_far_the_model_strays_on_a_probe_set() -> None:
+    lm = model()
+    knob = low_rank(lm, rank=3).dense_copy()
+    found = [compress(knob, lm, rank=rank, probe=[*IDS]).diagnostics["fidelity"] for rank in (3, 2, 1)]
+    assert found[0]["kl"] < 1e-6
+    assert found[0]["kl"] < found[1]["kl"] < found[2]["kl"]
+    assert found[0]["kl_tokens"] == IDS.numel()
+    with torch.no_grad(), steer(lm, {knob: 1.0}):
+        wanted = lm(IDS).logits.double().log_softmax(-1)
+    with torch.no_grad(), steer(lm, {compress(knob, lm, rank=1): 1.0}):
+        other = lm(IDS).logits.double().log_softmax(-1)
+    by_hand = float((wanted.exp() * (wanted - other)).sum() / IDS.numel())
+    assert found[2]["kl"] == pytest.approx(by_hand, rel=1e-3)
+    assert "kl" not in compress(knob, lm, rank=1).diagnostics["fidelity"]

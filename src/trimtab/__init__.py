@@ -9,22 +9,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimtab.artifact import Knob, Rack
+    from trimtab.compose import compose
     from trimtab.generate import generate
     from trimtab.learn import learn
     from trimtab.pairs import Pairs
     from trimtab.render import load
     from trimtab.runtime import steer
+    from trimtab.train.vectors import learn_weights
     from trimtab.tune import tune
 
-__all__ = ["Knob", "Pairs", "Rack", "generate", "learn", "load", "steer", "tune"]
+__all__ = ["Knob", "Pairs", "Rack", "compose", "generate", "learn", "learn_weights", "load", "steer", "tune"]
 
 # Loaded when asked for, so that `trimtab --help` does not wait for torch.
 _HOME = {
     "Knob": "artifact",
     "Pairs": "pairs",
     "Rack": "artifact",
+    "compose": "compose",
     "generate": "generate",
     "learn": "learn",
+    "learn_weights": "train.vectors",
     "load": "render",
     "steer": "runtime",
     "tune": "tune",

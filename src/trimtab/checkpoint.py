@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,8 @@ from trimtab.files import parse_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trimtab.pairs import Pairs
 
 T = TypeVar("T")
 
@@ -184,6 +187,28 @@ def fingerprint(value: object) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Trimtab and of the packages that compute."""
     return {name: _version(name) for name in ("trimtab", "torch", "transformers")}
+
+
+def learned_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    paper: str,
+    options: Mapping[str, Any],
+    licence: str | None,
+) -> dict[str, Any]:
+    """Return what a knob remembers of how it was learned: model, pairs, every option, and the tool."""
+    return {
+        "paper": paper or None,
+        **model_identity(model, tokenizer),
+        "pairs_hash": pairs.hash(),
+        "pairs_count": len(pairs),
+        "prompt_hashes": pairs.prompt_hashes(),
+        "options": dict(options),
+        "tool": f"trimtab {versions()['trimtab']}",
+        "licence": licence,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _version(name: str) -> str:

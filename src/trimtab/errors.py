@@ -8,7 +8,7 @@ TrimtabError
 ├── CacheError         (ValueError)    a KV cache that was made under other knobs
 ├── OptionError        (ValueError)    an option's value is out of its range
 ├── UnknownName        (KeyError)      a name that is not in a list of known names
-├── TuneError          (RuntimeError)  no setting of the knob keeps the budget
+├── TuneError          (RuntimeError)  no setting of the knob, or of several, keeps the budget
 ├── TrainError         (RuntimeError)  training came to nothing that could be used
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
 ├── JudgeError         (RuntimeError)  the endpoint of a judge refuses, or cannot be reached
@@ -61,7 +61,7 @@ class UnknownName(TrimtabError, KeyError):
 
 
 class TuneError(TrimtabError, RuntimeError):
-    """No setting of the knob (site, tokens, gain) keeps the guardrail budget."""
+    """No setting of the knob (site, tokens, gain), or of several knobs (strengths), keeps the budgets."""
 
 
 class TrainError(TrimtabError, RuntimeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import math
@@ -11,6 +10,7 @@ import secrets
 import stat
 from collections import Counter
 from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,20 +25,28 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     what the error is.
     """
     try:
-        _refuse_special(os.stat(path).st_mode)  # before it is opened: a pipe would block, a device may act on it
-        with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            _refuse_special(status.st_mode)  # another thing may stand there by now
-            if status.st_size > limit:
-                raise OSError(f"it has {status.st_size} bytes; at most {limit} are read")
-            data = file.read(status.st_size + 1)
-    except ValueError:  # os.stat of a name with a null character
-        raise OSError(errno.EINVAL, "no file has such a name") from None
+        with open_regular(path) as (file, size):
+            if size > limit:
+                raise OSError(f"it has {size} bytes; at most {limit} are read")
+            data = file.read(size + 1)
     except MemoryError:
         raise OSError(errno.ENOMEM, "it does not fit into memory") from None
-    if len(data) != status.st_size:
+    if len(data) != size:
         raise OSError("it changed while it was read")
     return data
+
+
+@contextmanager
+def open_regular(path: str | Path) -> Generator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading, with its size; raises `OSError` for anything else, which is never waited for."""
+    try:
+        _refuse_special(os.stat(path).st_mode)  # before it is opened: a pipe would block, a device may act on it
+    except ValueError:  # os.stat of a name with a null character
+        raise OSError(errno.EINVAL, "no file has such a name") from None
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        _refuse_special(status.st_mode)  # another thing may stand there by now
+        yield file, status.st_size
 
 
 def is_knob_file(path: str | Path) -> bool:
@@ -57,7 +65,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(path: str | Path) -> Generator[BinaryIO]:
     """Open a file that takes the place of `path` when the context ends, and is gone if that ends with an error.
 
@@ -77,17 +85,17 @@ def replacing(path: str | Path) -> Generator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            with contextlib.suppress(OSError):  # what nobody else may read stays so
+            with suppress(OSError):  # what nobody else may read stays so
                 os.chmod(part, stat.S_IMODE(os.stat(path).st_mode))
             os.replace(part, path)
         except BaseException:  # Ctrl-C too
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 part.unlink()
             raise
     except OSError as error:  # write and fsync do not say of which file they speak
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from None
     if os.name == "posix":  # the rename itself must reach the disk too; not every file system lets one ask for that
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

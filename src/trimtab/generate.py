@@ -19,7 +19,7 @@ from trimtab.artifact import AnyKnob, Knob, Rack
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.ops import Batch
 from trimtab.render import Renderer
-from trimtab.runtime import Dose, steer
+from trimtab.runtime import Dose, batches_of, steer
 from trimtab.types import (
     ROLES,
     THOUGHTS,
@@ -118,7 +118,7 @@ def generate(
     results: dict[int, Generation] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for chunk in _chunks(rooms, [len(row) for row in ids], batch_size, adapter.has_position_table):
+        for chunk in _chunks(doses, rooms, [len(row) for row in ids], batch_size, adapter.has_position_table):
             tokens = max(rooms[i] for i in chunk)
             view = _view(model, _decoding(tokens, temperature, top_p, ends, renderer.pad_id))
             batch = renderer.pad([ids[i] for i in chunk], side="left")
@@ -189,20 +189,24 @@ def _markers(renderer: Renderer, doses: Sequence[Dose], texts: tuple[str, str] |
     return found if scoped is not None else None
 
 
-def _chunks(rooms: Sequence[int], lengths: Sequence[int], batch_size: int, strict: bool) -> Iterator[list[int]]:
+def _chunks(
+    doses: Sequence[Dose], rooms: Sequence[int], lengths: Sequence[int], batch_size: int, strict: bool
+) -> Iterator[list[int]]:
     """Yield the numbers of the prompts that share a batch, longest first.
 
     Where the model cannot go on beyond its context (`strict`) a batch ends with the context of its longest prompt, so
-    that prompts whose answers reach it share one only with prompts as long.
+    that prompts whose answers reach it share one only with prompts as long. Dense weight knobs change the model for all
+    rows alike, so that prompts share a batch only with those that turn them alike.
     """
 
     def end(i: int) -> int:
         return rooms[i] if strict else 0
 
-    for _, alike in groupby(sorted(range(len(rooms)), key=lambda i: -lengths[i]), end):
-        order = list(alike)
-        for start in range(0, len(order), batch_size):
-            yield order[start : start + batch_size]
+    for group in batches_of(doses):
+        for _, alike in groupby(sorted(group, key=lambda i: -lengths[i]), end):
+            order = list(alike)
+            for start in range(0, len(order), batch_size):
+                yield order[start : start + batch_size]
 
 
 def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:

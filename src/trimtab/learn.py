@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob, model_identity
+from trimtab.artifact import Knob
 from trimtab.capture import capture
-from trimtab.checkpoint import versions
+from trimtab.checkpoint import learned_from
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
-from trimtab.methods import METHODS, Method
+from trimtab.methods import METHODS, TRAINED, Method
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, lengths_vary, regress_out_lengths
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -118,7 +117,7 @@ def learn(
         site=best,
         gain=_gain(scale, float(vectors[best].norm()), statistics[best]["mu_plus_norm"], evidence.norms[best.layer]),
         where=where,
-        provenance=_provenance(model, tokenizer, plan.method, used, settings, licence),
+        provenance=learned_from(model, tokenizer, used, plan.method.paper, settings, licence),
         diagnostics={
             "sites": {str(s): dict(values) for s, values in statistics.items()},
             "selection": {
@@ -162,6 +161,8 @@ def _plan(
 ) -> _Plan:
     """Settle everything the caller left open by the method, the template and the model."""
     if method not in METHODS:
+        if method in TRAINED:
+            raise OptionError(f"{method} trains weights: use trimtab.learn_weights(..., method={method!r}).")
         raise unknown_name("method", method, METHODS)
     adapter, renderer, entry = Adapter(model), Renderer(tokenizer), METHODS[method]
     fixed = _fixed_site(adapter, site)
@@ -292,24 +293,3 @@ def _gain(scale: str, vector_norm: float, chosen_norm: float | None, residual_no
     if scale == "raw":
         return alpha_from_multiplier(1.0, vector_norm, residual_norm)
     return alpha_from_palrs(1.0, chosen_norm or 0.0, residual_norm) if scale == "mean_chosen_norm" else 1.0
-
-
-def _provenance(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    pairs: Pairs,
-    settings: Mapping[str, Any],
-    licence: str | None,
-) -> dict[str, Any]:
-    return {
-        "paper": method.paper or None,
-        **model_identity(model, tokenizer),
-        "pairs_hash": pairs.hash(),
-        "pairs_count": len(pairs),
-        "prompt_hashes": pairs.prompt_hashes(),
-        "options": dict(settings),
-        "tool": f"trimtab {versions()['trimtab']}",
-        "licence": licence,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

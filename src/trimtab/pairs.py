@@ -129,6 +129,10 @@ class Pairs(Sequence[Pair]):
         flipped = set(random.Random(seed).sample(range(len(self)), len(self) // 2))
         return Pairs(_swap(pair) if i in flipped else pair for i, pair in enumerate(self._pairs))
 
+    def swapped(self) -> Pairs:
+        """Return the pairs with chosen and rejected changed over, in every one."""
+        return Pairs(map(_swap, self._pairs))
+
     def hash(self) -> str:
         """Return the sha256 of prompts and answers in order; `meta` does not count."""
         return _digest([_digest(part for line in _key(pair) for part in line) for pair in self._pairs])

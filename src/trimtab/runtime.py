@@ -261,6 +261,15 @@ def steer(
         yield steering
 
 
+def batches_of(doses: Sequence[Dose]) -> list[list[int]]:
+    """Group the numbers of rows that one batch can serve: all of them, unless dense weight knobs are turned unlike."""
+    groups: dict[frozenset[tuple[DeltaKnob, float]], list[int]] = {}
+    for number, dose in enumerate(doses):
+        dense = ((knob, s) for knob, s in _turned_weights(dose).items() if not knob.low_rank)
+        groups.setdefault(frozenset(dense), []).append(number)
+    return list(groups.values())
+
+
 def _check_lengths(lengths: Sequence[int]) -> list[int]:
     whole = isinstance(lengths, Sequence) and all(type(length) is int for length in lengths)  # pyright: ignore[reportUnnecessaryIsInstance]
     if not whole or not lengths or min(lengths) < 1:
@@ -292,7 +301,7 @@ def _check_dose(dose: Dose) -> dict[AnyKnob, float]:
     return {knob: check_strength(value, f"strength of {knob.name!r}") for knob, value in dose.items()}
 
 
-def _turned_weights(row: Mapping[AnyKnob, float]) -> dict[DeltaKnob, float]:
+def _turned_weights(row: Dose) -> dict[DeltaKnob, float]:
     """Return the weight knobs of a row with their strengths, those that do nothing left out."""
     return {knob: s for knob, s in row.items() if isinstance(knob, DeltaKnob) and knob.alpha(s)}
 

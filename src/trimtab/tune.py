@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import Knob
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.checkpoint import Checkpoint, describe_model, digest
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.choosing import choose
@@ -24,17 +24,25 @@ from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
 from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
 from trimtab.render import Renderer
+from trimtab.runtime import Dose
 from trimtab.types import THOUGHTS, WHERE, Site, Where, check_strength, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GAINS = (0.1, 0.2, 0.3, 0.5)
+"""Gains that are tried for directions, in multiples of the mean residual norm."""
+WEIGHT_GAINS = (0.25, 0.5, 1.0, 1.5)
+"""Gains that are tried for weights: a Preference Vector is usable up to 1.5 (arXiv:2504.20106, figure 5)."""
 STRENGTHS = (-1.0, 0.5, 1.0, 1.5, 2.0)
 
 
+AnyK = TypeVar("AnyK", bound=AnyKnob)
+
+
 class _Candidate(NamedTuple):
-    site: Site
+    site: Site | None
+    """None where weights change, which have no site."""
     where: Where
     gain: float
     margin: float
@@ -42,14 +50,14 @@ class _Candidate(NamedTuple):
 
 
 def tune(
-    knob: Knob,
+    knob: AnyK,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     *,
     task: AnyTask | None = None,
     guardrails: Sequence[AnyTask] = (),
-    gains: Sequence[float] = GAINS,
+    gains: Sequence[float] | None = None,
     where: Sequence[Where] | Where | None = None,
     finalists: int = 3,
     budget: float = 0.02,
@@ -62,8 +70,11 @@ def tune(
     batch_size: int = 128,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Knob:
+) -> AnyK:
     """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
+
+    A weight knob has neither sites nor tokens: its gain alone is chosen, in multiples of the difference. `gains` are
+    `GAINS` or, for weights, `WEIGHT_GAINS` where none are given.
 
     `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob. A candidate
     is a site with one of them. Sites whose plain differences the two halves of the learning pairs do not share (a
@@ -96,7 +107,10 @@ def tune(
     """
     _check_kinds(knob, pairs, [*([] if task is None else [task]), *guardrails])
     Adapter(model).check_plain("tuning")
-    knob = _reproducible(knob, agreement)
+    if not -1 <= agreement <= 1:
+        raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
+    gains = (WEIGHT_GAINS if isinstance(knob, DeltaKnob) else GAINS) if gains is None else gains
+    searched = _reproducible(knob, agreement) if isinstance(knob, Knob) else knob
     wheres = _wheres(knob, where, tokenizer)
     seen = _seen(knob, pairs)
     if seen:
@@ -119,20 +133,21 @@ def tune(
         "ranked pairs": rank_pairs,
         "ranked tokens": rank_tokens,
     }
-    tasks = [*([task] if task else []), *guardrails]
+    prompts, scored = [pair.prompt for pair in pairs], [task] if task else []
+    tasks = [*scored, *guardrails]
     kept = Checkpoint(
-        checkpoint, lambda: _job(knob, model, tokenizer, pairs, tasks) | tried | {"batch size": batch_size}
+        checkpoint, lambda: _job(searched, model, tokenizer, pairs, tasks) | tried | {"batch size": batch_size}
     )
-    ranking = _rank(knob, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens, kept)
+    ranking = _rank(searched, model, tokenizer, pairs[:rank_pairs], wheres, gains, rank_tokens, kept)
     advance()
-    trial = Trial(model, tokenizer, pairs, task, list(guardrails), budget, broken_budget, batch_size, kept)
+    trial = Trial(model, tokenizer, prompts, scored, guardrails, budget, broken_budget, batch_size, kept)
     advance()
-    table, scores = _measure_finalists(knob, trial, ranking, finalists, gains, advance)
-    bias = selection_bias(trial.base_scores, scores) if task else None
+    table, scores = _measure_finalists(searched, trial, ranking, finalists, gains, advance)
+    bias = selection_bias(trial.base_items[0], scores) if task else None
     best = choose(table, scores, trial, knob.name, task, bias)
-    chosen = knob.with_(site=best["site"], where=best["where"], gain=best["gain"]).pruned()
+    chosen = _at(searched, best["site"], best["where"], best["gain"])
     tuning: dict[str, Any] = {
-        "ranking": [{**c._asdict(), "site": str(c.site)} for c in ranking],
+        "ranking": [{**c._asdict(), "site": _named(c.site)} for c in ranking],
         "table": table,
         "base": trial.base,
         "isolation": trial.isolation,
@@ -162,13 +177,24 @@ def tune(
         curve = trial.curve(chosen, strengths, known, advance)
         tuning |= {"dose_response": curve, "safe_range": list(safe_range(curve))}
     tuning["seconds"] = time.perf_counter() - begun
-    return chosen.with_(tuning=tuning)
+    return cast(AnyK, chosen.with_(tuning=tuning))
 
 
-def _check_kinds(knob: Knob, pairs: Pairs, tasks: Sequence[AnyTask]) -> None:
+def _at(knob: AnyKnob, site: Site | str | None, where: Where, gain: float) -> AnyKnob:
+    """Return the knob at one setting, pruned to its site; weights have a gain alone."""
+    if isinstance(knob, DeltaKnob):
+        return knob.with_(gain=gain)
+    return knob.with_(site=site, where=where, gain=gain).pruned()
+
+
+def _named(site: Site | None) -> str:
+    return "weights" if site is None else str(site)
+
+
+def _check_kinds(knob: AnyKnob, pairs: Pairs, tasks: Sequence[AnyTask]) -> None:
     """Raise `OptionError` for what is no knob, no pairs or no task, as when arguments change places."""
     for value, kind, wanted in (
-        (knob, Knob, "a Knob"),
+        (knob, AnyKnob, "a Knob"),
         (pairs, Pairs, "Pairs"),
         *((t, AnyTask, "a Task") for t in tasks),
     ):
@@ -179,7 +205,7 @@ def _check_kinds(knob: Knob, pairs: Pairs, tasks: Sequence[AnyTask]) -> None:
             )
 
 
-def _seen(knob: Knob, pairs: Pairs) -> str:
+def _seen(knob: AnyKnob, pairs: Pairs) -> str:
     """Say what of the pairs learning has seen; empty where it has seen nothing, or the knob does not know."""
     if knob.provenance.get("pairs_hash") == pairs.hash():
         return "these very pairs"
@@ -191,8 +217,6 @@ def _seen(knob: Knob, pairs: Pairs) -> str:
 
 def _reproducible(knob: Knob, agreement: float) -> Knob:
     """Leave out the sites whose direction half of the pairs does not reproduce; raises `TuneError` if none is left."""
-    if not -1 <= agreement <= 1:
-        raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
     sites: object = knob.diagnostics.get("sites")
     stored = cast(Mapping[str, object], sites) if isinstance(sites, Mapping) else {}
     halves: dict[Site, float] = {}
@@ -219,21 +243,31 @@ def _prompt_hashes(pairs: Pairs, tasks: Sequence[AnyTask]) -> list[str]:
 
 
 def _job(
-    knob: Knob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, tasks: Sequence[AnyTask]
+    knob: AnyKnob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, tasks: Sequence[AnyTask]
 ) -> dict[str, Any]:
     """Return what the kept steps depend on; graders are not among it, since kept answers are graded again."""
     return {
         "work": "tuning",
         **describe_model(model, tokenizer),
-        "knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()),
-        "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
+        **(
+            {"knob's weights": knob.digest}
+            if isinstance(knob, DeltaKnob)
+            else {
+                "knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()),
+                "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
+            }
+        ),
         "operation": knob.operation,
         "pairs": pairs.hash(),
         "tasks": [what_is_asked(t) for t in tasks],
     }
 
 
-def _wheres(knob: Knob, where: Sequence[Where] | Where | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Where, ...]:
+def _wheres(
+    knob: AnyKnob, where: Sequence[Where] | Where | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Where, ...]:
+    if isinstance(knob, DeltaKnob) and where is not None:
+        raise OptionError(f"Knob {knob.name!r} changes weights, which know of no tokens: leave where out.")
     asked = [knob.where] if where is None else list(where) if isinstance(where, list | tuple) else [where]
     if not asked:
         raise OptionError(f"Name the tokens to steer, one or several of {', '.join(WHERE)}; got none.")
@@ -247,7 +281,7 @@ def _wheres(knob: Knob, where: Sequence[Where] | Where | None, tokenizer: PreTra
 
 
 def _measure_finalists(
-    knob: Knob,
+    knob: AnyKnob,
     trial: Trial,
     ranking: Sequence[_Candidate],
     finalists: int,
@@ -261,13 +295,13 @@ def _measure_finalists(
     table: list[dict[str, Any]] = []
     scores: list[np.ndarray] = []
     margins = {(c.site, c.where, c.gain): c.margin for c in ranking}
-    spots: dict[tuple[Site, Where], None] = dict.fromkeys((c.site, c.where) for c in ranking)  # best first
+    spots: dict[tuple[Site | None, Where], None] = dict.fromkeys((c.site, c.where) for c in ranking)  # best first
     for site, where in list(spots)[:finalists]:
         for gain in sorted(gains):
-            row, items = trial.measure(knob.with_(site=site, where=where, gain=gain), 1.0)
-            scores.append(items)
+            row, items, _ = trial.measure({_at(knob, site, where, gain): 1.0})
+            scores += items
             margin = margins[site, where, gain]
-            table.append({"site": str(site), "where": where, "gain": gain, "margin": margin, **row})
+            table.append({"site": _named(site), "where": where, "gain": gain, "margin": margin, **row})
             advance()
             if not row["within_budget"]:
                 break  # a larger dose of the same direction only does more damage
@@ -301,7 +335,7 @@ def _check(
 
 
 def _rank(
-    knob: Knob,
+    knob: AnyKnob,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
@@ -311,12 +345,15 @@ def _rank(
     kept: Checkpoint,
 ) -> list[_Candidate]:
     """Order the candidates by how much they raise the margin; settings that lower the chosen answers come last."""
-    sites = [site for site in knob.vectors if float(knob.vectors[site].norm()) > 0]
+    sites: list[Site | None] = [None]
+    if isinstance(knob, Knob):
+        sites = [site for site, vector in knob.vectors.items() if float(vector.norm()) > 0]
     spots = list(product(sites, wheres, gains))
     if not spots:
         raise TuneError(f"Every vector of {knob.name!r} is zero: its pairs do not differ at any site that was read.")
-    lone = {site: knob.pruned(site) for site in knob.vectors}  # a knob copies its vectors: one each is enough
-    settings: list[Mapping[Knob, float]] = [{lone[s].with_(where=w, gain=gain): 1.0} for s, w, gain in spots]
+    # A knob copies its vectors: one each is enough.
+    lone = {site: knob if site is None else cast(Knob, knob).pruned(site) for site in sites}
+    settings: list[Dose] = [{_at(lone[s], s, w, gain): 1.0} for s, w, gain in spots]
     base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens, kept=kept)
     found = [
         _Candidate(*spot, float((m.margin - base.margin).mean()), float((m.chosen - base.chosen).mean()))

@@ -39,7 +39,7 @@ def describe_delta(knob: DeltaKnob) -> str:
     ranks = sorted({part["rank"] for part in parts if part["rank"] is not None})
     dense = sum(part["rank"] is None for part in parts)
     shapes = [f"{dense} dense"] if dense else []
-    shapes += [f"{len(parts) - dense} of rank {ranks[0]} to {ranks[-1]}"] if ranks else []
+    shapes += [f"{len(parts) - dense} of rank {' to '.join(map(str, sorted({ranks[0], ranks[-1]})))}"] if ranks else []
     stored: object = knob.diagnostics.get("fidelity")
     fidelity = cast(Mapping[str, object], stored) if isinstance(stored, Mapping) else {}
     error, kl = fidelity.get("relative_error"), fidelity.get("kl")

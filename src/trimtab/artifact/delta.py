@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.knob import check_knob_name, safe_range_of
 from trimtab.artifact.large import DTYPES, Entry, LargeFile, write_large
+from trimtab.artifact.parts import LowRank, Part, check_part, joined, norm, parts_of, scaled
 from trimtab.errors import KnobError, brief
 from trimtab.types import Where, check_strength
 
@@ -30,30 +31,6 @@ ADDABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of weights to which a difference can be added."""
 SAMPLE = 2**14
 """Values of a tensor that `digest` looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
-
-
-class LowRank(NamedTuple):
-    """The product `b @ a`, `[out, in]`, as a LoRA adapter holds it."""
-
-    a: Tensor  # [R, in]
-    b: Tensor  # [out, R]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the product."""
-        return torch.Size((self.b.shape[0], self.a.shape[1]))
-
-    @property
-    def rank(self) -> int:
-        """Length of the side that the two share."""
-        return self.a.shape[0]
-
-    def dense(self) -> Tensor:
-        """Return the product in float32."""
-        return self.b.float() @ self.a.float()
-
-
-Part = Tensor | LowRank
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +60,7 @@ class DeltaKnob:
             raise KnobError(f"The gain must be finite and not negative; got {self.gain!r}. Turn a knob with -knob.")
         object.__setattr__(self, "parts", dict(sorted(self.parts.items())))
         for name, part in self.parts.items():
-            check_parameter_name(name)
-            _check_part(name, part)
+            check_part(name, part)
         _ = self.safe_range
 
     # What it does
@@ -108,9 +84,13 @@ class DeltaKnob:
         part = self.parts[name]
         return part.dense() if isinstance(part, LowRank) else part.float()
 
+    def norms(self) -> dict[str, float]:
+        """Return the Frobenius norm of each part, before gain and strength."""
+        return {name: norm(part) for name, part in self.parts.items()}
+
     def norm(self) -> float:
         """Return the Frobenius norm of the whole difference at strength 1."""
-        return self.gain * math.sqrt(sum(float(self.dense(name).double().square().sum()) for name in self.parts))
+        return self.gain * math.hypot(*self.norms().values())
 
     @property
     def where(self) -> Where:
@@ -165,7 +145,7 @@ class DeltaKnob:
     def __mul__(self, factor: float) -> DeltaKnob:
         """Scale the knob: strength 1 of `2 * knob` is strength 2 of `knob`; a negative factor turns it round."""
         factor = check_strength(factor, "factor")
-        parts = self.parts if factor >= 0 else {name: _scaled(part, -1.0) for name, part in self.parts.items()}
+        parts = self.parts if factor >= 0 else {name: scaled(part, -1.0) for name, part in self.parts.items()}
         return replace(self, parts=parts, gain=self.gain * abs(factor), diagnostics={}, tuning=None)
 
     __rmul__ = __mul__
@@ -181,13 +161,13 @@ class DeltaKnob:
         """
         parts: dict[str, Part] = {}
         for name in {**self.parts, **other.parts}:
-            own = [_scaled(k.parts[name], k.gain) for k in (self, other) if name in k.parts]
+            own = [scaled(k.parts[name], k.gain) for k in (self, other) if name in k.parts]
             if len({tuple(part.shape) for part in own}) > 1:
                 raise KnobError(
                     f"Knobs {self.name!r} and {other.name!r} change {name!r} in two shapes, "
                     f"{list(own[0].shape)} and {list(own[1].shape)}: they are of two models."
                 )
-            parts[name] = own[0] if len(own) == 1 else _joined(own[0], own[1])
+            parts[name] = own[0] if len(own) == 1 else joined(own[0], own[1])
         told = [{"name": knob.name, **knob.provenance} for knob in (self, other)]
         shared = {key: value for key, value in self.provenance.items() if other.provenance.get(key) == value}
         return DeltaKnob(f"{self.name}+{other.name}"[:100], "sum", parts, provenance={**shared, "parts": told})
@@ -208,9 +188,19 @@ class DeltaKnob:
 
     # File and model
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all parts as a file labels them; see `parts_of`."""
+        return {
+            label: tensor
+            for name, part in self.parts.items()
+            for label, tensor in (
+                {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
+            ).items()
+        }
+
     def save(self, path: str | Path) -> None:
         """Write the knob to one safetensors file, tensor by tensor, atomically; see `Knob.save`."""
-        write_large(path, list(_entries(self.parts)), self.header())
+        write_large(path, list(_entries(self.tensors())), self.header())
 
     def header(self) -> dict[str, Any]:
         """Return what a file holds beside the tensors."""
@@ -265,8 +255,8 @@ class DeltaKnob:
                 )
             if own.is_meta:
                 raise KnobError(
-                    f"Knob {self.name!r} changes {name!r}, which this {type(model).__name__} has not in memory. Load "
-                    "the model without offloading."
+                    f"Knob {self.name!r} changes {name!r}, which is off-loaded in this {type(model).__name__}, so that "
+                    "it cannot be changed. Load the model on one device."
                 )
             if part.shape != own.shape:
                 raise KnobError(
@@ -275,40 +265,10 @@ class DeltaKnob:
                 )
 
 
-def check_parameter_name(name: str) -> None:
-    """Raise `KnobError` for a name that a terminal could not show."""
-    if not name or not name.isprintable() or len(name) > 400:
-        raise KnobError(f"A parameter's name is 1 to 400 printable characters; got {brief(name)}.")
-
-
-def _check_part(name: str, part: Part) -> None:
-    if isinstance(part, LowRank) and not (part.a.dim() == part.b.dim() == 2 and part.a.shape[0] == part.b.shape[1] > 0):
-        raise KnobError(
-            f"A low-rank difference is b [out, R] times a [R, in]; that of {name!r} has {list(part.b.shape)} and "
-            f"{list(part.a.shape)}."
-        )
-
-
-def _scaled(part: Part, factor: float) -> Part:
-    """Multiply; 1 changes nothing, and a low-rank part is scaled on one side."""
-    if factor == 1:
-        return part
-    return LowRank(part.a, factor * part.b) if isinstance(part, LowRank) else factor * part
-
-
-def _joined(one: Part, two: Part) -> Part:
-    if isinstance(one, LowRank) and isinstance(two, LowRank):
-        return LowRank(torch.cat([one.a.float(), two.a.float()]), torch.cat([one.b.float(), two.b.float()], dim=1))
-    first, second = (part.dense() if isinstance(part, LowRank) else part.float() for part in (one, two))
-    return first + second
-
-
-def _entries(parts: Mapping[str, Part]) -> Iterator[Entry]:
-    for name, part in parts.items():
-        stored = {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
-        for label, tensor in stored.items():
-            kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
-            yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: [kept.reshape(-1)])
+def _entries(tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
+    for label, tensor in tensors.items():
+        kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
+        yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: [kept.reshape(-1)])
 
 
 def _from_file(file: LargeFile) -> DeltaKnob:
@@ -320,17 +280,7 @@ def _from_file(file: LargeFile) -> DeltaKnob:
     if missing or unknown:
         wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
         raise KnobError(f"its header is wrong: it {wrong}.")
-    parts: dict[str, Part] = {}
-    for label in file:
-        side, _, name = label.partition("/")
-        if side == "dense" and name in parts:
-            raise KnobError(f"it holds the difference of {brief(name)} twice, dense and as a product.")
-        if side == "dense":
-            parts[name] = file[label]
-        elif side == "a" and f"b/{name}" in file:
-            parts[name] = LowRank(file[label], file[f"b/{name}"])
-        elif not (side == "b" and f"a/{name}" in file):
-            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind 'delta' has not.")
+    parts = parts_of(file)
     try:
         return DeltaKnob(
             name=text_field(header, "name"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from trimtab.artifact.file import BLANK, FORMAT_VERSION, HEADER_LIMIT, read_header, refuse_to_replace
 from trimtab.errors import KnobError, brief, printable
-from trimtab.files import is_knob_file, reason, refuse_special_target, replacing
+from trimtab.files import is_knob_file, open_regular, reason, refuse_special_target, replacing
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What a weight difference may be stored in."""
@@ -110,10 +109,9 @@ class LargeFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         try:
-            refuse_special_target(path)  # a pipe would block
-            with Path(path).open("rb") as file:
+            with open_regular(path) as (file, size):
                 start = _start(file)
-                entries, self.header, said = read_header(start, os.fstat(file.fileno()).st_size)
+                entries, self.header, said = read_header(start, size)
                 if said != _digest(file, start.replace(said.encode(), BLANK.encode(), 1)):
                     raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
         except OSError as error:
@@ -142,9 +140,8 @@ class LargeFile(Mapping[str, Tensor]):
 def stored_kind(path: str | Path) -> str | None:
     """Return the kind of knob that a file says it holds; None where it says none, which reading it explains."""
     try:
-        refuse_special_target(path)
-        with Path(path).open("rb") as file:
-            kind: object = read_header(_start(file), os.fstat(file.fileno()).st_size)[1].get("kind")
+        with open_regular(path) as (file, size):
+            kind: object = read_header(_start(file), size)[1].get("kind")
     except (OSError, ValueError):  # KnobError is one
         return None
     return kind if isinstance(kind, str) else None

@@ -89,8 +89,13 @@ def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) 
         place = _real(file)
         stored = place.relative_to(folder) if place.is_relative_to(folder) else place
         entries[name] = {"path": stored.as_posix(), "strength": check_strength(strength, f"strength of {name!r}")}
-    refuse_to_replace(path, "panel", _is_panel)
+    check_panel_place(path)
     save_bytes(path, (json.dumps({"knobs": entries}, indent=2) + "\n").encode())
+
+
+def check_panel_place(path: str | Path) -> None:
+    """Raise `KnobError` where a file stands that is no panel, and so would not be replaced by one."""
+    refuse_to_replace(path, "panel", _is_panel)
 
 
 def _real(path: str | Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, check, demo, eval, generate, inspect, learn, reproduce, train, tune
+from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, reproduce, train, tune
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
@@ -18,6 +18,7 @@ from trimtab.errors import OptionError, TrimtabError, unknown_name
 VERBS: dict[str, ModuleType] = {
     "learn": learn,
     "tune": tune,
+    "compose": compose,
     "eval": eval,
     "train": train,
     "generate": generate,

@@ -207,9 +207,15 @@ def _text(record: Row, args: Namespace, out: Path | None) -> str:
 def _subject(record: Row) -> str:
     """Say what is compared, and on which model."""
     knobs = [
-        f"{k['knob']} at strength {k['strength']:g} (alpha {k['alpha']:g}, layer {k['site'].replace('/', ', ')}, "
-        f"{k['where']} tokens)"
+        f"{k['knob']} at strength {k['strength']:g} (alpha {k['alpha']:g}, {_place(k)})"
         for k in (record["spec"]["settings"] or [[]])[0]
     ]
     model = record["spec"]["model"]["model"]
     return f"{model} without knobs, and with {' and '.join(knobs)}." if knobs else f"{model} without knobs."
+
+
+def _place(knob: Row) -> str:
+    """Say where a knob acts: at a layer on some tokens, or in the weights."""
+    if "site" not in knob:
+        return f"{knob['weights']} weight matrices" if knob["weights"] > 1 else "one weight matrix"
+    return f"layer {knob['site'].replace('/', ', ')}, {knob['where']} tokens"

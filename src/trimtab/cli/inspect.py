@@ -37,7 +37,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
             "norms": {str(layer): norm for layer, norm in knob.norms.items()},
         }
     else:
-        tables, own = (), {"weights": knob.described()}
+        tables = (tuning_text(knob.tuning, "weights", knob.where, knob.gain),)
+        own = {"weights": knob.described()}
     terminal.result(_record(knob) | own, "\n\n".join(filter(None, [knob.card(), *tables])))
 
 

@@ -1,7 +1,9 @@
-"""Learn a knob from preference pairs, in seconds.
+"""Learn a knob from preference pairs: a direction in seconds, or a difference of weights by training.
 
-Every candidate site (layers x positions) is read and kept; `trimtab tune` chooses among them on held-out pairs.
-What is not given is as the method's paper has it.
+Directions (palrs, diffmean, pca): every candidate site (layers x positions) is read and kept; `trimtab tune` chooses
+among them on held-out pairs. Weights: preference-vector trains with DPO on the pairs and on the pairs swapped and
+subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is not given is as
+the method's paper has it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli import options
+from trimtab.cli import options, vectors
 from trimtab.cli.options import given, output_file
 from trimtab.cli.sources import WORLD, load_pairs, open_model
 from trimtab.cli.tables import facts
@@ -43,16 +45,20 @@ LEARN = (
     "checkpoint",
 )
 """Options that go to `trimtab.learn` under their own names."""
+STEERING = (*(name for name in LEARN if name not in ("method", "name", "seed", "licence", "checkpoint")), "option")
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
     options.add_model(parser)
     parser.add_argument(
-        "pairs", metavar="PAIRS", help="a .jsonl, .json, .csv, .tsv or .parquet file, or prefworld:math"
+        "pairs", metavar="PAIRS", nargs="?", help="a .jsonl, .json, .csv, .tsv or .parquet file, or prefworld:math"
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the knob")
-    parser.add_argument("--method", help="palrs, diffmean, pca or random, a control (default palrs)")
+    parser.add_argument(
+        "--method",
+        help="palrs, diffmean, pca or random, a control; preference-vector or alignment-vector (default palrs)",
+    )
     parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot, with - for spaces)")
     reading = parser.add_argument_group("what is read")
     reading.add_argument(
@@ -78,6 +84,7 @@ def add_options(parser: ArgumentParser) -> None:
     choice.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
     choice.add_argument("--seed", type=int, metavar="N", help="of whatever is drawn (default 0)")
     choice.add_argument("--licence", help="of the knob, stored in it")
+    vectors.add_options(parser)
 
 
 def run(args: Namespace, terminal: Terminal) -> None:
@@ -90,6 +97,15 @@ def run(args: Namespace, terminal: Terminal) -> None:
         )
     if args.layers is not None and (args.first is not None or args.last is not None):
         raise OptionError("--layers names the candidates; leave --first and --last out.")
+    if args.method in vectors.METHODS:
+        vectors.refuse(args, STEERING, args.method, "methods that read activations")
+        vectors.run(args, terminal, out, args.name or _name_from(out))
+        return
+    vectors.refuse(
+        args, (*vectors.OWN, *vectors.SOURCES), args.method or "palrs", "preference-vector and alignment-vector"
+    )
+    if args.pairs is None:
+        raise OptionError("Pass the pairs to learn from: a file, or prefworld:math.")
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
     chosen: dict[str, Any] = {"name": _name_from(out), **given(args, *LEARN)}
     with terminal.working("Preparing"):
@@ -97,7 +113,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         from trimtab.learn import learn
         from trimtab.methods import METHODS
     if args.method is not None and args.method not in METHODS:  # before the model is loaded, which may take long
-        raise unknown_name("method", args.method, METHODS)
+        raise unknown_name("method", args.method, [*METHODS, *vectors.METHODS])
     with open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
         working = terminal.working(f"Learning from {len(pairs)} pairs", counted=True)

@@ -252,6 +252,13 @@ def input_file(text: str, what: str) -> Path:
     return path
 
 
+def input_folder(text: str, option: str) -> Path:
+    """Check that there is such a folder; `option` is named in the message."""
+    if not text or not Path(text).is_dir():
+        raise OptionError(f"{option} takes a folder with safetensors; there is none at {text!r}.")
+    return Path(text)
+
+
 def text_lines(lines: Iterable[str], source: str) -> Iterator[str]:
     """Yield the lines of a file; bytes that are not UTF-8 are an error that names the file."""
     try:

@@ -80,15 +80,10 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
     knobs: dict[str, AnyKnob] = {}
     setting: dict[str, float] = {}
     for entry in entries:
-        name, equals, file = entry.partition("=")
-        if not equals or Path(entry).exists():
-            name, file = "", entry
-        elif not name:
-            raise OptionError(f"--knob takes FILE or NAME=FILE; got {entry!r}.")
-        path = input_file(file, "a knob file")
+        name, path = named_file(entry)
         if path.suffix == ".json":
             if name:
-                raise OptionError(f"A panel names its knobs itself: pass --knob {file}, without {name}=.")
+                raise OptionError(f"A panel names its knobs itself: pass --knob {path}, without {name}=.")
             panel = load_panel(path)
             added = {key: (panel.rack[key], strength) for key, strength in panel.setting.items()}
         else:
@@ -96,10 +91,25 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
             added = {name or knob.name: (knob.with_(name=name) if name else knob, 1.0)}
         for key, (knob, strength) in added.items():
             if key in knobs:
-                raise OptionError(f"Two knobs are named {key!r}. Name them yourself: --knob NAME=FILE.")
+                raise two_named(key)
             knobs[key] = knob.with_(where=tokens) if tokens and isinstance(knob, Knob) else knob
             setting[key] = strength
     return Panel(Rack(**knobs), setting)
+
+
+def named_file(entry: str) -> tuple[str, Path]:
+    """Read `FILE` or `NAME=FILE`; the name is empty where none is given."""
+    name, equals, file = entry.partition("=")
+    if not equals or Path(entry).exists():
+        name, file = "", entry
+    elif not name:
+        raise OptionError(f"--knob takes FILE or NAME=FILE; got {entry!r}.")
+    return name, input_file(file, "a knob file")
+
+
+def two_named(name: str) -> OptionError:
+    """Build the error for a second knob of a name."""
+    return OptionError(f"Two knobs are named {name!r}. Name them yourself: --knob NAME=FILE.")
 
 
 def setting_from(args: Namespace, panel: Panel) -> dict[str, float]:

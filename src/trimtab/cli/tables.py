@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from trimtab.errors import printable
-from trimtab.types import Site
 
 SHOWN_SITES = 8
 _STATISTICS = ("relative_norm", "cos_r_mu", "angle", "pairwise_cosine", "probe_auc", "top5_share")
@@ -69,7 +68,7 @@ def sites_text(diagnostics: Row) -> str | None:
     )
 
 
-def tuning_text(tuning: Row | None, site: Site, where: str, gain: float) -> str | None:
+def tuning_text(tuning: Row | None, site: object, where: str, gain: float) -> str | None:
     """Return the finalists and the dose-response of tuning, the chosen setting marked, or None before tuning."""
     if tuning is None:
         return None

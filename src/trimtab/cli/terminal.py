@@ -19,7 +19,7 @@ from trimtab.errors import TrimtabWarning
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Messages speak Python; these of its keywords are options here.
 _KEYWORD = re.compile(
-    r"""\b(device|duplicates|format|length_match|selection)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?"""
+    r"""\b(device|duplicates|format|length_match|search|selection)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?"""
 )
 
 # Words that are English too are options only where a message says what they are; a recipe's fields follow a colon.

@@ -1,4 +1,4 @@
-"""Choose a knob's site, tokens and gain on held-out pairs, under a budget for guardrails.
+"""Choose a knob's site, tokens and gain on held-out pairs (of weights, the gain), under a budget for guardrails.
 
 Pairs, task and guardrails must be data that learning has not seen, and not what the knob will be tested on: parts of
 PrefWorld are taken from its validation split, and of a benchmark (caa, gsm8k, humaneval, mbpp, mmlu, pairs,
@@ -21,7 +21,7 @@ from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
-    from trimtab.artifact import Knob
+    from trimtab.artifact import AnyKnob
 
 TUNE = ("gains", "where", "finalists", "strengths", "agreement", "budget", "broken_budget", "batch_size", "checkpoint")
 """Options that go to `trimtab.tune` under their own names."""
@@ -50,7 +50,9 @@ def add_options(parser: ArgumentParser) -> None:
     goal.add_argument("--budget", type=float, metavar="X", help="share a guardrail may lose (default 0.02)")
     goal.add_argument("--broken-budget", type=float, metavar="X", help="share of answers that may break (default 0.05)")
     search = parser.add_argument_group("what is tried")
-    search.add_argument("--gains", type=options.numbers, metavar="LIST", help="alphas, as in 0.2,0.5")
+    search.add_argument(
+        "--gains", type=options.numbers, metavar="LIST", help="alphas as in 0.2,0.5; of weights, multiples"
+    )
     search.add_argument(
         "--where",
         type=options.names,
@@ -72,7 +74,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if args.max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens is 1 or more; got {args.max_new_tokens}.")
     with terminal.working("Preparing"):
-        from trimtab.artifact import Knob
+        from trimtab.artifact import load_knob
         from trimtab.checkpoint import remove
         from trimtab.evals.tasks import GRADERS
         from trimtab.tune import tune
@@ -80,7 +82,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         if args.grader not in GRADERS:
             raise unknown_name("grader", args.grader, GRADERS)
 
-        knob = Knob.load(file)
+        knob = load_knob(file)
         pairs = load_pairs(args.pairs, split="validation", duplicates=args.duplicates)
         task, *guardrails = [
             load_task(text, grader=args.grader, max_new_tokens=args.max_new_tokens) if text else None
@@ -106,7 +108,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         remove(args.checkpoint)
 
 
-def _record(knob: Knob, out: Path) -> dict[str, Any]:
+def _record(knob: AnyKnob, out: Path) -> dict[str, Any]:
     tuning = knob.tuning or {}
     shown = (
         "task",
@@ -124,7 +126,7 @@ def _record(knob: Knob, out: Path) -> dict[str, Any]:
     )
     return {
         "knob": knob.name,
-        "site": str(knob.site),
+        "site": _site(knob),
         "where": knob.where,
         "gain": knob.gain,
         **{key: tuning.get(key) for key in shown},
@@ -132,7 +134,12 @@ def _record(knob: Knob, out: Path) -> dict[str, Any]:
     }
 
 
-def _text(knob: Knob, args: Namespace, out: Path) -> str:
+def _site(knob: AnyKnob) -> str | None:
+    """Return where a direction is added; weights have no site."""
+    return str(knob.site) if knob.kind == "steering" else None
+
+
+def _text(knob: AnyKnob, args: Namespace, out: Path) -> str:
     from trimtab.artifact.card import describe_safe_range
 
     tuning = knob.tuning or {}
@@ -140,12 +147,13 @@ def _text(knob: Knob, args: Namespace, out: Path) -> str:
     head = facts(
         {
             "tuned": f"{knob.name} on {tuning['pairs']} pairs in {tuning['seconds']:.1f} s",
-            "site": knob.site,
-            "steers": f"{knob.where} tokens",
-            "gain": f"{knob.gain:g}: strength 1 is alpha {knob.gain:g}",
+            "site": _site(knob),
+            "steers": f"{knob.where} tokens" if _site(knob) else None,
+            "gain": f"{knob.gain:g}: strength 1 is "
+            + (f"alpha {knob.gain:g}" if _site(knob) else f"{knob.gain:g} times the difference"),
             "safe range": f"strengths {describe_safe_range(knob)}" if knob.safe_range else None,
             "written to": out,
             "next": f'trimtab generate {shlex.quote(args.model)} "..." --knob {file}',
         }
     )
-    return "\n\n".join(filter(None, [head, tuning_text(tuning, knob.site, knob.where, knob.gain)]))
+    return "\n\n".join(filter(None, [head, tuning_text(tuning, _site(knob) or "weights", knob.where, knob.gain)]))

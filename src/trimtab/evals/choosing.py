@@ -81,5 +81,9 @@ def _nothing_left(name: str, table: Sequence[Mapping[str, Any]], trial: Trial) -
 def alike(best: np.ndarray, other: np.ndarray) -> bool:
     """Tell whether scores `[n]` on the same items lie within one standard error of the best, by paired difference."""
     difference = best - other
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return bool(difference.mean() <= error + 1e-9)
+    return bool(difference.mean() <= paired_error(difference) + 1e-9)
+
+
+def paired_error(difference: np.ndarray) -> float:
+    """Return the standard error of a mean difference from the differences of the items, `[n]`; 0 for one item."""
+    return float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else 0.0

@@ -74,24 +74,26 @@ def describe_spec(
 ) -> dict[str, Any]:
     return {
         "model": {**model_identity(model, tokenizer), "dtype": str(model.dtype), "device": model.device.type},
-        "settings": [[_knob_spec(knob, strength) for knob, strength in dose.items()] for dose in doses],
-        "tasks": [
-            {
-                "task": ask.task.name,
-                "role": ask.role,
-                "mode": ask.mode,
-                "n": len(ask.task.prompts),
-                "max_new_tokens": ask.task.max_new_tokens,
-                "prompts_hash": fingerprint([read_prompt(prompt) for prompt in ask.task.prompts]),
-                **_choice_spec(ask.task),
-            }
-            for ask in asks
-        ],
+        "settings": [[describe_knob(knob, strength) for knob, strength in dose.items()] for dose in doses],
+        "tasks": [describe_task(ask.task, ask.role, ask.mode) for ask in asks],
         "pairs": None if pairs is None else {"count": len(pairs), "hash": pairs.hash()},
         "neutral": {"texts": len(neutral), "hash": fingerprint(list(neutral))} if neutral else None,
         "judge": judge and judge.spec(),
         "options": dict(options),
         "versions": versions(),
+    }
+
+
+def describe_task(task: AnyTask, role: str, mode: str) -> dict[str, Any]:
+    """Return what tells a task from others, in which role and mode it is asked."""
+    return {
+        "task": task.name,
+        "role": role,
+        "mode": mode,
+        "n": len(task.prompts),
+        "max_new_tokens": task.max_new_tokens,
+        "prompts_hash": fingerprint([read_prompt(prompt) for prompt in task.prompts]),
+        **_choice_spec(task),
     }
 
 
@@ -102,7 +104,8 @@ def _choice_spec(task: AnyTask) -> dict[str, Any]:
     return {"answers_hash": answers, "per": task.per, "closing": task.closing, "rule": task.rule}
 
 
-def _knob_spec(knob: AnyKnob, strength: float) -> dict[str, Any]:
+def describe_knob(knob: AnyKnob, strength: float) -> dict[str, Any]:
+    """Return what tells a knob from others, and the strength at which it stands."""
     spec = {
         "knob": knob.name,
         "kind": knob.kind,

@@ -14,7 +14,7 @@ from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.errors import PairsError
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.runtime import Dose, steer
+from trimtab.runtime import Dose, batches_of, steer
 from trimtab.types import Message
 
 if TYPE_CHECKING:
@@ -158,14 +158,15 @@ def _log_probabilities(
 
 def _batches(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
     """Group the numbers of rows of similar length, longest first: `token_budget` tokens with padding, or one row."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0].ids))
     batches: list[list[int]] = []
-    while order:
-        batch = [order.pop()]
-        width = len(rows[batch[0]][0].ids)
-        while order and (len(batch) + 1) * width <= token_budget:
-            batch.append(order.pop())
-        batches.append(batch)
+    for group in batches_of([setting for _, setting in rows]):
+        order = sorted(group, key=lambda i: len(rows[i][0].ids))
+        while order:
+            batch = [order.pop()]
+            width = len(rows[batch[0]][0].ids)
+            while order and (len(batch) + 1) * width <= token_budget:
+                batch.append(order.pop())
+            batches.append(batch)
     return batches
 
 

@@ -239,11 +239,15 @@ def selection_bias(base: Scores, settings: Sequence[Scores]) -> SelectionBias:
     differences = [second - first for first, second in (_paired(base, s) for s in settings)]
     items = differences[0].size
     error = math.sqrt(float(np.mean([d.var() for d in differences])) / items)
-    return SelectionBias(_expected_best_of(len(settings)) * error, len(settings), items, error)
+    return SelectionBias(expected_best_of(len(settings)) * error, len(settings), items, error)
 
 
-def _expected_best_of(count: int) -> float:
-    """Return the expected largest of `count` standard normals, by numerical integration of x d(Phi(x)^count)."""
+def expected_best_of(count: int) -> float:
+    """Return the expected largest of `count` standard normals, by numerical integration of x d(Phi(x)^count).
+
+    >>> round(expected_best_of(2), 4)  # 1 / sqrt(pi)
+    0.5642
+    """
     edges = np.linspace(-9.0, 9.0, 3601)
     cumulative = np.array([NormalDist().cdf(x) for x in edges]) ** count
     return float(((edges[1:] + edges[:-1]) / 2 * np.diff(cumulative)).sum())

@@ -97,3 +97,5 @@ METHODS: dict[str, Method] = {
         "eq3_cosine",
     ),
 }
+TRAINED = {"preference-vector": "arXiv:2504.20106", "alignment-vector": "arXiv:2410.19206"}
+"""Methods whose evidence is training, with their papers: `trimtab.learn_weights`."""

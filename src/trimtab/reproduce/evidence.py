@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 from trimtab.reproduce.recipe import Recipe, Sizes
+from trimtab.reproduce.steps import Key
 
-Key = tuple[str, ...]
-"""Model, kind of step, domain and what else tells it from others, as in `("prefworld", "steer", "math", "palrs", "100",
-"0")`: way to steer, pairs, seed."""
 Records = Mapping[Key, Any]
 Matrix = np.ndarray
 

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model
-from trimtab.errors import OptionError, TrimtabError, TrimtabWarning
+from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.render import load
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
 from trimtab.reproduce.data import WORLD, Data, check_sources
-from trimtab.reproduce.evidence import Evidence, Key, grid_key
+from trimtab.reproduce.evidence import Evidence, grid_key
 from trimtab.reproduce.recipe import Recipe, Sizes
 from trimtab.reproduce.report import Report, build, write
-from trimtab.workers import open_pool
-
-Progress = Callable[[int, int, str], None]
-Step = tuple[Key, dict[str, Any]]
+from trimtab.reproduce.steps import Key, Progress, Step, refuse_strangers, running, usual_workers
 
 
 class Runner:
@@ -122,7 +114,7 @@ def measure(
     recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, *, workers: int, progress: Progress
 ) -> dict[Key, Any]:
     """Run every step that `out` does not keep yet; return all records by key."""
-    _refuse_strangers(out)
+    refuse_strangers(out)
     prints = {source: _fingerprint(data, source) for source in _sources(recipe)}
     check_sources(recipe, sizes.values(), Data(data, recipe.data_seed))
     job: dict[str, Any] = {"work": "reproduce palrs", "recipe": asdict(replace(recipe, models=()))}
@@ -139,7 +131,7 @@ def measure(
     later = sum(2 + len(recipe.training) * (size.many_seeds + size.seeds) for size in sizes.values())
     total = len(early) + later * len(recipe.domains)
     done: dict[Key, Any] = {}
-    with _running(workers, (recipe, sizes, out, data, job)) as run:
+    with running(workers, Runner, (recipe, sizes, out, data, job)) as run:
         for steps in (lambda: early, lambda: list(later_steps(recipe, sizes, done))):
             for key, record in run(steps()):
                 done[key] = record
@@ -175,31 +167,12 @@ def reproduce(
         raise OptionError(f"workers counts from 1; got {workers}.")
     folder, sizes = Path(out), sizes_of(recipe, names, quick=quick)
     kept = len(list(folder.glob("steps/step-*.json")))
-    count = workers or _workers(names[0], recipe.dtype)
+    count = workers or usual_workers(names[0], recipe.dtype)
     records = measure(recipe, sizes, folder, Path(data), workers=count, progress=progress)
     evidence = Evidence(records, recipe, sizes, command)
     report = build(evidence, quick=quick, seconds=time.perf_counter() - begun, kept=kept)
     write(report, folder)
     return report
-
-
-OURS = {"steps", "knobs", "report.json", "report.md", "report.html"}
-
-
-def _refuse_strangers(out: Path) -> None:
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in OURS) if out.is_dir() else []
-    if strangers:
-        raise OptionError(f"{str(out)!r} holds other files, {strangers[0]!r} for one. Pass a folder of its own.")
-
-
-SMALL = 50_000_000
-"""Parameters below which a model is small enough for two processes to beat two threads."""
-
-
-def _workers(model: str, dtype: str) -> int:
-    loaded = load(model, dtype=dtype).model
-    small = sum(p.numel() for p in loaded.parameters()) < SMALL and Adapter(loaded).input_device.type == "cpu"
-    return min(2, os.cpu_count() or 1) if small else 1
 
 
 def _sources(recipe: Recipe) -> set[str]:
@@ -219,42 +192,3 @@ def _fingerprint(data: Path, source: str) -> str:
     for path in files:
         state.update(path.read_bytes())
     return state.hexdigest()
-
-
-@contextmanager
-def _running(workers: int, begin: tuple[Any, ...]) -> Generator[Callable[[list[Step]], Iterator[tuple[Key, Any]]]]:
-    """Yield what runs a list of steps and yields their records as they come: here, or in worker processes."""
-    if workers == 1:
-        runner = Runner(*begin)
-        yield lambda steps: ((key, runner.run(key, arguments)) for key, arguments in steps)
-        return
-    with open_pool(workers, _begin, begin) as pool:
-
-        def run(steps: list[Step]) -> Iterator[tuple[Key, Any]]:
-            futures = [pool.submit(_step, key, arguments) for key, arguments in steps]
-            try:
-                yield from (future.result() for future in as_completed(futures))
-            except BrokenProcessPool:
-                raise TrimtabError(
-                    "A worker process was ended, most likely for want of memory. Finished steps are kept: run the same "
-                    "again with one worker, or with smaller sizes in a folder of their own."
-                ) from None
-            except BaseException:  # what has not begun is not worth waiting for
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-        yield run
-
-
-# What a worker keeps between steps has to be a global: a pool hands its processes nothing but arguments.
-_runner: Runner | None = None
-
-
-def _begin(recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, job: Mapping[str, Any]) -> None:
-    global _runner
-    _runner = Runner(recipe, sizes, out, data, job)
-
-
-def _step(key: Key, arguments: Mapping[str, Any]) -> tuple[Key, Any]:
-    assert _runner is not None
-    return key, _runner.run(key, arguments)

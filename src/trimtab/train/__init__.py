@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from trimtab.adapter import Adapter
+from trimtab.artifact import LowRank
 from trimtab.checkpoint import Checkpoint, describe_model, versions
 from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, unknown_name
 from trimtab.evals.cost import Cost, measured
@@ -24,6 +26,7 @@ from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.pairs import Pairs
 from trimtab.train.loops import History, Loss, Rows, Settings, fit, load_trainers, lora, merge
 from trimtab.types import check_seed
+from trimtab.weights.source import read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +53,8 @@ class Trained:
 
     model: PreTrainedModel
     record: dict[str, Any]
+    adapter: Mapping[str, LowRank] | None = None
+    """What LoRA added to each weight, in float32; None where all weights were trained."""
 
 
 def train(
@@ -140,7 +145,7 @@ def train(
         "trainable_parameters": bench.trainable,
         "versions": versions(),
     }
-    return Trained(made, record)
+    return Trained(made, record, bench.adapters.get(made))
 
 
 def _search(
@@ -289,6 +294,7 @@ class _Bench:
         self._options, self._score = options, score
         self._rows = (self._render(pairs), self._render(validation))
         self.trainable = 0
+        self.adapters: WeakKeyDictionary[PreTrainedModel, Mapping[str, LowRank]] = WeakKeyDictionary()
 
     def _render(self, pairs: Pairs) -> Rows:
         prompts = [pair.prompt for pair in pairs]
@@ -354,5 +360,8 @@ class _Bench:
         history = fit(student, self._tokenizer, *self._rows, settings, folder, min_improvement=MIN_IMPROVEMENT)
         # A copy that no trainer has touched takes the weights: trainers patch the model that they are given.
         made = copy.deepcopy(self._model)
+        if rank is not None:
+            student.save_pretrained(folder / "adapter")
+            self.adapters[made] = read_adapter(folder / "adapter")
         made.load_state_dict(merge(student) if rank is not None else student.state_dict())
         return made, history

@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.artifact.delta import DeltaKnob, LowRank, Part, check_parameter_name
+from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.large import Entry, check_target, write_large
+from trimtab.artifact.parts import LowRank, Part, check_parameter_name
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
 from trimtab.weights.source import Source, Weights, is_adapter, read_adapter
 
 BLOCK = 1 << 22
 """Entries that are subtracted at once."""
+EXPO_GAIN = 1.3
+"""The gain with which an Alignment Vector is ExPO (arXiv:2404.16792): beyond the aligned model by 0.3 (to 0.5)."""
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,10 +46,9 @@ def difference(
     """Return the knob `plus - minus`: of two models or checkpoint folders, or of two LoRA adapters of one base.
 
     A Preference Vector is theta+ minus theta-, of training with labels and with labels swapped (arXiv:2504.20106, eq.
-    2); an Alignment Vector is aligned minus base (arXiv:2410.19206). ExPO (arXiv:2404.16792) goes beyond the aligned
-    model by 0.3 to 0.5 of that: on the base model, strength 1 is there with `gain=1.3`. Adapters are put side by side:
-    `[s+ B+, -s- B-]` times `[A+; A-]` is their difference exactly, of twice the rank; one adapter alone is a difference
-    to its base.
+    2); an Alignment Vector is aligned minus base (arXiv:2410.19206), and with gain `EXPO_GAIN` it is ExPO. Adapters are
+    put side by side: `[s+ B+, -s- B-]` times `[A+; A-]` is their difference exactly, of twice the rank; one adapter
+    alone is a difference to its base.
 
     Weights are subtracted in float32, in blocks, and only then rounded to `dtype`: float32; bfloat16, whose error of at
     most 1/512 is small beside the rounding of 16-bit weights; float16, which has few digits left below 6e-5. With `out`
@@ -60,8 +62,8 @@ def difference(
         check_target(out)
     shell = DeltaKnob(name, method, {"weight": torch.zeros(1)}, gain, provenance=dict(provenance or {}))
     if is_adapter(plus) or (minus is not None and is_adapter(minus)):
-        parts = _adapters(plus, minus, STORED[dtype])
-        knob = replace(shell, parts=parts, diagnostics=_low_rank_diagnostics(parts))
+        knob = replace(shell, parts=_adapters(plus, minus, STORED[dtype]))
+        knob = knob.with_(diagnostics={"norms": knob.norms()})
         if out is None:
             return knob
         knob.save(out)
@@ -174,16 +176,6 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
         if not all(bool(side.isfinite().all()) for side in parts[name]):
             raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
     return parts
-
-
-def _low_rank_diagnostics(parts: Mapping[str, Part]) -> dict[str, Any]:
-    norms: dict[str, float] = {}
-    for name, part in parts.items():
-        assert isinstance(part, LowRank)
-        # ||b a||^2 = tr(b^T b a a^T): no product of the weight's own size.
-        square = (part.b.double().T @ part.b.double() * (part.a.double() @ part.a.double().T)).sum()
-        norms[name] = max(0.0, float(square)) ** 0.5
-    return {"norms": norms}
 
 
 def _some(names: list[str]) -> str:

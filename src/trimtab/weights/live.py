@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from trimtab.artifact.delta import DeltaKnob, LowRank, Part
+from trimtab.artifact.delta import DeltaKnob
+from trimtab.artifact.parts import LowRank, Part
 from trimtab.errors import KnobError
 from trimtab.types import check_strength
 
@@ -59,8 +60,8 @@ class Live:
                 parameter = self._parameters[name]
                 if parameter in seen:
                     raise KnobError(
-                        f"Knob {knob.name!r} changes {seen[parameter]!r} and {name!r}, which are one weight in this "
-                        "model: it ties them. Use a knob made of models that tie them too."
+                        f"{seen[parameter]!r} and {name!r} are one tensor in this model, which ties them: its "
+                        "difference would count twice. Use a knob that names one of them."
                     )
                 seen[parameter] = name
                 wanted.setdefault(parameter, []).append((name, part, alpha))

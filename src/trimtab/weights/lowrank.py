@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
-from trimtab.artifact.delta import DeltaKnob, LowRank, Part
+from trimtab.artifact.delta import DeltaKnob
+from trimtab.artifact.parts import LowRank, Part
 from trimtab.errors import OptionError
 from trimtab.weights.live import applied
 from trimtab.weights.rows import is_linear
@@ -55,13 +55,20 @@ def truncate(delta: Tensor, *, rank: int | None = None, energy: float | None = N
 
 
 def compress(
-    knob: DeltaKnob, model: nn.Module, *, rank: int | None = None, energy: float | None = None, seed: int = 0
+    knob: DeltaKnob,
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    probe: Sequence[Tensor] = (),
+    seed: int = 0,
 ) -> DeltaKnob:
     """Return a knob of low rank, which can have another strength in every row of a batch; see `truncate`.
 
     Weights of `model` that are no linear layer's (embeddings, norms, biases) are left out. `diagnostics["fidelity"]`
-    of the result holds the relative error of the whole difference, what was left out counted in, and by weight;
-    `fidelity` adds what that does to answers.
+    of the result holds the relative error of the whole difference, what was left out counted in, and by weight; and
+    with `probe`, texts as token ids `[T]`, `kl`: KL(model under `knob` || model under the result), both at strength 1,
+    in nats per token, over `kl_tokens` tokens.
     """
     knob.check_shapes(model)
     parts: dict[str, Part] = {}
@@ -87,52 +94,32 @@ def compress(
         "by_weight": errors,
         "left_out": left_out,
     }
-    diagnostics = {**knob.diagnostics, "fidelity": fidelity}
-    return replace(knob, parts=parts, diagnostics=diagnostics, tuning=None)
+    made = replace(knob, parts=parts, tuning=None)
+    if probe:
+        fidelity |= {"kl": divergence(model, knob, made, probe), "kl_tokens": sum(len(ids) for ids in probe)}
+    return replace(made, diagnostics={**knob.diagnostics, "fidelity": fidelity})
 
 
-def fidelity(
-    exact: DeltaKnob, compressed: DeltaKnob, model: nn.Module, ids: Sequence[Sequence[int]], *, strength: float = 1.0
-) -> DeltaKnob:
-    """Return the compressed knob with what compression changes in the model's answers, in `diagnostics["fidelity"]`.
-
-    `kl` is the mean over all tokens of `ids`, a list of token ids for each text, of KL(exact || compressed) in nats,
-    both knobs in the weights at `strength`. Log-probabilities under the exact knob are kept meanwhile: tokens times
-    vocabulary times 4 bytes.
-    """
-    if not ids or not all(len(text) for text in ids):
-        raise OptionError("A divergence is measured on texts of one token or more.")
+@torch.no_grad()
+def divergence(model: nn.Module, exact: DeltaKnob, other: DeltaKnob, probe: Sequence[Tensor]) -> float:
+    """Return KL(model under `exact` || model under `other`) at strength 1, in nats per token of the texts `[T]`."""
     if model.training:
         raise OptionError("Dropout would pass for a divergence. Call model.eval() first.")
-    total = 0.0
-    for wanted, found in zip(
-        [*_log_probabilities(model, exact, ids, strength)],
-        _log_probabilities(model, compressed, ids, strength),
-        strict=True,
-    ):
-        total += float(kl_div(found.double(), wanted.double(), reduction="sum", log_target=True))
-    tokens = sum(map(len, ids))
-    found = {**compressed.diagnostics.get("fidelity", {}), "kl": total / tokens, "tokens": tokens, "strength": strength}
-    return replace(compressed, diagnostics={**compressed.diagnostics, "fidelity": found})
-
-
-def _log_probabilities(
-    model: nn.Module, knob: DeltaKnob, ids: Sequence[Sequence[int]], strength: float
-) -> Iterator[Tensor]:
-    """Yield `[T, vocabulary]` in float32 for each text."""
     device = next(model.parameters()).device
-    with torch.no_grad(), applied(model, {knob: strength}):
-        for text in ids:
-            yield (
-                model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].float().log_softmax(-1)
-            )
+    inputs = [ids.to(device)[None] for ids in probe]
+    with applied(model, {exact: 1.0}):
+        wanted = [model(ids).logits[0].float().log_softmax(-1).cpu() for ids in inputs]
+    with applied(model, {other: 1.0}):
+        found = [model(ids).logits[0].float().log_softmax(-1).cpu() for ids in inputs]
+    sums = [float((p.exp() * (p - q)).sum()) for p, q in zip(wanted, found, strict=True)]
+    return max(sum(sums), 0.0) / sum(map(len, probe))  # rounding can leave a little less than 0
 
 
 def relative_error(delta: Tensor, low: LowRank) -> float:
     """Return `||delta - B A|| / ||delta||` in Frobenius norms, 0 for a difference of zero.
 
-    >>> round(relative_error(torch.eye(2), LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [0.0]]))), 6)
-    0.707107
+    >>> relative_error(torch.diag(torch.tensor([3.0, 4.0])), LowRank(torch.tensor([[0.0, 4.0]]), torch.eye(2)[:, 1:]))
+    0.6
     """
     length = float(delta.double().norm())
     return float((delta.double() - low.b.double() @ low.a.double()).norm()) / length if length else 0.0

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trimtab.artifact.delta import DeltaKnob, LowRank
+from trimtab.artifact.delta import DeltaKnob
+from trimtab.artifact.parts import LowRank
 from trimtab.errors import AdapterError, KnobError
 
 Alphas = Mapping[DeltaKnob, float]

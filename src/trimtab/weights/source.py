@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trimtab.artifact.delta import LowRank
 from trimtab.artifact.file import number
+from trimtab.artifact.parts import LowRank
 from trimtab.errors import KnobError, OptionError, brief, printable
-from trimtab.files import parse_json, read_bytes
+from trimtab.files import open_regular, parse_json, read_bytes
 
 Source = nn.Module | str | Path
 INDEX, WHOLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
@@ -103,7 +103,8 @@ class Weights:
 def open_shard(path: Path) -> Any:
     """Open one safetensors file; raises `OptionError` that says what is wrong with it."""
     try:
-        return safe_open(path, "pt")
+        with open_regular(path):
+            return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise OptionError(f"Cannot read {brief(str(path), 240)}: {printable(str(error))[:200]}.") from None
 

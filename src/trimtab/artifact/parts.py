@@ -1,0 +1,98 @@
+"""The parts of a weight knob: the difference of one parameter, dense or as a product of two thin matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import KnobError, brief
+
+
+class LowRank(NamedTuple):
+    """The product `b @ a`, `[out, in]`, as a LoRA adapter holds it."""
+
+    a: Tensor  # [R, in]
+    b: Tensor  # [out, R]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the product."""
+        return torch.Size((self.b.shape[0], self.a.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        """Length of the side that the two share."""
+        return self.a.shape[0]
+
+    def dense(self) -> Tensor:
+        """Return the product in float32."""
+        return self.b.float() @ self.a.float()
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the product, without multiplying it out: ||b a||^2 = tr(b^T b a a^T)."""
+        a, b = self.a.double(), self.b.double()
+        return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+
+Part = Tensor | LowRank
+
+
+def check_parameter_name(name: str) -> None:
+    """Raise `KnobError` for a name that a terminal could not show."""
+    if not name or not name.isprintable() or len(name) > 400:
+        raise KnobError(f"A parameter's name is 1 to 400 printable characters; got {brief(name)}.")
+
+
+def check_part(name: str, part: Part) -> None:
+    """Raise `KnobError` for a name that a terminal could not show, and for two sides that have no product."""
+    check_parameter_name(name)
+    if isinstance(part, LowRank) and not (part.a.dim() == part.b.dim() == 2 and part.a.shape[0] == part.b.shape[1] > 0):
+        raise KnobError(
+            f"A low-rank difference is b [out, R] times a [R, in]; that of {name!r} has {list(part.b.shape)} and "
+            f"{list(part.a.shape)}."
+        )
+
+
+def norm(part: Part) -> float:
+    """Return the Frobenius norm."""
+    if isinstance(part, LowRank):
+        return part.norm()
+    return float(torch.linalg.vector_norm(part.detach(), dtype=torch.float64))
+
+
+def scaled(part: Part, factor: float) -> Part:
+    """Multiply; 1 changes nothing, and a low-rank part is scaled on one side."""
+    if factor == 1:
+        return part
+    return LowRank(part.a, factor * part.b) if isinstance(part, LowRank) else factor * part
+
+
+def joined(one: Part, two: Part) -> Part:
+    """Add; low-rank parts are put side by side, `[b1 b2] [a1; a2]`, so that nothing is left out."""
+    if isinstance(one, LowRank) and isinstance(two, LowRank):
+        return LowRank(torch.cat([one.a.float(), two.a.float()]), torch.cat([one.b.float(), two.b.float()], dim=1))
+    first, second = (part.dense() if isinstance(part, LowRank) else part.float() for part in (one, two))
+    return first + second
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """Return the parts that labelled tensors hold: `dense/NAME`, or `a/NAME` with `b/NAME`.
+
+    Raises `KnobError` for a label of another form, and for a difference that is there twice.
+    """
+    parts: dict[str, Part] = {}
+    for label in tensors:
+        side, _, name = label.partition("/")
+        if side != "b" and name in parts:
+            raise KnobError(f"it holds the difference of {brief(name)} twice, dense and as a product.")
+        if side == "dense":
+            parts[name] = tensors[label]
+        elif side == "a" and f"b/{name}" in tensors:
+            parts[name] = LowRank(tensors[label], tensors[f"b/{name}"])
+        elif not (side == "b" and f"a/{name}" in tensors):
+            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind 'delta' has not.")
+    return parts

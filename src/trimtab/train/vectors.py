@@ -1,0 +1,161 @@
+"""Knobs whose evidence is training: DPO on the pairs, and on the pairs swapped; the weights' difference is the knob."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from trimtab.artifact import DeltaKnob, LowRank
+from trimtab.artifact.parts import Part, parts_of
+from trimtab.checkpoint import Checkpoint, describe_model, learned_from, remove
+from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
+from trimtab.methods import TRAINED
+from trimtab.pairs import Pairs
+from trimtab.train import GRIDS, Trained, train
+from trimtab.types import check_seed
+from trimtab.weights.delta import STORED, difference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WeightMethod = Literal["preference-vector", "alignment-vector"]
+RANK = 16
+LEARNING_RATES = (1e-5, 1e-4)
+"""Rates that are tried where none are given: those of an adapter; all weights want smaller ones (`train.GRIDS`)."""
+BETAS = (0.1,)
+NOTHING = "Training changed no weight, so there is no difference. Try larger learning_rates."
+
+
+def learn_weights(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    *,
+    method: WeightMethod = "preference-vector",
+    name: str = "knob",
+    validation: Pairs | None = None,
+    lora_rank: int | None = RANK,
+    learning_rates: Sequence[float] | None = None,
+    betas: Sequence[float] | None = None,
+    epochs: int = 10,
+    patience: int = 2,
+    batch_size: int = 16,
+    seed: int = 0,
+    dtype: str = "float32",
+    licence: str | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DeltaKnob:
+    """Train what a weight knob needs with DPO, from `model` and with it as the reference, and return the knob.
+
+    "preference-vector" (arXiv:2504.20106, eq. 2): theta+ - theta-, of a training with the pairs and of one with chosen
+    and rejected swapped, both at the setting that the first one chose. "alignment-vector" (arXiv:2410.19206):
+    theta_aligned - theta_base, one training. Strength 1 is the paper's coefficient 1. `model` itself stays as it is.
+
+    With `lora_rank` an adapter is trained and the knob is of low rank, twice `lora_rank` for a preference vector, with
+    nothing lost; such a knob can have another strength in every row of a batch. None trains all weights in float32, and
+    the knob is dense, stored in `dtype` (float32, bfloat16, float16), rounded after subtraction.
+
+    `validation`, `learning_rates`, `betas`, `epochs`, `patience`, `batch_size`, `seed`: see `trimtab.train.train`; None
+    stands for `LEARNING_RATES`, or with all weights for those of `train`, and for `BETAS`. `diagnostics` holds the
+    records of the trainings, the norms by weight and, of a preference vector, the cosine of theta+ - theta and
+    theta- - theta (about -0.5 to -0.7 in the paper's models). `progress` is called with the settings that are trained
+    and their number.
+
+    `checkpoint` is a folder that keeps finished trainings, and the finished settings of the one that is under way: the
+    same call goes on there after it was stopped or killed. Raises what `train` raises, and `TrainError` where training
+    changed no weight.
+    """
+    if method not in TRAINED:
+        raise unknown_name("method", str(method), get_args(WeightMethod))
+    if not isinstance(pairs, Pairs) or not len(pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PairsError(f"pairs must be Pairs, and at least one; got {pairs!r}. Pass Pairs.from_records(...).")
+    if dtype not in STORED:
+        raise unknown_name("dtype", str(dtype), STORED)
+    rates = (GRIDS["dpo"][0] if lora_rank is None else LEARNING_RATES) if learning_rates is None else learning_rates
+    run: dict[str, Any] = {"epochs": epochs, "patience": patience, "batch_size": batch_size, "seed": check_seed(seed)}
+    options: dict[str, Any] = {
+        "lora_rank": lora_rank,
+        "learning_rates": list(rates),
+        "betas": list(BETAS if betas is None else betas),
+        **run,
+        "dtype": dtype,
+    }
+    held = {} if validation is None else {"plus": validation, "minus": validation.swapped()}
+    total = len(set(rates)) * len(set(options["betas"])) + (method == "preference-vector")
+    settings_done = count(1)
+
+    def advance(done: int, of: int) -> None:
+        progress(next(settings_done), total)
+
+    kept = Checkpoint(
+        checkpoint,
+        lambda: (
+            {"work": "learning weights", **describe_model(model, tokenizer), **options, "pairs": pairs.hash()}
+            | {"validation": None if validation is None else validation.hash()}
+        ),
+    )
+    begun = time.perf_counter()
+
+    def side(label: str, used: Pairs, rates: Sequence[float], betas: Sequence[float]) -> tuple[DeltaKnob, Any]:
+        """Train one side, or take it from the checkpoint; return its difference to the base and its record."""
+        own = None if checkpoint is None else Path(checkpoint) / label
+        base = model if lora_rank is not None or model.dtype == torch.float32 else copy.deepcopy(model).float()
+
+        @cache
+        def trained() -> Trained:
+            settings: dict[str, Any] = {"validation": held.get(label), "lora_rank": lora_rank, **run}
+            settings |= {"learning_rates": rates, "betas": betas, "checkpoint": own, "progress": advance}
+            return train(base, tokenizer, used, **settings)
+
+        record = kept.step(f"{label} record", lambda: trained().record)
+        tensors = kept.tensors(label, lambda: _parts(trained(), base).tensors())
+        if own is not None:
+            remove(own)
+        return DeltaKnob(name, method, parts_of(tensors)), record
+
+    plus, record = side("plus", pairs, rates, options["betas"])
+    knob, records, diagnostics = plus, {"plus": record}, dict[str, Any]()
+    if method == "preference-vector":
+        chosen = record["chosen"]
+        minus, records["minus"] = side("minus", pairs.swapped(), [chosen["learning_rate"]], [chosen["beta"]])
+        knob = plus - minus
+        diagnostics["cosine_plus_minus"] = _cosine(plus, minus, knob)
+    diagnostics |= {"norms": knob.norms(), "training": records, "seconds": time.perf_counter() - begun}
+    return DeltaKnob(
+        name,
+        method,
+        {label: _stored(part, STORED[dtype]) for label, part in knob.parts.items()},
+        provenance=learned_from(model, tokenizer, pairs, TRAINED[method], options, licence),
+        diagnostics=diagnostics,
+    )
+
+
+def _parts(trained: Trained, base: PreTrainedModel) -> DeltaKnob:
+    """Return what training added to the base model; raises `TrainError` where that is nothing."""
+    if trained.adapter is None:
+        try:
+            return difference(trained.model, base, name="side")
+        except OptionError:
+            raise TrainError(NOTHING) from None
+    added = DeltaKnob("side", "lora", trained.adapter)
+    if not added.norm():
+        raise TrainError(NOTHING)
+    return added
+
+
+def _cosine(plus: DeltaKnob, minus: DeltaKnob, between: DeltaKnob) -> float:
+    """Return the cosine of two differences by the law of cosines, from norms alone: nothing is multiplied out."""
+    a, b, c = plus.norm(), minus.norm(), between.norm()
+    return (a * a + b * b - c * c) / (2 * a * b)
+
+
+def _stored(part: Part, dtype: torch.dtype) -> Part:
+    return LowRank(part.a.to(dtype), part.b.to(dtype)) if isinstance(part, LowRank) else part.to(dtype)
