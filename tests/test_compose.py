@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from trimtab.cli.compose import REPORT
 from trimtab.compose import Composed, Goal, Tried, choose_setting, compose, pareto_front
 from trimtab.compose.goal import goal_bias, undominated
 from trimtab.compose.page import FILES
+from trimtab.compose.search import Answer, ask_optuna
 from trimtab.errors import KnobError, MissingDependency, OptionError, TrimtabWarning, TuneError, UnknownName
 from trimtab.evals.choices import ChoiceTask, Rule
 from trimtab.evals.stats import selection_bias
@@ -311,6 +313,32 @@ def test_a_seed_decides_what_is_tried(planted: Planted) -> None:
     assert first == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
 
 
+def test_optuna_is_told_what_was_measured_and_keeps_to_what_exceeds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, float]] = []
+    measured: list[dict[str, float]] = []
+    tell = optuna.study.Study.tell
+
+    def listen(study: Any, trial: Any, values: Any) -> Any:
+        told.append(trial.params)
+        return tell(study, trial, values)
+
+    def measure(setting: dict[str, float]) -> Answer:
+        measured.append(setting)
+        return Answer([setting["a"] + setting["b"]], {"rail": setting["a"] - 0.25})
+
+    monkeypatch.setattr(optuna.study.Study, "tell", listen)
+    first = [{"a": 0.0, "b": 0.0}, {"a": 0.333, "b": 0.0}]
+    bounds = {"a": (-1.0, 1.5), "b": (-1.0, 0.333)}
+    ask_optuna("tpe", bounds, first, measure, objectives=1, trials=40, seed=0)
+    assert measured[:2] == first
+    for setting, params in zip(measured, told, strict=True):
+        assert setting == pytest.approx(params, abs=0.0051)
+        assert -1 <= setting["b"] <= 0.333
+    assert all(value == round(value, 2) for setting in measured[2:] for value in setting.values())
+    # Without the rail the best is a = 1.5.
+    assert np.mean([setting["a"] <= 0.25 for setting in measured[20:]]) > 0.5
+
+
 # --- the choice, without a model ------------------------------------------------------------------------------------
 
 
@@ -382,17 +410,25 @@ def test_the_mildest_of_settings_that_the_items_cannot_tell_apart_is_chosen() ->
         tried({"a": 0.5}, kept, 0.2, x=nearly.items["x"].tolist()),
     ]
     assert choose_setting([base, *by_kl], goal) is by_kl[0]
+    without = [replace(row, rails={}) for row in by_kl]  # then KL would speak against the effect itself
+    assert choose_setting([base, *without], goal) is without[1]
 
 
 def test_two_tasks_are_compared_by_the_error_of_their_sum() -> None:
     flat, base = [0.5] * 8, tried({"a": 0.0}, x=[0] * 8, y=[0] * 8)
     best = tried({"a": 2.0}, x=[1, 1, 1, 1, 1, 1, 1, 1], y=flat)
-    other = tried({"a": 1.0}, x=[1, 1, 1, 1, 1, 1, 0, 0], y=[0.6, 0.4] * 4)
-    error = math.hypot(np.std([0, 0, 0, 0, 0, 0, 1, 1], ddof=1), np.std([0.1, -0.1] * 4, ddof=1)) / math.sqrt(8)
-    assert error < 0.25
+    other = tried({"a": 1.0}, x=[1, 1, 1, 1, 1, 1, 0, 0], y=[0.75, 0.25] * 4)
+    error = math.hypot(np.std([0, 0, 0, 0, 0, 0, 1, 1], ddof=1), np.std([0.25, -0.25] * 4, ddof=1)) / math.sqrt(8)
+    assert error < 0.25  # which the sum of both errors is not
     assert choose_setting([base, best, other], Goal({"x": 1.0, "y": 1.0})) is best
     noisy = tried({"a": 1.0}, x=other.items["x"].tolist(), y=[1, 0] * 4)  # the error is now 0.25
     assert choose_setting([base, best, noisy], Goal({"x": 1.0, "y": 1.0})) is noisy
+
+
+def test_a_setting_that_gains_is_taken_though_the_items_cannot_tell_it_from_the_base_model() -> None:
+    base, better = tried({"a": 0.0}, x=[0] * 8), tried({"a": 1.0}, x=[1, 0, 0, 0, 0, 0, 0, 0])
+    useless = tried({"a": 0.5}, x=[0] * 8)
+    assert choose_setting([base, useless, better], Goal({"x": 1.0})) is better
 
 
 def test_the_base_model_is_chosen_where_nothing_is_better() -> None:
@@ -434,6 +470,8 @@ def test_the_bias_of_one_preference_is_that_of_tuning() -> None:
     goal, expected = Goal({"x": 1.0}), selection_bias(rows[0].items["x"], [row.items["x"] for row in rows[1:]])
     assert goal_bias(rows[0], rows, goal) == pytest.approx(expected)
     assert goal_bias(rows[0], rows, Goal({"x": -2.0})).expected == pytest.approx(2 * expected.expected)
+    ruled_out = [replace(row, excess={"rail": 0.1}) for row in rows[3:]]  # what cannot be chosen brings no luck
+    assert goal_bias(rows[0], [*rows[:3], *ruled_out], goal).settings == 2
 
 
 # --- what is warned of and refused ----------------------------------------------------------------------------------
@@ -550,9 +588,8 @@ def test_optunas_logging_is_quiet_and_as_it_was_afterwards(planted: Planted, cap
 def test_a_panel_is_written_with_the_knobs_that_have_no_file(planted: Planted, tmp_path: Path) -> None:
     planted.knobs["yes"].save(tmp_path / "mine.safetensors")
     knobs: dict[str, Any] = {"a/b": planted.knobs["yes"], "are": planted.knobs["are"]}
-    found = composed(
-        planted, knobs=knobs, tasks={"y": planted.tasks["y"], "r": planted.tasks["r"]}, search="grid", grid=[0, 1]
-    )
+    tasks = {name: planted.tasks[name] for name in "yr"}
+    found = composed(planted, knobs=knobs, tasks=tasks, targets={"y": 0.9, "r": 0.95}, search="grid", grid=[0, 0.5])
     found.save(tmp_path / "panel.json", {"a/b": tmp_path / "mine.safetensors"})
     assert {path.name for path in tmp_path.iterdir()} == {
         "mine.safetensors",
@@ -560,7 +597,7 @@ def test_a_panel_is_written_with_the_knobs_that_have_no_file(planted: Planted, t
         "panel.are.knob.safetensors",
     }
     panel = load_panel(tmp_path / "panel.json")
-    assert panel.setting == found.panel.setting == {"a/b": 1.0, "are": 1.0}
+    assert panel.setting == found.panel.setting == {"a/b": 0.5, "are": 0.5}
     dose = panel.rack.resolve(panel.setting)
     for name in "yr":
         assert run_task(planted.lm, planted.words, planted.tasks[name], dose).accuracy == pytest.approx(
