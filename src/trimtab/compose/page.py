@@ -130,7 +130,9 @@ def draw_front(record: Row) -> Figure:
         for label, row, mark in (("base model", record["base"], "s"), ("chosen", record["chosen"], "*")):
             size = 16 if mark == "*" else 9
             axis.plot(*_point(row, pair), mark, color="#000000", fillstyle="none", markersize=size, label=label)
-        axis.set(xlabel=pair[0] or "sum of strengths, signs apart", ylabel=pair[1])
+        axis.set(xlabel=pair[0] or "sum of strengths, signs apart", ylabel=pair[1], ylim=(-0.06, 1.06))
+        if pair[0] is not None:
+            axis.set_xlim(-0.06, 1.06)
         axis.grid(color="#dddddd", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
