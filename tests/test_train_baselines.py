@@ -1,9 +1,13 @@
-"""Baselines that are trained: relabelled pairs, BFPO's row of betas, rewards through TRL, and soups of what comes out."""
+"""Baselines that are trained: relabelled pairs, BFPO's betas, rewards through TRL, and soups of what comes out."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import random
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +15,22 @@ import pytest
 import torch
 
 from pico import model, tokenizer
-from trimtab.errors import OptionError, PairsError, UnknownName
+from trimtab.artifact.delta import DeltaKnob, LowRank
+from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, UnknownName
 from trimtab.evals.likelihood import pair_margins
+from trimtab.evals.tasks import Task
+from trimtab.generate import generate, read_prompt
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
+from trimtab.render import Renderer
 from trimtab.train import loops as loops_module
+from trimtab.train import rollouts as rollouts_module
 from trimtab.train import train
 from trimtab.train.labels import Flags, bfpo_target, bfpo_targets, relabel
+from trimtab.train.rewards import reinforce, task_reward
+from trimtab.train.soup import soup
+from trimtab.weights.delta import difference
+from trimtab.weights.live import applied
 
 pytest.importorskip("trl", reason="training needs the train extra")
 
@@ -179,3 +192,257 @@ def test_bfpo_wants_the_flags() -> None:
     bare = Pairs.from_records([{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(4)])
     with pytest.raises(PairsError, match="Pair 1 does not say which answer is better"):
         train(model(), tokenizer(), bare, loss="bfpo", **FAST)
+
+
+# --- rewards --------------------------------------------------------------------------------------------------------
+
+PROMPTS = [f"Ask {i}?" for i in range(6)]
+LOOK = ["Look 1?", "Look 2, which is longer?"]
+QUICK: dict[str, Any] = {
+    "validation": LOOK,
+    "learning_rate": 1e-2,
+    "steps": 6,
+    "batch_size": 3,
+    "answers": 4,
+    "max_new_tokens": 6,
+    "look_every": 3,
+}
+LOOKS = [f"Look {i}?" for i in range(30)]  # 24 rows a batch: the last one is smaller
+LONG = QUICK | {"validation": LOOKS, "answers": 8, "steps": 12, "look_every": 4, "kl": 0.01}
+
+
+def lower(prompts: Any, answers: Any) -> list[float]:
+    """The share of an answer's characters in the lower half of the vocabulary: about a half at first."""
+    return [sum(ord(letter) < 0xE0 for letter in text) / max(len(text), 1) for text in answers]
+
+
+@pytest.mark.parametrize("rank", [None, 8], ids=["all weights", "adapter"])
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_a_planted_reward_rises_and_model_and_process_stay_as_they_were(method: str, rank: int | None) -> None:
+    lm, words = model(), tokenizer()
+    words.padding_side = "right"
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), dict(os.environ)
+    looked: list[list[float]] = []
+
+    def reward(prompts: Any, answers: Any) -> list[float]:
+        if prompts[0][-1].content in LOOKS:
+            looked.append(lower(prompts, answers))
+        return lower(prompts, answers)
+
+    trained = reinforce(lm, words, PROMPTS, reward, method=method, lora_rank=rank, **LONG)  # pyright: ignore[reportArgumentType]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert dict(os.environ) == states[3]
+    assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
+    assert (words.padding_side, words.pad_token) == ("right", "<pad>")
+    assert not lm.training
+    assert type(trained.model) is type(lm)
+    assert "forward" not in vars(trained.model)  # nothing that a trainer patches
+    record = trained.record
+    assert json.loads(json.dumps(record)) == record
+    assert record["looked_at"] == [4, 8, 12]
+    assert len(record["rewards"]) == len(record["divergences"]) == record["steps"] == 12
+    means = [np.mean(looked[i] + looked[i + 1]) for i in range(0, len(looked), 2)]
+    assert [record["starting_reward"], *record["validation_rewards"]] == pytest.approx(means, abs=1e-6)
+    assert record["best_reward"] == max(record["validation_rewards"]) > record["starting_reward"] + 0.05
+    assert record["looked_at"][int(np.argmax(record["validation_rewards"]))] == record["best_step"]
+    assert record["run"]["seconds"] > 0
+    assert record["divergences"][0] == pytest.approx(0, abs=1e-6)  # the reference is the model as it was
+    assert record["divergences"][-1] > 1e-3
+    if rank is None:
+        more = [f"New {i}?" for i in range(60)]
+        texts = [generate(m, words, more, temperature=1.0, max_new_tokens=6) for m in (lm, trained.model)]
+        before_it, after_it = (np.mean(lower(more, [g.text for g in made])) for made in texts)
+        assert after_it > before_it + 0.1
+
+
+def test_trl_samples_from_our_ids_and_rewards_the_texts_that_we_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, seen, asked = tokenizer(), [], []
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "And?"},
+    ]
+    make = rollouts_module._trainer
+
+    def spied(*arguments: Any) -> Any:
+        trainer = make(*arguments)
+        sample = trainer._generate_and_score_completions
+
+        def watch(inputs: Any) -> Any:
+            seen.append(sample(inputs))
+            return seen[-1]
+
+        trainer._generate_and_score_completions = watch
+        return trainer
+
+    def reward(prompts: Any, answers: Any) -> list[float]:
+        asked.append((list(prompts), list(answers)))
+        return lower(prompts, answers)
+
+    monkeypatch.setattr(rollouts_module, "_trainer", spied)
+    reinforce(model(), words, [*PROMPTS[:2], turns], reward, **QUICK | {"steps": 3})
+    renderer = Renderer(words)
+    expected = {tuple(renderer.prompt_ids(read_prompt(p))) for p in (*PROMPTS[:2], turns, *LOOK)}
+    found = set[tuple[int, ...]]()
+    for batch, (prompts, answers) in zip(seen, asked, strict=True):
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids = tuple(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist())
+            found.add(ids)
+            made = batch["completion_ids"][i][batch["completion_mask"][i].bool()].tolist()
+            if batch["completion_ids"].shape[0] == 2:  # a look, in order; a step's rows are shuffled afterwards
+                assert ids == tuple(renderer.prompt_ids(prompt))
+                assert answer == renderer.decode([token for token in made if token != words.eos_token_id])
+    assert found == expected
+
+
+def test_kl_holds_the_model_back() -> None:
+    lm, words = model(), tokenizer()
+    free, held = (
+        reinforce(lm, words, PROMPTS, lower, method="grpo", **LONG | {"kl": kl, "validation": LOOK}).record[
+            "divergences"
+        ]
+        for kl in (0.01, 3.0)
+    )
+    assert held[-1] < 0.5 * free[-1]
+    assert not reinforce(lm, words, PROMPTS, lower, **QUICK | {"kl": 0.0}).record["divergences"]
+
+
+def test_runs_repeat_and_a_finished_one_is_kept(tmp_path: Path) -> None:
+    lm, words = model(dtype=torch.bfloat16), tokenizer()
+    own = QUICK | {"checkpoint": tmp_path / "kept", "rewarded_by": "lower half"}
+    first = reinforce(lm, words, PROMPTS, lower, **own)
+    assert first.model.dtype == torch.bfloat16
+
+    def never(prompts: Any, answers: Any) -> list[float]:
+        raise AssertionError
+
+    kept = reinforce(lm, words, PROMPTS, never, **own)
+    again = reinforce(lm, words, PROMPTS, lower, **QUICK)
+    for other in (kept, again):
+        assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), other.model.parameters(), strict=True))
+        assert other.record["validation_rewards"] == first.record["validation_rewards"]
+    assert not all(torch.equal(a, b) for a, b in zip(first.model.parameters(), lm.parameters(), strict=True))
+    with pytest.raises(OptionError, match=r"another job: rewarded by"):
+        reinforce(lm, words, PROMPTS, lower, **own | {"rewarded_by": "other"})
+    with pytest.raises(OptionError, match="say in rewarded_by"):
+        reinforce(lm, words, PROMPTS, lower, **own | {"rewarded_by": None})
+
+
+def test_a_run_ends_when_looks_bring_nothing_and_says_so() -> None:
+    seen: list[tuple[int, int]] = []
+    own = QUICK | {"steps": 9, "look_every": 1, "patience": 2, "progress": lambda *done: seen.append(done)}
+    with pytest.warns(TrimtabWarning, match="never rose above the 0.5"):
+        record = reinforce(model(), tokenizer(), PROMPTS, lambda prompts, answers: [0.5] * len(answers), **own).record
+    assert (record["steps"], record["best_step"], record["looked_at"]) == (3, 1, [1, 2, 3])
+    assert seen == [(1, 9), (2, 9), (3, 9)]
+
+
+def test_prompts_are_held_out_without_validation_and_never_shared() -> None:
+    asked: list[str] = []
+
+    def reward(prompts: Any, answers: Any) -> list[float]:
+        asked.extend(prompt[-1].content for prompt in prompts)
+        return lower(prompts, answers)
+
+    own = QUICK | {"validation": None, "steps": 4, "look_every": 4}
+    record = reinforce(model(), tokenizer(), PROMPTS, reward, **own).record
+    assert (record["prompts"]["count"], record["validation"]["count"]) == (4, 2)
+    looked = set(asked[:2])
+    assert looked == set(asked[-2:])
+    assert set(asked[2:-2]) == set(PROMPTS) - looked
+    with pytest.raises(OptionError, match="1 of the validation prompts are training prompts too"):
+        reinforce(model(), tokenizer(), PROMPTS, lower, **QUICK | {"validation": PROMPTS[:1]})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answers": 1}, "answers counts from 2"),
+        ({"steps": 0}, "steps counts from 1"),
+        ({"lora_rank": True}, "lora_rank counts from 1"),
+        ({"patience": 0}, "patience counts from 1"),
+        ({"learning_rate": 0.0}, "learning rate lies between"),
+        ({"kl": -0.1}, "kl is 0 or more"),
+        ({"kl": math.nan}, "kl is 0 or more"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"max_new_tokens": 10**6}, "no room for 1000000 new ones"),
+        ({"validation": []}, "validation too"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        reinforce(model(), tokenizer(), PROMPTS, lower, **QUICK | change)
+
+
+def test_rewards_that_are_none_are_named() -> None:
+    with pytest.raises(UnknownName, match="rloo"):
+        reinforce(model(), tokenizer(), PROMPTS, lower, **QUICK | {"method": "ppo"})
+    with pytest.raises(OptionError, match="got 1 for 2 answers"):
+        reinforce(model(), tokenizer(), PROMPTS, lambda prompts, answers: [0.0], **QUICK)
+    with pytest.raises(TrainError, match="which is not finite"):
+        reinforce(model(), tokenizer(), PROMPTS, lambda prompts, answers: [math.nan] * len(answers), **QUICK)
+
+
+def test_the_reward_of_a_task_is_its_grader() -> None:
+    graded: list[list[str]] = []
+
+    def grade(answers: Any) -> list[float]:
+        graded.append(list(answers))
+        return [float(text == f"right {i}") for i, text in enumerate(answers)]
+
+    one, two = (Task(name, (f"{name} 0?", f"{name} 1?"), grade) for name in ("one", "two"))
+    asked = ["two 1?", "one 0?", "two 1?", "two 0?"]
+    reward = task_reward(one, two)
+    texts = ["right 1", "right 0", "right 0", "right 1"]
+    assert list(reward([read_prompt(p) for p in asked], texts)) == [1.0, 1.0, 0.0, 0.0]
+    assert ["right 1", "right 1"] in graded  # two answers to one task's prompts, graded together
+    with pytest.raises(OptionError, match="None of the 2 tasks"):
+        reward([read_prompt("three?")], [""])
+    items = world.items("harmless", "train", 5)
+    exact = task_reward(world.task("harmless", "train", 5))
+    prompts = [read_prompt(item.prompt) for item in items]
+    assert list(exact(prompts, [item.answers["refuse"] for item in items])) == [1.0] * 5
+    assert list(exact(prompts, [item.answers["comply"] for item in items])) == [0.0] * 5
+
+
+# --- soups ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_soup_is_the_average_of_the_models() -> None:
+    base, one, two = model(seed=0), model(seed=1), model(seed=2)
+    first, second = (difference(m, base, name=n) for m, n in ((one, "one"), (two, "two")))
+    for weights, expected in ((None, (0.5, 0.5)), ((3.0, 1.0), (0.75, 0.25)), ((0.0, 2.0), (0.0, 1.0))):
+        knob = soup([first, second], weights, name="dpo-soup")
+        assert (knob.name, knob.method) == ("dpo-soup", "soup")
+        assert [part["weight"] for part in knob.provenance["soup"]] == list(expected)
+        with applied(base, {knob: 1.0}):
+            for name, value in base.named_parameters():
+                mean = sum(w * dict(m.named_parameters())[name] for w, m in zip(expected, (one, two), strict=True))
+                assert torch.allclose(value, mean, atol=1e-6), name
+
+
+def test_a_soup_of_low_rank_knobs_stays_of_low_rank_and_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    knobs = [
+        DeltaKnob(
+            n, "delta", {"w": LowRank(torch.randn(2, 5, generator=generator), torch.randn(4, 2, generator=generator))}
+        )
+        for n in ("one", "two")
+    ]
+    mixed = soup(knobs, (1.0, 3.0))
+    assert mixed.low_rank
+    assert torch.allclose(mixed.gain * mixed.dense("w"), 0.25 * knobs[0].dense("w") + 0.75 * knobs[1].dense("w"))
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (0.0, 0.0), (1.0, math.inf)], ids=str)
+def test_weights_that_make_no_average_are_refused(weights: tuple[float, ...]) -> None:
+    knob = DeltaKnob("one", "delta", {"w": torch.ones(2)})
+    with pytest.raises(OptionError, match="weight"):
+        soup([knob, knob], weights)
+    with pytest.raises(OptionError, match="one knob at least"):
+        soup([])

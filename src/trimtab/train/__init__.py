@@ -116,7 +116,7 @@ def train(
     if checkpoint is not None and score is not None and scored_by is None:
         raise OptionError("A checkpoint keeps scores: say in scored_by, a text, what tells this score from others.")
     load_trainers()
-    _check_model(model)
+    check_model(model)
     used, held = _split(pairs, validation, seed)
     if loss == "bfpo":
         used, held = relabel(used, "bfpo"), relabel(held, "bfpo")
@@ -264,7 +264,7 @@ def _best(table: Sequence[Mapping[str, Any]]) -> int:
     return scores.index(max(scores))
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
     """Raise `OptionError` for a model that cannot be copied and trained as it is."""
     Adapter(model).check_plain("training")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})

@@ -76,11 +76,18 @@ class History:
     """The validation loss before any step."""
 
 
-def lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """Wrap a model with an adapter on all its linear layers but the head; the adapter alone is trained."""
-    from peft import LoraConfig, get_peft_model
+def lora_config(rank: int) -> Any:
+    """Return PEFT's configuration of an adapter on all linear layers but the head, alpha twice the rank."""
+    from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """Wrap a model with an adapter as in `lora_config`; the adapter alone is trained."""
+    from peft import get_peft_model
+
+    config = lora_config(rank)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=THEIRS)
         torch.manual_seed(seed)
