@@ -16,6 +16,7 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.artifact.delta import DeltaKnob, LowRank
+from trimtab.cli import main
 from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, UnknownName
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
@@ -188,10 +189,24 @@ def test_bfpo_gets_the_ids_that_dpo_gets_and_learns_its_own_ranking(monkeypatch:
     assert trained.record["pairs"]["hash"] == relabel(pairs, "bfpo").hash()
 
 
-def test_bfpo_wants_the_flags() -> None:
+def test_bfpo_wants_the_flags_and_the_verb_reads_them_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bare = Pairs.from_records([{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(4)])
     with pytest.raises(PairsError, match="Pair 1 does not say which answer is better"):
         train(model(), tokenizer(), bare, loss="bfpo", **FAST)
+    folder, pairs = tmp_path / "pico", pairs_of(*KINDS * 2)
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    bare.save(tmp_path / "bare.jsonl")
+    pairs.save(tmp_path / "pairs.jsonl")
+    words = ["--out", str(tmp_path / "made"), "--epochs", "2", "--learning-rates", "3e-3", "--betas", "0.2", "--json"]
+    assert main(["train", "bfpo", str(folder), str(tmp_path / "bare.jsonl"), *words]) == 2
+    assert "does not say which answer is better" in capsys.readouterr().err
+    assert main(["train", "bfpo", str(folder), str(tmp_path / "pairs.jsonl"), *words]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["loss"], record["chosen"]["beta"]) == ("bfpo", 0.2)
+    assert record["pairs"]["hash"] == relabel(pairs.split(seed=0).train, "bfpo").hash()
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------
