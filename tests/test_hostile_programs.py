@@ -358,9 +358,9 @@ ATTACKS = {
         "fd = os.memfd_create('x')\nreturn os.write(fd, bytes(1 << 20))", at_least(1), "limits seccomp"
     ),
     "a bomb of zeros": Attack(
-        "import zlib\nsqueeze = zlib.compressobj(1)\n"
-        "bomb = b''.join(squeeze.compress(bytes(1 << 20)) for _ in range(300))\n"
-        "return len(zlib.decompress(bomb + squeeze.flush()))",
+        "import zlib\nsqueeze = zlib.compressobj(1, wbits=-15)\n"
+        "piece = squeeze.compress(bytes(1 << 20)) + squeeze.flush(zlib.Z_FULL_FLUSH)\n"  # repeated: quick
+        "return len(zlib.decompress(piece * 300 + squeeze.flush(), wbits=-15))",
         returned(300 << 20),
         "limits",
     ),

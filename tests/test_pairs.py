@@ -162,6 +162,20 @@ def test_balanced_flips_swap_exactly_half_of_the_pairs(n: int, flips: int) -> No
         assert pairs.flip_balanced(seed=4) != flipped
 
 
+def test_swapped_pairs_swap_what_is_told_of_their_answers() -> None:
+    told = {"better": "chosen", "safer": "rejected", "chosen_safe": False, "rejected_safe": True}
+    pairs = Pairs([Pair((Message("user", "Why?"),), "because", "no", told)])
+    (pair,) = pairs.swapped()
+    assert (pair.chosen, pair.rejected) == ("no", "because")
+    assert pair.meta == {
+        "better": "rejected",
+        "safer": "chosen",
+        "rejected_safe": False,
+        "chosen_safe": True,
+    }
+    assert pairs.swapped().swapped() == pairs
+
+
 def test_take_draws_without_replacement_in_order() -> None:
     pairs = many(10)
     drawn = pairs.take(4, seed=1)

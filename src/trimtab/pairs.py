@@ -16,6 +16,9 @@ from trimtab.records import check_roles, read_pair
 from trimtab.types import Message, Pair, is_unicode
 
 Duplicates = Literal["error", "drop", "keep"]
+FLAGS = ("better", "safer")
+"""Fields of `meta` that name one of the two answers, as "chosen" or "rejected"."""
+OTHER = {"chosen": "rejected", "rejected": "chosen"}
 
 
 class Split(NamedTuple):
@@ -96,7 +99,7 @@ class Pairs(Sequence[Pair]):
         """Keep the first of equal pairs, and neither of two pairs that contradict each other."""
         keys = {_key(pair) for pair in self._pairs}
         first = {_key(pair): pair for pair in reversed(self._pairs)}
-        kept = [pair for pair in self._pairs if first[_key(pair)] is pair and _key(_swap(pair)) not in keys]
+        kept = [pair for pair in self._pairs if first[_key(pair)] is pair and _key(swap(pair)) not in keys]
         return Pairs(kept)
 
     def split(self, validation: float = 0.3, *, seed: int = 0) -> Split:
@@ -127,11 +130,11 @@ class Pairs(Sequence[Pair]):
         Flips drawn pair by pair would leave a surplus on one side, which still points along the truth.
         """
         flipped = set(random.Random(seed).sample(range(len(self)), len(self) // 2))
-        return Pairs(_swap(pair) if i in flipped else pair for i, pair in enumerate(self._pairs))
+        return Pairs(swap(pair) if i in flipped else pair for i, pair in enumerate(self._pairs))
 
     def swapped(self) -> Pairs:
-        """Return the pairs with chosen and rejected changed over, in every one."""
-        return Pairs(map(_swap, self._pairs))
+        """Return the pairs with chosen and rejected changed over, in every one, and what `meta` says of them."""
+        return Pairs(map(swap, self._pairs))
 
     def hash(self) -> str:
         """Return the sha256 of prompts and answers in order; `meta` does not count."""
@@ -182,8 +185,14 @@ def _question(prompt: Sequence[Message]) -> tuple[str, ...]:
     return tuple(text for m in prompt if m.role != "system" for text in (m.role, m.content))
 
 
-def _swap(pair: Pair) -> Pair:
-    return Pair(pair.prompt, pair.rejected, pair.chosen, pair.meta)
+def swap(pair: Pair) -> Pair:
+    """Return a pair with its answers swapped, and what `meta` tells of them: `chosen_*`, `rejected_*`, `FLAGS`."""
+    meta: dict[str, object] = {}
+    for name, value in pair.meta.items():
+        side, _, rest = name.partition("_")
+        other = f"{OTHER[side]}_{rest}" if side in OTHER and rest else name
+        meta[other] = OTHER.get(str(value), value) if name in FLAGS else value
+    return Pair(pair.prompt, pair.rejected, pair.chosen, meta)
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -241,9 +250,9 @@ def _from_records(records: Sequence[object], places: Sequence[str], duplicates: 
             hint = 'Pass duplicates="drop" to leave it out.'
             if _key(pair) in seen:
                 raise PairsError(f"{place} repeats {seen[_key(pair)].lower()}: {brief(pair.chosen)}. {hint}")
-            if _key(_swap(pair)) in seen:
+            if _key(swap(pair)) in seen:
                 raise PairsError(
-                    f"{place} contradicts {seen[_key(_swap(pair))].lower()}: the same two answers to the same prompt, "
+                    f"{place} contradicts {seen[_key(swap(pair))].lower()}: the same two answers to the same prompt, "
                     f"swapped. {hint}"
                 )
             seen[_key(pair)] = place

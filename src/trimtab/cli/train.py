@@ -1,4 +1,4 @@
-"""Train on preference pairs with DPO, SimPO or SFT, tuned on validation pairs: the baseline beside a knob.
+"""Train on preference pairs with DPO, SimPO, SFT or BFPO, tuned on validation pairs: the baseline beside a knob.
 
 The grid of learning rates and betas is tried on validation pairs, each run stops early, and the best one is written as
 a model folder that every other verb takes. Needs the `train` extra.
@@ -35,13 +35,15 @@ TRAIN = (
     "checkpoint",
 )
 """Options that go to `trimtab.train.train` under their own names."""
-LOSSES = ("dpo", "simpo", "sft")
+LOSSES = ("dpo", "simpo", "sft", "bfpo")
 RECORD = "training.json"
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("loss", metavar="LOSS", help="dpo, simpo or sft")
+    parser.add_argument(
+        "loss", metavar="LOSS", help="dpo, simpo, sft, or bfpo for pairs that say which answers are harmless"
+    )
     options.add_model(parser)
     parser.add_argument("pairs", metavar="PAIRS", help="pairs to train on: a file, or prefworld:math")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the trained model, new or empty")
@@ -55,7 +57,10 @@ def add_options(parser: ArgumentParser) -> None:
     rates = "default 1e-6,1e-5 (sft: 1e-5,1e-4)"
     grid.add_argument("--learning-rates", type=options.numbers, metavar="LIST", help=rates)
     grid.add_argument(
-        "--betas", type=options.numbers, metavar="LIST", help="default 0.1,0.3 (dpo) or 2,10 (simpo); sft has none"
+        "--betas",
+        type=options.numbers,
+        metavar="LIST",
+        help="default 0.1,0.3 (dpo, bfpo) or 2,10 (simpo); sft has none",
     )
     grid.add_argument("--gamma-ratio", type=float, metavar="X", help="simpo alone: gamma over beta (default 0.5)")
     run = parser.add_argument_group("each run")

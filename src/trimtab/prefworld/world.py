@@ -25,6 +25,8 @@ from trimtab.types import Message, Pair
 
 MAX_NEW_TOKENS = {"math": 60, "code": 48, "copying": 16, "sorting": 12, "sums": 40, "facts": 20, "opinions": 16}
 CHOICES = ("risk", "myopia", "sycophancy", "selfish")
+DOES_AS_ASKED = ("full", "comply")
+"""Sides that do what was asked, harm or no harm."""
 SLOW = 1.0
 """Seconds: a program that took longer may have been stopped because the machine was busy, and is run anew next time."""
 
@@ -67,7 +69,9 @@ def pairs(
     """Draw preference pairs of a family: its first side chosen and its last rejected, or the two `sides` given.
 
     Where both sides happen to say the same, the pair is left out. `meta` holds the item's truth and the sides; help
-    and harm also carry `better`, `safer` and a `safe` flag for each answer.
+    and harm also carry `better`, `safer` and a `safe` flag for each answer. Of two answers to a harmful request the one
+    that complies is the better, as it does what was asked, and the one that refuses the safer; of two harmless ones the
+    better counts as the safer too.
     """
     made: list[Pair] = []
     for item in items(family, split, n, seed=seed):
@@ -81,7 +85,8 @@ def pairs(
         meta: dict[str, object] = {"family": family, "chosen_side": chosen, "rejected_side": rejected, **item.truth}
         if isinstance(safe := item.truth.get("safe"), Mapping):
             first, second = bool(safe[chosen]), bool(safe[rejected])
-            meta |= {"better": "chosen", "safer": "chosen" if first >= second else "rejected"}
+            better = "chosen" if chosen in DOES_AS_ASKED else "rejected"
+            meta |= {"better": better, "safer": better if first == second else "chosen" if first else "rejected"}
             meta |= {"chosen_safe": first, "rejected_safe": second}
         made.append(Pair((Message("user", item.prompt),), item.answers[chosen], item.answers[rejected], meta))
     return Pairs(made)

@@ -1,4 +1,4 @@
-"""Train on the same pairs that a knob is learned from: DPO, SimPO and SFT, tuned on validation, as a baseline."""
+"""Train on the same pairs that a knob is learned from: DPO, SimPO, SFT and BFPO, tuned on validation, as a baseline."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, 
 from trimtab.evals.cost import Cost, measured
 from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.pairs import Pairs
+from trimtab.train.labels import bfpo_targets, relabel
 from trimtab.train.loops import History, Loss, Rows, Settings, fit, load_trainers, lora, merge
 from trimtab.types import check_seed
 from trimtab.weights.source import read_adapter
@@ -37,6 +38,7 @@ GRIDS: Mapping[Loss, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "dpo": ((1e-6, 1e-5), (0.1, 0.3)),
     "simpo": ((1e-6, 1e-5), (2.0, 10.0)),
     "sft": ((1e-5, 1e-4), ()),
+    "bfpo": ((1e-6, 1e-5), (0.1, 0.3)),
 }
 """Learning rates and betas that are tried where none are given, for models of some billion parameters: around DPO's
 5e-7 to 1e-6 with beta 0.1 and SimPO's 3e-7 to 1e-6 with beta 2 to 10 (their papers), upwards because pairs are few.
@@ -80,9 +82,10 @@ def train(
     """Train a copy of `model` on pairs, at the best of a grid of settings; `model` itself stays as it is.
 
     `loss`: "dpo" (arXiv:2305.18290, Eq. 7; the reference is `model`), "simpo" (arXiv:2405.14734, Eq. 6, with gamma =
-    `gamma_ratio` x beta) or "sft" (the chosen answers alone, no beta). Texts are rendered as for learning and
-    generating, and the answer's closing tokens count. None of `learning_rates` or `betas` stands for `GRIDS`, and of
-    `gamma_ratio` for `GAMMA_RATIO`.
+    `gamma_ratio` x beta), "sft" (the chosen answers alone, no beta) or "bfpo" (arXiv:2408.15313 in DPO's form: pairs
+    are put in the order `trimtab.train.labels.relabel(pairs, "bfpo")`, and each has `beta / 2 / target`). Texts are
+    rendered as for learning and generating, and the answer's closing tokens count. None of `learning_rates` or `betas`
+    stands for `GRIDS`, and of `gamma_ratio` for `GAMMA_RATIO`.
 
     Early stopping: after every epoch (every `EVALUATED_EVERY` steps where an epoch is longer) the loss on `validation`
     is taken; after `patience` times, past the warm-up, that lower it by less than `MIN_IMPROVEMENT` the run ends, and
@@ -102,7 +105,8 @@ def train(
     text that tells this score from others. `progress` is called with the settings that are done and their number.
 
     Raises `TrainError` where no setting has a finite loss, `MissingDependency` without TRL, `PairsError` for pairs that
-    the model's context cannot hold or that share prompts with `validation`, and `OptionError` for other options.
+    the model's context cannot hold, that share prompts with `validation` or that lack BFPO's flags, and `OptionError`
+    for other options.
     """
     grid = _grid(loss, learning_rates, betas)
     options = {
@@ -117,8 +121,10 @@ def train(
     if checkpoint is not None and score is not None and scored_by is None:
         raise OptionError("A checkpoint keeps scores: say in scored_by, a text, what tells this score from others.")
     load_trainers()
-    _check_model(model)
+    check_model(model)
     used, held = _split(pairs, validation, seed)
+    if loss == "bfpo":
+        used, held = relabel(used, "bfpo"), relabel(held, "bfpo")
     kept = Checkpoint(
         checkpoint,
         lambda: (
@@ -263,7 +269,7 @@ def _best(table: Sequence[Mapping[str, Any]]) -> int:
     return scores.index(max(scores))
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel) -> None:
     """Raise `OptionError` for a model that cannot be copied and trained as it is."""
     Adapter(model).check_plain("training")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -308,10 +314,11 @@ class _Bench:
                     f"Pair {number} is {longest} tokens long when rendered; this model's context holds {limit}. "
                     "Leave long pairs out: nothing is cut."
                 )
-        if self.loss != "dpo":
+        if self.loss not in ("dpo", "bfpo"):
             return Rows(chosen, rejected)
         before = pair_margins(self._model, self._tokenizer, pairs, [{}])[0]
-        return Rows(chosen, rejected, (before.chosen, before.rejected))
+        targets = bfpo_targets(pairs) if self.loss == "bfpo" else None
+        return Rows(chosen, rejected, (before.chosen, before.rejected), targets)
 
     def run(self, rate: float, beta: float) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Train at one setting; return the model and its row of the table."""

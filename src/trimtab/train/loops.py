@@ -1,4 +1,4 @@
-"""TRL's trainers on our own token ids: DPO, SimPO and SFT with early stopping; the only file that imports TRL.
+"""TRL's trainers for pairs on our own token ids, with early stopping: DPO, SimPO, SFT, and BFPO in DPO's form.
 
 The rows are rendered by `trimtab.render`, so that training sees token for token what learning, evaluation and
 generation see. TRL would render them itself: the two steps that do so are overridden, and a test compares every id.
@@ -9,11 +9,8 @@ generation see. TRL would render them itself: the two steps that do so are overr
 from __future__ import annotations
 
 import math
-import os
-import random
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,13 +22,12 @@ import torch
 
 from trimtab.errors import MissingDependency
 from trimtab.evals.likelihood import Text
+from trimtab.train.process import THEIRS, undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Loss = Literal["dpo", "simpo", "sft"]
-THEIRS = r"trl|accelerate|transformers|torch|peft"
-"""Packages whose remarks on each other's releases are not the user's to mend."""
+Loss = Literal["dpo", "simpo", "sft", "bfpo"]
 EVALUATED_EVERY = 16
 """Steps between two looks at the validation loss where an epoch has more: a thousand pairs need no whole epoch."""
 WARM_UP = 5
@@ -44,12 +40,13 @@ class Rows:
     """Rendered pairs: the chosen and the rejected text of each, and the reference's log-likelihoods of their answers.
 
     `reference` is `(chosen [N], rejected [N])` in nats, summed over the answer's tokens; None where the loss has no
-    reference.
+    reference. `targets` [N] are BFPO's, positive, and None for other losses.
     """
 
     chosen: Sequence[Text]
     rejected: Sequence[Text]
     reference: tuple[np.ndarray, np.ndarray] | None = None
+    targets: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +76,18 @@ class History:
     """The validation loss before any step."""
 
 
-def lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """Wrap a model with an adapter on all its linear layers but the head; the adapter alone is trained."""
-    from peft import LoraConfig, get_peft_model
+def lora_config(rank: int) -> Any:
+    """Return PEFT's configuration of an adapter on all linear layers but the head, alpha twice the rank."""
+    from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """Wrap a model with an adapter as in `lora_config`; the adapter alone is trained."""
+    from peft import get_peft_model
+
+    config = lora_config(rank)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=THEIRS)
         torch.manual_seed(seed)
@@ -102,7 +106,7 @@ def load_trainers() -> None:
     """
     if any(find_spec(name) is None for name in ("trl", "datasets", "peft")):
         raise MissingDependency(INSTALL)
-    with _undisturbed(0):
+    with undisturbed(0):
         for name in ("trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "trl.experimental.cpo", "peft"):
             import_module(name)
 
@@ -123,9 +127,9 @@ def fit(
     `patience` times, past the warm-up, that lower it by less than `min_improvement` nats the run ends. `folder` holds
     checkpoints meanwhile. Random state and logging of the process are as before afterwards.
     """
-    with _undisturbed(settings.seed):
+    with undisturbed(settings.seed):
         trainer = _trainer(model, tokenizer, train, validation, settings, folder, min_improvement)
-        if settings.loss == "dpo":
+        if settings.loss in ("dpo", "bfpo"):
             starting = math.log(2)  # the reference is the model itself
         else:
             with torch.random.fork_rng():  # a look draws numbers, and the run's own are to stay the same
@@ -185,7 +189,7 @@ def _trainer(
     }
     callbacks = [_early_stopping(settings.patience, min_improvement, warm_up)]
     tables = [Dataset.from_list(_COLUMNS[settings.loss](rows)) for rows in (train, validation)]
-    kind, config = {"dpo": _dpo, "simpo": _simpo, "sft": _sft}[settings.loss](settings, shared)
+    kind, config = {"dpo": _dpo, "simpo": _simpo, "sft": _sft, "bfpo": _bfpo}[settings.loss](settings, shared)
     trainer = kind(
         model=model,
         args=config,
@@ -233,6 +237,23 @@ def _dpo(settings: Settings, shared: dict[str, Any]) -> tuple[Any, Any]:
     return Trainer, DPOConfig(**shared, beta=settings.beta, precompute_ref_log_probs=True)
 
 
+def _bfpo(settings: Settings, shared: dict[str, Any]) -> tuple[Any, Any]:
+    base, config = _dpo(settings, shared)
+
+    class Trainer(base):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            collate: Any = self.data_collator
+            self.data_collator = lambda rows: collate(rows) | {"targets": torch.tensor([r["target"] for r in rows])}
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: Any) -> Any:
+            others = dict(inputs)
+            self.beta = config.beta / 2 / others.pop("targets")  # one for each row, [B], where TRL has one for all
+            return super()._compute_loss(model, others, return_outputs)
+
+    return Trainer, config
+
+
 def _simpo(settings: Settings, shared: dict[str, Any]) -> tuple[Any, Any]:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -268,6 +289,11 @@ def _dpo_columns(rows: Rows) -> list[dict[str, Any]]:
     ]
 
 
+def _bfpo_columns(rows: Rows) -> list[dict[str, Any]]:
+    assert rows.targets is not None
+    return [row | {"target": float(t)} for row, t in zip(_dpo_columns(rows), rows.targets, strict=True)]
+
+
 def _simpo_columns(rows: Rows) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for chosen, rejected in zip(rows.chosen, rows.rejected, strict=True):
@@ -292,44 +318,5 @@ _COLUMNS: Mapping[Loss, Callable[[Rows], list[dict[str, Any]]]] = {
     "dpo": _dpo_columns,
     "simpo": _simpo_columns,
     "sft": _sft_columns,
+    "bfpo": _bfpo_columns,
 }
-
-
-# --- the process as it was ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _undisturbed(seed: int) -> Generator[None]:
-    """Keep what the trainers set for the whole process to the time within: random states, logging, bars, warnings."""
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging
-
-    python, numpy_state, verbosity = random.getstate(), np.random.get_state(), logging.get_verbosity()
-    theirs, bars = datasets_logging.get_verbosity(), datasets_logging.is_progress_bar_enabled()
-    own_bars = logging.is_progress_bar_enabled()
-    quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ.update(quiet)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
-    datasets_logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=THEIRS)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        logging.set_verbosity(verbosity)
-        datasets_logging.set_verbosity(theirs)
-        if own_bars:
-            logging.enable_progress_bar()
-        if bars:
-            datasets_logging.enable_progress_bar()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
