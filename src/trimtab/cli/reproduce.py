@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import shlex
 from argparse import ArgumentParser, Namespace
+from importlib import import_module
 from pathlib import Path
 
 from trimtab.cli.sources import quiet_transformers
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
 
-PAPERS = ("palrs",)
+PAPERS = {
+    "palrs": "trimtab.reproduce.palrs",
+}
+"""The modules that know a paper's recipes and steps: each has `load_recipe` and `reproduce`."""
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("paper", metavar="PAPER", help="palrs")
+    parser.add_argument("paper", metavar="PAPER", help=f"of {', '.join(PAPERS)}")
     parser.add_argument(
         "models", metavar="MODEL", nargs="*", default=[], help="prefworld or model folders (default: the recipe's)"
     )
@@ -40,10 +44,10 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out {str(out)!r} is a file; pass a folder.")
     with terminal.working("Preparing"):
-        from trimtab.reproduce.recipe import load_recipe  # first: a wrong recipe need not wait for the rest
+        from trimtab.reproduce.document import text
 
-        recipe = load_recipe(args.recipe or args.paper)
-        from trimtab.reproduce.palrs import reproduce
+        module = import_module(PAPERS[args.paper])
+        recipe = module.load_recipe(args.recipe or args.paper)
 
     words = ["trimtab", "reproduce", args.paper, *args.models]
     words += [f"--{name}={given}" for name in ("recipe", "out", "data", "workers") if (given := getattr(args, name))]
@@ -56,7 +60,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
                 show(done, total)
                 terminal.note(f"{done} of {total}: {what}")
 
-            report = reproduce(
+            report = module.reproduce(
                 recipe,
                 out=out,
                 data=args.data or "data",
@@ -68,11 +72,4 @@ def run(args: Namespace, terminal: Terminal) -> None:
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{str(out)!r} keeps the finished steps; the same command goes on from there") from None
-    lines = [report["summary"], ""]
-    for claim in report["claims"]:
-        unit = "times" if claim["id"].startswith("faster") else "points"
-        scale = 1 if unit == "times" else 100
-        figures = [f"{scale * claim[key]:.1f}" for key in ("measured", "low", "high")]
-        verdict = "holds " if claim["holds"] else "fails "
-        lines.append(f"{verdict} {claim['statement']}: {figures[0]} {unit} ({figures[1]} to {figures[2]})")
-    terminal.result(report, "\n".join([*lines, "", f"The report is {out / 'report.html'}."]))
+    terminal.result(report, f"{text(report)}\n\nThe report is {out / 'report.html'}.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from trimtab.evals.stats import Interval, bootstrap_runs
+from trimtab.reproduce.document import Claim, judge
 from trimtab.reproduce.evidence import GREEDY, RIGHT, Evidence, Matrix
 
 UNKNOWN = "numbers not available to us"
@@ -20,28 +21,6 @@ RIVALS = {
 """Ways to steer that the main one is compared with where a recipe has them, and what the paper says of it."""
 Groups = Mapping[str, tuple[Matrix, Matrix]]
 """By model, what is compared: scores `[S, N]` before and after, of the same items. Models without any are left out."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`measured` with its 95 % interval; `holds` follows from it and the recipe's threshold, and may be false.
-
-    Differences are shares of items, ratios are of seconds. `by_model` has the estimate of each model that could be
-    measured: a claim holds only where every one is on the same side of the threshold as the interval over all of them.
-    `n` counts the items of the latter side, of all its runs.
-    """
-
-    id: str
-    statement: str
-    published: str
-    measured: float
-    low: float
-    high: float
-    holds: bool
-    rule: str
-    n: int
-    by_model: dict[str, float]
-    command: str
 
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
@@ -246,15 +225,16 @@ def _faster(e: Evidence, name: str, count: int, *, tuned: bool) -> Claim:
     ratio, pairs, title = e.recipe.thresholds.ratio, e.sizes.pairs, e.recipe.training[name].title
     both = "learning and tuning" if tuned else "learning"
     what = "its grid" if tuned else "one training run, stopped early"
-    return _claim(
-        e,
+    return judge(
         f"faster-than-{name}-{count}{'-tuned' if tuned else ''}",
         f"{both} from {pairs} pairs is {ratio:g} times faster than {title} from {count} ({what})",
         f"great savings of time ({UNKNOWN})",
         Interval(float(np.exp(np.mean(logs))), float(low), float(high)),
         {m: float(np.exp(np.mean(logs[i * per_model : (i + 1) * per_model]))) for i, m in enumerate(e.models)},
         sum(a.size + b.size for a, b in groups),
+        e.command,
         above=ratio,
+        unit="times",
     )
 
 
@@ -286,26 +266,4 @@ def _difference(
     n = sum(b.size for _, b in groups.values()) if within is None else int(sum(b.sum() for _, b in within.values()))
     if missing := [model for model in e.models if model not in groups]:
         statement += f" (not measured on {', '.join(missing)})"
-    return _claim(e, name, statement, published, interval, own, n, above=above, below=below)
-
-
-def _claim(
-    e: Evidence,
-    name: str,
-    statement: str,
-    published: str,
-    interval: Interval,
-    own: dict[str, float],
-    n: int,
-    *,
-    above: float | None = None,
-    below: float | None = None,
-) -> Claim:
-    if above is not None:
-        holds = interval.low > above and min(own.values()) > above
-        rule = f"low > {above:g}, in every model the estimate too"
-    else:
-        assert below is not None
-        holds = interval.high < below and max(own.values()) < below
-        rule = f"high < {below:g}, in every model the estimate too"
-    return Claim(name, statement, published, *interval, holds, rule, n, own, e.command)
+    return judge(name, statement, published, interval, own, n, e.command, above=above, below=below)

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trimtab.checkpoint import Checkpoint, describe_model
-from trimtab.errors import OptionError, TrimtabWarning
-from trimtab.render import load
+from trimtab.errors import OptionError
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
-from trimtab.reproduce.data import WORLD, Data, check_sources
+from trimtab.reproduce.data import Data, check_sources
+from trimtab.reproduce.document import Report, write
 from trimtab.reproduce.evidence import Evidence, grid_key
-from trimtab.reproduce.recipe import Recipe, Sizes
-from trimtab.reproduce.report import Report, build, write
-from trimtab.reproduce.steps import Key, Progress, Step, refuse_strangers, running, usual_workers
+from trimtab.reproduce.recipe import Recipe, Sizes, load_recipe
+from trimtab.reproduce.report import NOTES, build, sections
+from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
+
+__all__ = ["load_recipe", "measure", "reproduce"]
 
 
-class Runner:
-    """What one process works with: the recipe, the folder, and a bench for each model that it was asked about."""
+class Runner(StepRunner):
+    """Adds the recipe, and a bench for each model that it was asked about."""
 
     def __init__(
         self, recipe: Recipe, sizes: Mapping[str, Sizes], out: Path, data: Path, job: Mapping[str, Any]
     ) -> None:
-        self.recipe, self.sizes, self.out, self._data = recipe, sizes, out, data
-        self._kept = Checkpoint(out / "steps", lambda: job)
+        super().__init__(out, job)
+        self.recipe, self.sizes, self._data = recipe, sizes, data
         self._benches: dict[str, Bench] = {}
 
-    def run(self, key: Key, arguments: Mapping[str, Any]) -> Any:
-        """Return a step's record: the one that is kept, or a new one, which holds what there is to warn of."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TrimtabWarning)
-            return self._kept.step(" ".join(key), lambda: self._compute(key, arguments))
-
-    def _compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+    def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
         model, kind, name, *rest = key
         if model not in self._benches:
             self._benches[model] = Bench(model, self.recipe, self.sizes[model], self._data)
@@ -115,17 +107,9 @@ def measure(
 ) -> dict[Key, Any]:
     """Run every step that `out` does not keep yet; return all records by key."""
     refuse_strangers(out)
-    prints = {source: _fingerprint(data, source) for source in _sources(recipe)}
     check_sources(recipe, sizes.values(), Data(data, recipe.data_seed))
-    job: dict[str, Any] = {"work": "reproduce palrs", "recipe": asdict(replace(recipe, models=()))}
-    job["sizes"] = {model: asdict(size) for model, size in sizes.items()}
-    for model in sizes:
-        loaded = load(model, dtype=recipe.dtype)
-        job[f"model {model}"] = describe_model(loaded.model, loaded.tokenizer)
-        del loaded
-    job["data"] = prints
-    job = json.loads(json.dumps(job))
-    Checkpoint(out / "steps", lambda: job)  # before any worker: another run in this folder is the user's to know
+    about = {"recipe": asdict(replace(recipe, models=())), "sizes": {m: asdict(size) for m, size in sizes.items()}}
+    job = begin_job(out, "palrs", about, sizes, recipe.dtype, data, _sources(recipe))
     (out / "knobs").mkdir(parents=True, exist_ok=True)
     early = list(first_steps(recipe, sizes))
     later = sum(2 + len(recipe.training) * (size.many_seeds + size.seeds) for size in sizes.values())
@@ -171,24 +155,10 @@ def reproduce(
     records = measure(recipe, sizes, folder, Path(data), workers=count, progress=progress)
     evidence = Evidence(records, recipe, sizes, command)
     report = build(evidence, quick=quick, seconds=time.perf_counter() - begun, kept=kept)
-    write(report, folder)
+    write(report, sections(report), NOTES, folder)
     return report
 
 
 def _sources(recipe: Recipe) -> set[str]:
     domains = recipe.domains.values()
     return {*recipe.guardrails, *(d.pairs for d in domains), *(d.task for d in domains)}
-
-
-def _fingerprint(data: Path, source: str) -> str:
-    """Return the sha256 of the file that a source names; of PrefWorld, which is part of the package, its name."""
-    if source.startswith(WORLD):
-        return source
-    file = data / source.rpartition(":")[2]
-    if not file.exists():
-        raise OptionError(f"The recipe's {source!r} is not there: no file {str(file)!r}. Name its folder by --data.")
-    files = [file] if file.is_file() else sorted(path for path in file.rglob("*") if path.is_file())
-    state = hashlib.sha256()
-    for path in files:
-        state.update(path.read_bytes())
-    return state.hexdigest()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from trimtab.errors import OptionError, brief, unknown_name
+from trimtab.errors import OptionError, unknown_name
 from trimtab.methods import METHODS
+from trimtab.reproduce.toml import check_counts, read_recipe
 from trimtab.types import Where
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,37 +132,9 @@ class Recipe:
     thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
 
 
-def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    folder = resources.files("trimtab.reproduce") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 def load_recipe(name: str | Path) -> Recipe:
-    """Read a recipe: the name of one that comes with the package, or a TOML file.
-
-    Raises `OptionError` for a file that is none, and for what does not belong there or has the wrong type.
-    """
-    path = Path(name)
-    if path.suffix == ".toml":
-        if not path.is_file():
-            raise OptionError(f"There is no file {str(path)!r}. Recipes that come along: {', '.join(recipe_names())}.")
-        text = path.read_text(encoding="utf-8", errors="replace")
-    elif str(name) in recipe_names():
-        text = (resources.files("trimtab.reproduce") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
-    elif path.exists():
-        raise OptionError(f"A recipe's file ends in .toml; got {str(path)!r}.")
-    else:
-        raise unknown_name("recipe", str(name), recipe_names())
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"The recipe {str(name)!r} is no TOML: {error}.") from None
-    sizes: object = table.get("sizes")
-    for part in ("others", "quick"):
-        if isinstance(sizes, dict) and isinstance(table.setdefault(part, {}), dict):
-            table[part] = {**sizes, **table[part]}
-    recipe = _build(Recipe, table, str(name))
+    """Read a recipe of PaLRS: the name of one that comes with the package, or a TOML file; raises `OptionError`."""
+    recipe = read_recipe(Recipe, name, like_sizes=("others", "quick"))
     _check(recipe, str(name))
     return recipe
 
@@ -201,11 +169,7 @@ def _check(recipe: Recipe, place: str) -> None:
 
 def _check_sizes(recipe: Recipe, place: str) -> None:
     for sizes in (recipe.sizes, recipe.others, recipe.quick):
-        for field in dataclasses.fields(sizes):
-            value = getattr(sizes, field.name)
-            many = value if isinstance(value, tuple) else (value,)
-            if not many or any(number < 1 and number is not False for number in many):
-                raise OptionError(f"{place}: {field.name} counts from 1; got {value}.")
+        check_counts(sizes, place)
     for name in ("pairs", "many_pairs"):
         first, other = getattr(recipe.sizes, name), getattr(recipe.others, name)
         if first != other:
@@ -215,51 +179,3 @@ def _check_sizes(recipe: Recipe, place: str) -> None:
             f"{place}: others.counts needs the largest of counts, {max(recipe.sizes.counts)}; got "
             f"{list(recipe.others.counts)}."
         )
-
-
-def _build(kind: type[T], table: object, place: str) -> T:
-    """Make a dataclass of a TOML table; what is left out has its default, what is not known is an error."""
-    if not isinstance(table, Mapping):
-        raise OptionError(f"{place} is a table; got {brief(table)}.")
-    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
-    hints = get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for key, value in cast(Mapping[str, object], table).items():
-        if key not in fields:
-            raise unknown_name(f"key of {place}", key, fields)
-        values[key] = _value(hints[key], value, f"{place}: {key}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise OptionError(f"{place} lacks {', '.join(missing)}.")
-    return kind(**values)
-
-
-def _value(hint: Any, value: object, place: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(cast(type[Any], hint), value, place)
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in parts:
-            raise unknown_name(f"value of {place}", str(value), parts)
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise OptionError(f"{place} is a list; got {brief(value)}.")
-        return tuple(_value(parts[0], item, place) for item in cast(list[object], value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise OptionError(f"{place} is a table; got {brief(value)}.")
-        if parts[1] is Any:
-            return dict(cast(Mapping[str, Any], value))
-        return {
-            key: _value(parts[1], item, f"{place}.{key}") for key, item in cast(Mapping[str, object], value).items()
-        }
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise OptionError(f"{place} is {'a number' if hint in (int, float) else hint.__name__}; got {brief(value)}.")
-    return value

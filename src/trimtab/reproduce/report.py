@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from trimtab.checkpoint import versions
-from trimtab.evals.page import figure, page, paragraph, table
-from trimtab.files import write_atomically
 from trimtab.reproduce import plots, tables
 from trimtab.reproduce.claims import claims
+from trimtab.reproduce.document import Report, Section, percent, points
 from trimtab.reproduce.evidence import Evidence
-
-Report = dict[str, Any]
 
 
 def build(evidence: Evidence, *, quick: bool, seconds: float, kept: int = 0) -> Report:
@@ -55,12 +50,12 @@ def _summary(report: Report, e: Evidence) -> str:
         base = rows[0]["greedy"]
         main = _row(rows, e.recipe.main, e.sizes.pairs)
         trained = [
-            f"{way.title} {_percent(_row(rows, name, e.sizes.pairs)['greedy'])} from the same pairs and "
-            f"{_percent(_row(rows, name, e.sizes.many_pairs)['greedy'])} from {e.sizes.many_pairs}"
+            f"{way.title} {percent(_row(rows, name, e.sizes.pairs)['greedy'])} from the same pairs and "
+            f"{percent(_row(rows, name, e.sizes.many_pairs)['greedy'])} from {e.sizes.many_pairs}"
             for name, way in e.recipe.training.items()
         ]
         said.append(
-            f"On {domain}, {e.sizes.pairs} pairs steer the model from {_percent(base)} to {_percent(main['greedy'])} "
+            f"On {domain}, {e.sizes.pairs} pairs steer the model from {percent(base)} to {percent(main['greedy'])} "
             f"percent right" + (f"; {', '.join(trained)}" if trained else "") + "."
         )
         shared = report["overlap"][first][domain]
@@ -77,16 +72,8 @@ def _row(rows: Sequence[Mapping[str, Any]], name: str, pairs: int) -> Mapping[st
     return next(row for row in rows if row["name"] == name and row["pairs"] == pairs)
 
 
-def write(report: Report, folder: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html`."""
-    write_atomically(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(folder / "report.md", markdown(report).encode())
-    write_atomically(folder / "report.html", html(report).encode())
-
-
 # --- text -----------------------------------------------------------------------------------------------------------
 
-CLAIM_HEADS = ("claim", "published", "measured", "95 % interval", "holds", "rule", "n")
 SYSTEM_HEADS = (
     "system",
     "seeds",
@@ -108,46 +95,24 @@ SYSTEM_HEADS = (
 )
 
 
-def claim_rows(report: Report) -> list[list[str]]:
-    """Return the claims as texts."""
-    rows: list[list[str]] = []
-    for claim in report["claims"]:
-        ratio = claim["id"].startswith("faster")
-        show = (lambda x: f"{x:.1f}x") if ratio else _points
-        measured, low, high = (show(claim[key]) for key in ("measured", "low", "high"))
-        holds = "yes" if claim["holds"] else "no"
-        rows.append(
-            [
-                claim["statement"],
-                claim["published"],
-                measured,
-                f"{low} to {high}",
-                holds,
-                claim["rule"],
-                str(claim["n"]),
-            ]
-        )
-    return rows
-
-
 def system_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a comparison as texts, in percent."""
     return [
         [
             row["system"] + (f" ({row['refused']} refused)" if row["refused"] else ""),
             str(row["seeds"]),
-            _percent(row["greedy"]),
+            percent(row["greedy"]),
             ""
             if row["kind"] == "base"
-            else f"{_points(row['gain'])} ({_points(row['gain_low'])} to {_points(row['gain_high'])})",
-            _percent(row["luck"]),
-            _percent(row["sampled"]),
-            _percent(row["side_share"]),
-            _percent(row["within_side"]),
-            "" if row["kind"] == "base" else f"{row['worst_guardrail']} {_points(row['worst_guardrail_change'])}",
-            _percent(row["preference"]),
+            else f"{points(row['gain'])} ({points(row['gain_low'])} to {points(row['gain_high'])})",
+            percent(row["luck"]),
+            percent(row["sampled"]),
+            percent(row["side_share"]),
+            percent(row["within_side"]),
+            "" if row["kind"] == "base" else f"{row['worst_guardrail']} {points(row['worst_guardrail_change'])}",
+            percent(row["preference"]),
             _number(row["kl"], ".3f"),
-            _percent(row["broken"]),
+            percent(row["broken"]),
             _number(row["seconds_per_answer"], ".1f", 1e-3),
             _number(row["learn_seconds"], ".1f"),
             _number(row["tune_seconds"], ".1f"),
@@ -156,14 +121,6 @@ def system_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for row in rows
     ]
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def _points(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:+.1f}"
 
 
 def _number(value: float | None, form: str, unit: float = 1) -> str:
@@ -181,90 +138,51 @@ NOTES = (
 
 
 def _tested(rows: Sequence[Mapping[str, Any]]) -> str:
-    said = [f"{row['task']} {_points(row['difference'])} (p {row['p_holm']:.2g})" for row in rows]
+    said = [f"{row['task']} {points(row['difference'])} (p {row['p_holm']:.2g})" for row in rows]
     return f"McNemar's test against the bare model, seed 0, adjusted over tasks (Holm): {'; '.join(said)}."
 
 
 def _naive(found: Mapping[str, Any]) -> str:
     return (
         f"Choosing the best of {found['settings']} settings on {found['items']} test questions and reporting those "
-        f"would claim {_percent(found['base'])} to {_percent(found['score'])} percent ({found['site']}, alpha "
+        f"would claim {percent(found['base'])} to {percent(found['score'])} percent ({found['site']}, alpha "
         f"{found['alpha']:g}); on the other test questions the same setting goes from "
-        f"{_percent(found['base_elsewhere'])} to {_percent(found['score_elsewhere'])}. The best of as many useless "
-        f"settings would seem to gain {_percent(found['selection_bias'])} points."
+        f"{percent(found['base_elsewhere'])} to {percent(found['score_elsewhere'])}. The best of as many useless "
+        f"settings would seem to gain {percent(found['selection_bias'])} points."
     )
 
 
-def _spent(report: Report) -> str:
-    kept = report["steps_kept"]
-    return f"It took {report['seconds']:.0f} seconds" + (
-        f", with {kept} of {report['steps']} steps kept from an earlier call." if kept else "."
-    )
+# --- the sections ---------------------------------------------------------------------------------------------------
 
 
-def markdown(report: Report) -> str:
-    """Return the report as Markdown."""
-    lines = [f"# {report['title']}", "", report["summary"], "", "## Claims", ""]
-    lines += _markdown_table(CLAIM_HEADS, claim_rows(report))
-    for model, domains in report["tables"].items():
-        for domain, rows in domains.items():
-            lines += ["", f"## {domain} on {model}", "", *_markdown_table(SYSTEM_HEADS, system_rows(rows))]
-            lines += ["", _tested(report["tests"][model][domain])]
-            lines += ["", _naive(report["naive"][model][domain])]
-    lines += ["", NOTES, "", f"Command: `{report['command']}`. {_spent(report)}", ""]
-    return "\n".join(lines)
-
-
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in [list(heads), ["---"] * len(heads), *cells]]
-
-
-# --- the page -------------------------------------------------------------------------------------------------------
-
-
-def html(report: Report) -> str:
-    """Return the report as one page: a sentence, figures before tables, nothing loaded from elsewhere."""
+def sections(report: Report) -> list[Section]:
+    """Return the parts of the report: plots before tables."""
     first = report["models"][0]
     domains = list(report["tables"][first])
     rails = list(report["tables"][first][domains[0]][0]["guardrails"])
     many = "; marks are models" if len(report["models"]) > 1 else ""
     label = f"Test accuracy of every system with its 95 % interval{many}. Blue is steered, orange is trained."
-    sections = [
-        ("What came out", figure(plots.by_system(report["tables"]), label, "systems")),
-        ("Claims", table(CLAIM_HEADS, claim_rows(report), words=(0, 1, 5))),
-    ]
+    made = [Section("What came out", plot=plots.by_system(report["tables"]), label=label)]
     before = {d: report["tables"][first][d][0]["greedy"] for d in domains}
-    sections.append(
-        (
-            "How many pairs",
-            figure(
-                plots.by_pairs(report["counts"][first], before),
-                f"Accuracy by number of pairs on {first}; a dot is one draw of pairs, lines join means.",
-                "pairs",
-            ),
-        )
-    )
+    label = f"Accuracy by number of pairs on {first}; a dot is one draw of pairs, lines join means."
+    made.append(Section("How many pairs", plot=plots.by_pairs(report["counts"][first], before), label=label))
     doses = {d: report["dose"][first][d] for d in domains if report["dose"][first][d]}
     if doses:
         label = (
             f"Validation questions over the dose on {first}. The paper's alpha 1 (Eq. 4) adds a "
             "vector as long as the mean chosen activation."
         )
-        sections.append(("How strong", figure(plots.by_dose(doses, rails), label, "dose")))
+        made.append(Section("How strong", plot=plots.by_dose(doses, rails), label=label))
     maps = {d: report["map"][first][d] for d in domains if report["map"][first][d]}
     if maps:
         label = f"Validation score by layer and position read, on {first}, at the tuned knob's tokens and dose."
-        sections.append(("Where", figure(plots.by_site(maps), label, "sites")))
+        made.append(Section("Where", plot=plots.by_site(maps), label=label))
     label = f"Accuracy against seconds on {first}, on a logarithmic axis."
-    sections.append(("What it costs", figure(plots.by_seconds(report["tables"][first]), label, "seconds")))
+    made.append(Section("What it costs", plot=plots.by_seconds(report["tables"][first]), label=label))
     for model in report["models"]:
         for domain in domains:
             rows = report["tables"][model][domain]
             said = [_tested(report["tests"][model][domain]), _naive(report["naive"][model][domain])]
-            text = table(SYSTEM_HEADS, system_rows(rows), words=(0,)) + "".join(map(paragraph, said))
-            sections.append((f"All figures: {domain} on {model}", text))
-    spent = f"Command: {report['command']}. {_spent(report)}"
-    made = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    sections.append(("How to read this", paragraph(NOTES) + paragraph(f"{spent} {made}.")))
-    return page(report["title"], report["summary"], sections)
+            title = f"All figures: {domain} on {model}"
+            made.append(Section(title, SYSTEM_HEADS, system_rows(rows), texts=said))
+    return made

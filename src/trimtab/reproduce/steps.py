@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Generator, Iterator
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trimtab.adapter import Adapter
-from trimtab.errors import OptionError, TrimtabError
+from trimtab.checkpoint import Checkpoint, describe_model
+from trimtab.errors import OptionError, TrimtabError, TrimtabWarning
 from trimtab.render import load
+from trimtab.reproduce.data import WORLD
 from trimtab.workers import open_pool
 
 Key = tuple[str, ...]
@@ -27,12 +33,59 @@ SMALL = 50_000_000
 """Parameters below which a model is small enough for two processes to beat two threads."""
 
 
-class Runner(Protocol):
-    """What one process works with."""
+class StepRunner(ABC):
+    """What one process works with: the output folder, whose finished steps are taken as they are."""
 
-    def run(self, key: Key, arguments: Any) -> Any:
-        """Return a step's record: the one that is kept, or a new one."""
-        ...
+    def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
+        self.out = out
+        self._kept = Checkpoint(out / "steps", lambda: job)
+
+    def run(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+        """Return a step's record: the one that is kept, or a new one, which holds what there is to warn of."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrimtabWarning)
+            return self._kept.step(" ".join(key), lambda: self.compute(key, arguments))
+
+    @abstractmethod
+    def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+        """Do a step; return its record, of plain JSON values."""
+
+
+def begin_job(
+    out: Path,
+    paper: str,
+    about: Mapping[str, Any],
+    models: Iterable[str],
+    dtype: str,
+    data: Path,
+    sources: Iterable[str],
+) -> dict[str, Any]:
+    """Return what a run depends on: the recipe with its sizes, `about`, and fingerprints of models and of files.
+
+    Raises `OptionError` where `out` keeps the steps of another run, before any worker has begun.
+    """
+    job: dict[str, Any] = {"work": f"reproduce {paper}", **about, "data": {s: fingerprint(data, s) for s in sources}}
+    for model in models:
+        loaded = load(model, dtype=dtype)
+        job[f"model {model}"] = describe_model(loaded.model, loaded.tokenizer)
+        del loaded
+    job = json.loads(json.dumps(job))
+    Checkpoint(out / "steps", lambda: job)
+    return job
+
+
+def fingerprint(data: Path, source: str) -> str:
+    """Return the sha256 of the file that a source names; of PrefWorld, which is part of the package, its name."""
+    if source.startswith(WORLD):
+        return source
+    file = data / source.rpartition(":")[2]
+    if not file.exists():
+        raise OptionError(f"The recipe's {source!r} is not there: no file {str(file)!r}. Name its folder by --data.")
+    files = [file] if file.is_file() else sorted(path for path in file.rglob("*") if path.is_file())
+    state = hashlib.sha256()
+    for path in files:
+        state.update(path.read_bytes())
+    return state.hexdigest()
 
 
 def refuse_strangers(out: Path) -> None:
@@ -51,7 +104,7 @@ def usual_workers(model: str, dtype: str) -> int:
 
 @contextmanager
 def running(
-    workers: int, make: Callable[..., Runner], begin: tuple[Any, ...]
+    workers: int, make: Callable[..., StepRunner], begin: tuple[Any, ...]
 ) -> Generator[Callable[[list[Step]], Iterator[tuple[Key, Any]]]]:
     """Yield what runs a list of steps and yields their records as they come: here, or in worker processes.
 
@@ -80,10 +133,10 @@ def running(
 
 
 # What a worker keeps between steps has to be a global: a pool hands its processes nothing but arguments.
-_runner: Runner | None = None
+_runner: StepRunner | None = None
 
 
-def _begin(make: Callable[..., Runner], begin: tuple[Any, ...]) -> None:
+def _begin(make: Callable[..., StepRunner], begin: tuple[Any, ...]) -> None:
     global _runner
     _runner = make(*begin)
 
