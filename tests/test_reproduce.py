@@ -294,7 +294,19 @@ def test_every_claim_names_what_it_rests_on() -> None:
     found = claims(evidence())
     assert len({claim["id"] for claim in found}) == len(found)
     for claim in found:
-        keys = {"id", "statement", "published", "measured", "low", "high", "holds", "rule", "n", "by_model", "command"}
+        keys = {
+            "id",
+            "statement",
+            "published",
+            "measured",
+            "low",
+            "high",
+            "holds",
+            "rule",
+            "n",
+            "by_model",
+            "command",
+        } | {"unit"}
         assert set(claim) == keys
         assert claim["low"] <= claim["measured"] <= claim["high"]
         assert claim["n"] > 0
@@ -323,7 +335,8 @@ def test_the_page_needs_nothing_else_and_says_in_a_sentence_what_came_out() -> N
 
 
 def test_a_report_of_one_model_is_drawn_as_well() -> None:
-    assert "<svg" in html(build(evidence(models=("one",)), quick=True, seconds=1.0))
+    report = build(evidence(models=("one",)), quick=True, seconds=1.0)
+    assert "<svg" in html(report, sections(report), NOTES)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

@@ -12,12 +12,22 @@ from typing import Any
 from trimtab.errors import OptionError
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
-from trimtab.reproduce.data import Data, check_sources
+from trimtab.reproduce.data import WORLD, Data, check_sources
 from trimtab.reproduce.document import Report, write
 from trimtab.reproduce.evidence import Evidence, grid_key
 from trimtab.reproduce.recipe import Recipe, Sizes, load_recipe
 from trimtab.reproduce.report import NOTES, build, sections
-from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
+from trimtab.reproduce.steps import (
+    Key,
+    Progress,
+    Step,
+    StepRunner,
+    begin_job,
+    find_file,
+    refuse_strangers,
+    running,
+    usual_workers,
+)
 
 __all__ = ["load_recipe", "measure", "reproduce"]
 
@@ -107,6 +117,9 @@ def measure(
 ) -> dict[Key, Any]:
     """Run every step that `out` does not keep yet; return all records by key."""
     refuse_strangers(out)
+    for source in _sources(recipe):
+        if not source.startswith(WORLD):
+            find_file(data, source)
     check_sources(recipe, sizes.values(), Data(data, recipe.data_seed))
     about = {"recipe": asdict(replace(recipe, models=())), "sizes": {m: asdict(size) for m, size in sizes.items()}}
     job = begin_job(out, "palrs", about, sizes, recipe.dtype, data, _sources(recipe))

@@ -74,13 +74,19 @@ def begin_job(
     return job
 
 
+def find_file(data: Path, source: str) -> Path:
+    """Return the file, or folder, that a source names below `data`; raises `OptionError` where it is missing."""
+    file = data / source.rpartition(":")[2]
+    if not file.exists():
+        raise OptionError(f"The recipe's {source!r} is not there: no file {str(file)!r}. Name its folder by --data.")
+    return file
+
+
 def fingerprint(data: Path, source: str) -> str:
     """Return the sha256 of the file that a source names; of PrefWorld, which is part of the package, its name."""
     if source.startswith(WORLD):
         return source
-    file = data / source.rpartition(":")[2]
-    if not file.exists():
-        raise OptionError(f"The recipe's {source!r} is not there: no file {str(file)!r}. Name its folder by --data.")
+    file = find_file(data, source)
     files = [file] if file.is_file() else sorted(path for path in file.rglob("*") if path.is_file())
     state = hashlib.sha256()
     for path in files:
