@@ -24,7 +24,7 @@ from trimtab.pairs import Pairs
 from trimtab.reproduce import cells
 from trimtab.reproduce.claims import claims
 from trimtab.reproduce.data import Data, overlap
-from trimtab.reproduce.document import html, markdown
+from trimtab.reproduce.document import Claim, html, markdown
 from trimtab.reproduce.evidence import Evidence
 from trimtab.reproduce.palrs import first_steps, later_steps, reproduce, sizes_of
 from trimtab.reproduce.recipe import Recipe, load_recipe
@@ -294,19 +294,7 @@ def test_every_claim_names_what_it_rests_on() -> None:
     found = claims(evidence())
     assert len({claim["id"] for claim in found}) == len(found)
     for claim in found:
-        keys = {
-            "id",
-            "statement",
-            "published",
-            "measured",
-            "low",
-            "high",
-            "holds",
-            "rule",
-            "n",
-            "by_model",
-            "command",
-        } | {"unit"}
+        keys = {field.name for field in fields(Claim)}
         assert set(claim) == keys
         assert claim["low"] <= claim["measured"] <= claim["high"]
         assert claim["n"] > 0
