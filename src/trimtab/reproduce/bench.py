@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from trimtab.evals.trial import KL_ITEMS
 from trimtab.pairs import Pairs
 from trimtab.render import load
 from trimtab.reproduce.data import Data, Split
-from trimtab.reproduce.recipe import Domain, Recipe, Sizes
+from trimtab.reproduce.recipe import BenchRecipe, BenchSizes, Domain
 from trimtab.types import Message, Pair
 
 if TYPE_CHECKING:
@@ -36,10 +36,14 @@ class System:
     before: tuple[Message, ...] = ()
 
 
-class Bench:
+R = TypeVar("R", bound=BenchRecipe)
+S = TypeVar("S", bound=BenchSizes)
+
+
+class Bench(Generic[R, S]):
     """One model with the recipe's data; whatever is drawn is kept, since many systems are measured on it."""
 
-    def __init__(self, name: str, recipe: Recipe, sizes: Sizes, root: Path) -> None:
+    def __init__(self, name: str, recipe: R, sizes: S, root: Path) -> None:
         loaded = load(name, dtype=recipe.dtype)
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
@@ -117,7 +121,7 @@ class Bench:
         task = self.task(domain.task, "test", self.sizes.test)
         sampled = first(task, self.sizes.sampled)
         rails = self.guardrails("test")
-        margins = self._margins(system, domain)
+        margins = self.margins(system, domain)
         begun = time.perf_counter()
         answered = self.run(system, task)
         seconds = time.perf_counter() - begun
@@ -127,18 +131,20 @@ class Bench:
             "sampled": summary(sampled, self.run(system, sampled, temperature=1.0, seed=seed)),
             "guardrails": {rail.name: self.run(system, rail).scores.tolist() for rail in rails},
             "preference": {"right": (margins > 0).astype(float).tolist(), "margin": margins.tolist()},
-            "kl": self._divergence(system),
+            "kl": self.kl(system),
         }
 
     def score(self, system: System, domain: Domain) -> list[float]:
         """Return the scores of the domain's test items, greedy."""
         return self.run(system, self.task(domain.task, "test", self.sizes.test)).scores.tolist()
 
-    def _margins(self, system: System, domain: Domain) -> np.ndarray:
+    def margins(self, system: System, domain: Domain) -> np.ndarray:
+        """Return the margins of the domain's test pairs, in nats, [N]."""
         pairs = Pairs(Pair((*system.before, *p.prompt), p.chosen, p.rejected) for p in self.held_out(domain, "test"))
         return pair_margins(system.model, self.tokenizer, pairs, [system.knobs])[0].margin
 
-    def _divergence(self, system: System) -> float | None:
+    def kl(self, system: System) -> float | None:
+        """Return KL(base || system) in nats per token over the base model's answers to guardrails; None without any."""
         if self._base_answers is None:
             rails = [first(rail, KL_ITEMS) for rail in self.guardrails("test")]
             told = [list(zip(rail.prompts, self.run(self.base, rail).answers, strict=True)) for rail in rails]

@@ -22,7 +22,7 @@ from trimtab.ops import alpha_from_palrs
 from trimtab.pairs import Pairs
 from trimtab.reproduce.bench import Bench, System, first, summary
 from trimtab.reproduce.data import overlap
-from trimtab.reproduce.recipe import Domain, Steering, Training
+from trimtab.reproduce.recipe import Domain, Recipe, Sizes, Steering, Training
 from trimtab.train import Trained, train
 from trimtab.train.loops import load_trainers
 from trimtab.tune import tune
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Record = dict[str, Any]
+PBench = Bench[Recipe, Sizes]
 
 
 def cost_record(cost: Cost) -> Record:
@@ -42,7 +43,7 @@ def cost_record(cost: Cost) -> Record:
 # --- without learning -----------------------------------------------------------------------------------------------
 
 
-def base(bench: Bench, domain: Domain) -> Record:
+def base(bench: PBench, domain: Domain) -> Record:
     """Test the model as it is; `overlap` counts test questions that any pair which is learned from asks too."""
     sizes = bench.sizes
     drawn = [(sizes.pairs, sizes.seeds), (sizes.many_pairs, sizes.many_seeds)]
@@ -52,7 +53,7 @@ def base(bench: Bench, domain: Domain) -> Record:
     return {"test": bench.measure(bench.base, domain), "overlap": shared}
 
 
-def examples(bench: Bench, domain: Domain, seed: int) -> Record:
+def examples(bench: PBench, domain: Domain, seed: int) -> Record:
     """Show pairs' chosen answers as earlier turns, as many as validation finds best, and test."""
     pairs = bench.pairs(domain, bench.sizes.pairs, seed)
     rows: list[Record] = []
@@ -74,7 +75,7 @@ def _shown(pairs: Pairs, shots: int) -> tuple[Message, ...]:
 # --- steering -------------------------------------------------------------------------------------------------------
 
 
-def steered(bench: Bench, domain: Domain, way: Steering, n: int, seed: int, file: Path, *, controls: bool) -> Record:
+def steered(bench: PBench, domain: Domain, way: Steering, n: int, seed: int, file: Path, *, controls: bool) -> Record:
     """Learn from `n` pairs, choose on validation, test once; a knob that tuning refuses leaves the model as it is.
 
     The knob goes to `file`. With `controls` a random direction and the vector of shuffled pairs are put at the knob's
@@ -106,7 +107,7 @@ def steered(bench: Bench, domain: Domain, way: Steering, n: int, seed: int, file
     return record
 
 
-def _learned(bench: Bench, way: Steering, pairs: Pairs, seed: int, site: Site | None = None) -> Knob:
+def _learned(bench: PBench, way: Steering, pairs: Pairs, seed: int, site: Site | None = None) -> Knob:
     return learn(
         bench.model,
         bench.tokenizer,
@@ -122,7 +123,7 @@ def _learned(bench: Bench, way: Steering, pairs: Pairs, seed: int, site: Site | 
     )
 
 
-def _tuned(bench: Bench, domain: Domain, way: Steering, knob: Knob) -> Knob:
+def _tuned(bench: PBench, domain: Domain, way: Steering, knob: Knob) -> Knob:
     sizes = bench.sizes
     return tune(
         knob if way.selection == "validation" else knob.pruned(),
@@ -141,7 +142,7 @@ def _tuned(bench: Bench, domain: Domain, way: Steering, knob: Knob) -> Knob:
     )
 
 
-def _controls(bench: Bench, domain: Domain, way: Steering, knob: Knob, n: int, seed: int) -> Record:
+def _controls(bench: PBench, domain: Domain, way: Steering, knob: Knob, n: int, seed: int) -> Record:
     """Test strength -1, a random direction and shuffled pairs, all at the knob's site with its alpha."""
     shuffled = _learned(bench, way, bench.pairs(domain, n, seed).flip_balanced(seed=seed), seed, knob.site)
     noise = torch.randn(knob.width, generator=torch.Generator().manual_seed(seed))
@@ -162,7 +163,7 @@ def _controls(bench: Bench, domain: Domain, way: Steering, knob: Knob, n: int, s
 # --- curves, on validation questions --------------------------------------------------------------------------------
 
 
-def dose(bench: Bench, domain: Domain, file: Path) -> Record:
+def dose(bench: PBench, domain: Domain, file: Path) -> Record:
     """Measure a knob on validation questions over the recipe's alphas, and at what the paper calls alpha 1 (Eq. 4)."""
     knob = Knob.load(file)
     paper = alpha_from_palrs(
@@ -175,7 +176,7 @@ def dose(bench: Bench, domain: Domain, file: Path) -> Record:
     return {"chosen_alpha": knob.gain, "paper_alpha_1": paper, "rows": rows}
 
 
-def site_map(bench: Bench, domain: Domain, way: Steering, file: Path) -> Record:
+def site_map(bench: PBench, domain: Domain, way: Steering, file: Path) -> Record:
     """Score every layer and position at the knob's tokens and alpha, on validation questions."""
     tuned = Knob.load(file)
     knob = learn(
@@ -195,7 +196,7 @@ def site_map(bench: Bench, domain: Domain, way: Steering, file: Path) -> Record:
     return {"where": tuned.where, "alpha": tuned.gain, "rows": rows}
 
 
-def chosen_on_test(bench: Bench, domain: Domain, way: Steering) -> Record:
+def chosen_on_test(bench: PBench, domain: Domain, way: Steering) -> Record:
     """Do what must not be done, and label it so: choose site and dose on the test questions that are then reported.
 
     All tokens are steered, as in the paper. The setting chosen on the first half is scored there and on the other half.
@@ -229,7 +230,7 @@ def chosen_on_test(bench: Bench, domain: Domain, way: Steering) -> Record:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def grid(bench: Bench, domain: Domain, way: Training, n: int) -> Record:
+def grid(bench: PBench, domain: Domain, way: Training, n: int) -> Record:
     """Train with every learning rate and beta on one draw of pairs; validation chooses, as it does for knobs."""
 
     def score(model: PreTrainedModel) -> float:
@@ -244,7 +245,7 @@ def grid(bench: Bench, domain: Domain, way: Training, n: int) -> Record:
     return {"record": record, "tune": cost_record(cost)}
 
 
-def trained(bench: Bench, domain: Domain, way: Training, n: int, seed: int, setting: tuple[float, float]) -> Record:
+def trained(bench: PBench, domain: Domain, way: Training, n: int, seed: int, setting: tuple[float, float]) -> Record:
     """Train at one setting with early stopping on validation pairs, and test once."""
     load_trainers()
     system, record = bench.base, Record()
@@ -258,7 +259,7 @@ def trained(bench: Bench, domain: Domain, way: Training, n: int, seed: int, sett
 
 
 def _train(
-    bench: Bench,
+    bench: PBench,
     domain: Domain,
     way: Training,
     n: int,

@@ -40,7 +40,7 @@ class Runner(StepRunner):
     ) -> None:
         super().__init__(out, job)
         self.recipe, self.sizes, self._data = recipe, sizes, data
-        self._benches: dict[str, Bench] = {}
+        self._benches: dict[str, Bench[Recipe, Sizes]] = {}
 
     def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
         model, kind, name, *rest = key

@@ -58,15 +58,10 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How many items everything uses."""
+class BenchSizes:
+    """How many items a bench draws, for any paper."""
 
     pairs: int = 100
-    many_pairs: int = 1000
-    seeds: int = 5
-    many_seeds: int = 2
-    counts: tuple[int, ...] = (10, 25, 50, 400)
-    count_seeds: int = 3
     validation: int = 40
     validation_pairs: int = 24
     guard: int = 75
@@ -74,17 +69,42 @@ class Sizes:
     test_guard: int = 150
     test_pairs: int = 100
     sampled: int = 200
+    epochs: int = 10
+    max_new_tokens: int = 100_000
+    """Answers are cut there, or where their task cuts them if that is earlier."""
+    batch_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchRecipe:
+    """What a bench takes from the recipe of any paper."""
+
+    title: str
+    models: tuple[str, ...]
+    guardrails: tuple[str, ...] = ()
+    dtype: str = "auto"
+    budget: float = 0.02
+    """The share of items that a guardrail may lose where settings are chosen."""
+    data_seed: int = 0
+    """Of the questions that choose and test; the seeds of the pairs count up from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes(BenchSizes):
+    """How many items everything uses."""
+
+    many_pairs: int = 1000
+    seeds: int = 5
+    many_seeds: int = 2
+    counts: tuple[int, ...] = (10, 25, 50, 400)
+    count_seeds: int = 3
     map_items: int = 100
     rank_pairs: int = 8
     finalists: int = 3
-    epochs: int = 10
     grid: int = 100
     """Settings of a training grid that are tried, of the mildest first."""
     many_grid: bool = True
     """Whether `many_pairs` get a grid of their own; they take what the grid of `pairs` chose where not."""
-    max_new_tokens: int = 100_000
-    """Answers are cut there, or where their task cuts them if that is earlier."""
-    batch_size: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +122,12 @@ class Thresholds:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(BenchRecipe):
     """A whole reproduction."""
 
-    title: str
-    models: tuple[str, ...]
-    domains: dict[str, Domain]
-    steering: dict[str, Steering]
-    training: dict[str, Training]
-    guardrails: tuple[str, ...] = ()
-    dtype: str = "auto"
+    domains: dict[str, Domain] = dataclasses.field(default_factory=dict[str, Domain])
+    steering: dict[str, Steering] = dataclasses.field(default_factory=dict[str, Steering])
+    training: dict[str, Training] = dataclasses.field(default_factory=dict[str, Training])
     last: float = 0.8
     """Candidate layers end at this fraction of the depth."""
     gains: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
@@ -119,11 +135,8 @@ class Recipe:
     """Alphas of the dose curve, in multiples of the mean residual norm."""
     shots: tuple[int, ...] = (1, 2, 4)
     """How many pairs stand before the question as answered turns, one of them chosen on validation."""
-    budget: float = 0.02
     main: str = "palrs"
     """The way to steer that the claims speak of."""
-    data_seed: int = 0
-    """Of the questions that choose and test; the seeds of the pairs count up from 0."""
     sizes: Sizes = dataclasses.field(default_factory=Sizes)
     others: Sizes = dataclasses.field(default_factory=Sizes)
     """What models after the first use; what a file leaves out is as in `sizes`."""
