@@ -17,6 +17,7 @@ from trimtab.errors import OptionError, unknown_name
 
 PAPERS = {
     "palrs": "trimtab.reproduce.palrs",
+    "preference-vector": "trimtab.reproduce.preference",
 }
 """The modules that know a paper's recipes and steps: each has `load_recipe` and `reproduce`."""
 

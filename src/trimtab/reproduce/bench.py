@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
-from trimtab.artifact import Knob
+from trimtab.artifact import AnyKnob
 from trimtab.evals.choices import ChoiceTask, Prompt
 from trimtab.evals.graders import repetition
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
-from trimtab.evals.tasks import AnyTask, Outcome, run_task
+from trimtab.evals.tasks import AnyTask, Outcome, Task, run_task
 from trimtab.evals.trial import KL_ITEMS
 from trimtab.pairs import Pairs
 from trimtab.render import load
 from trimtab.reproduce.data import Data, Split
 from trimtab.reproduce.recipe import BenchRecipe, BenchSizes, Domain
+from trimtab.runtime import Dose
 from trimtab.types import Message, Pair
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class System:
     """What answers: a model, knobs turned on it, and turns that stand before every question."""
 
     model: PreTrainedModel
-    knobs: Mapping[Knob, float] = field(default_factory=dict[Knob, float])
+    knobs: Dose = field(default_factory=dict[AnyKnob, float])
     before: tuple[Message, ...] = ()
 
 
@@ -50,7 +51,7 @@ class Bench(Generic[R, S]):
         self.recipe, self.sizes, self._data = recipe, sizes, Data(root, recipe.data_seed)
         self._tasks: dict[tuple[str, Split, int], AnyTask] = {}
         self._rails: list[float] | None = None
-        self._base_answers: list[tuple[Prompt, str]] | None = None
+        self._base_answers: dict[Split, list[tuple[Prompt, str]]] = {}
 
     @property
     def base(self) -> System:
@@ -73,6 +74,10 @@ class Bench(Generic[R, S]):
             limit = min(task.max_new_tokens, self.sizes.max_new_tokens)
             self._tasks[source, split, n] = replace(task, max_new_tokens=limit)
         return self._tasks[source, split, n]
+
+    def training_task(self, source: str, n: int, seed: int) -> Task:
+        """Draw questions to train on by their grader; raises `PairsError` for a source that keeps none for that."""
+        return self._data.training_questions(source, n, seed=seed)
 
     def guardrails(self, split: Split) -> list[AnyTask]:
         """Draw the questions of every guardrail."""
@@ -143,18 +148,18 @@ class Bench(Generic[R, S]):
         pairs = Pairs(Pair((*system.before, *p.prompt), p.chosen, p.rejected) for p in self.held_out(domain, "test"))
         return pair_margins(system.model, self.tokenizer, pairs, [system.knobs])[0].margin
 
-    def kl(self, system: System) -> float | None:
+    def kl(self, system: System, split: Split = "test") -> float | None:
         """Return KL(base || system) in nats per token over the base model's answers to guardrails; None without any."""
-        if self._base_answers is None:
-            rails = [first(rail, KL_ITEMS) for rail in self.guardrails("test")]
+        if split not in self._base_answers:
+            rails = [first(rail, KL_ITEMS) for rail in self.guardrails(split)]
             told = [list(zip(rail.prompts, self.run(self.base, rail).answers, strict=True)) for rail in rails]
-            self._base_answers = [(prompt, answer) for items in told for prompt, answer in items if answer]
-        if not self._base_answers:
+            self._base_answers[split] = [(prompt, answer) for items in told for prompt, answer in items if answer]
+        if not self._base_answers[split]:
             return None
-        said = [answer for _, answer in self._base_answers]
+        said = [answer for _, answer in self._base_answers[split]]
         render = partial(render_texts, self.tokenizer, answers=said)
-        bare = render([after((), prompt) for prompt, _ in self._base_answers])
-        asked = render([after(system.before, prompt) for prompt, _ in self._base_answers])
+        bare = render([after((), prompt) for prompt, _ in self._base_answers[split]])
+        asked = render([after(system.before, prompt) for prompt, _ in self._base_answers[split]])
         return divergence(self.model, self.tokenizer, bare, system.knobs, other=system.model, other_texts=asked)
 
 

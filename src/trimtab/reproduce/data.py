@@ -9,7 +9,7 @@ from typing import Literal
 
 from trimtab.errors import OptionError, PairsError, unknown_name
 from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark
-from trimtab.evals.tasks import AnyTask
+from trimtab.evals.tasks import AnyTask, Task
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.reproduce.recipe import Recipe, Sizes
@@ -39,6 +39,12 @@ class Data:
                 "five. Add pairs, or lower pairs, many_pairs and counts in the recipe's [sizes]."
             )
         return train.take(n, seed=seed)
+
+    def training_questions(self, source: str, n: int, *, seed: int) -> Task:
+        """Draw `n` questions to train on by their grader; raises `PairsError` for benchmarks, which spare none."""
+        if not source.startswith(WORLD):
+            raise PairsError(f"{source!r} has questions to choose and to test with, and none to train on.")
+        return world.task(source.removeprefix(WORLD), "train", n, seed=seed)
 
     def held_out_pairs(self, source: str, split: Split, n: int) -> Pairs:
         """Draw at most `n` pairs whose prompts no training pair has, nor a pair of the other split."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Report = dict[str, Any]
-Unit = Literal["points", "times", "count"]
+Unit = Literal["points", "times", "count", "seconds"]
 CLAIM_HEADS = ("claim", "published", "measured", "95 % interval", "holds", "rule", "n")
 
 
@@ -24,9 +24,10 @@ CLAIM_HEADS = ("claim", "published", "measured", "95 % interval", "holds", "rule
 class Claim:
     """`measured` with its 95 % interval; `holds` follows from it and the recipe's threshold, and may be false.
 
-    The unit "points" is of shares of items, 0.01 each; "times" is a ratio; "count" counts. `by_model` has the estimate
-    of each model that could be measured: a claim holds only where every one is on the same side of the threshold as the
-    interval over all of them. `n` counts the items of the latter side, of all its runs.
+    The unit "points" is of shares of items, 0.01 each; "times" is a ratio; "count" counts; "seconds" are those of the
+    clock. `by_model` has the estimate of each model that could be measured: a claim holds only where every one is on
+    the same side of the threshold as the interval over all of them. `n` counts the items of the latter side, of all its
+    runs.
     """
 
     id: str
@@ -98,7 +99,12 @@ def claim_rows(report: Report) -> list[list[str]]:
 
 def shown(value: float, unit: Unit) -> str:
     """Return a claim's figure as text."""
-    return {"points": f"{100 * value:+.1f}", "times": f"{value:.1f}x", "count": f"{value:.0f}"}[unit]
+    return {
+        "points": f"{100 * value:+.1f}",
+        "times": f"{value:.1f}x",
+        "count": f"{value:.0f}",
+        "seconds": f"{value:.2f} s",
+    }[unit]
 
 
 def percent(value: float | None) -> str:

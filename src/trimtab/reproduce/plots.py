@@ -20,7 +20,8 @@ _KINDS = {"base": "bare model", "steer": "steered", "examples": "shown examples"
 _MARKS = ("o", "s", "^", "D", "v")
 
 
-def _new(width: float, height: float, columns: int) -> tuple[Figure, list[Any]]:
+def new_figure(width: float, height: float, columns: int) -> tuple[Figure, list[Any]]:
+    """Return a figure of so many inches, and its panels side by side."""
     from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 
     drawn = Figure(figsize=(width, height), layout="constrained")
@@ -30,7 +31,7 @@ def _new(width: float, height: float, columns: int) -> tuple[Figure, list[Any]]:
 def by_system(tables: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figure:
     """Draw every system's test accuracy, one panel per domain, one mark per model; `tables[model][domain]` are rows."""
     first = next(iter(tables.values()))
-    drawn, axes = _new(11, 0.36 * max(map(len, first.values())) + 1.9, len(first))
+    drawn, axes = new_figure(11, 0.36 * max(map(len, first.values())) + 1.9, len(first))
     for panel, (axis, domain) in enumerate(zip(axes, first, strict=True)):
         titles = [row["system"] for row in first[domain]]
         for number, domains in enumerate(tables.values()):
@@ -61,7 +62,7 @@ def _mark(axis: Any, colour: str, mark: str, label: str) -> Any:
 
 def by_pairs(rows: Mapping[str, Sequence[Row]], before: Mapping[str, float]) -> Figure:
     """Draw accuracy by number of pairs, every seed a dot; `before` is the bare model's accuracy by domain."""
-    drawn, axes = _new(10, 4.2, len(rows))
+    drawn, axes = new_figure(10, 4.2, len(rows))
     for axis, (domain, found) in zip(axes, rows.items(), strict=True):
         names = list(dict.fromkeys(row["system"] for row in found))
         for name, colour, mark in zip(names, cycle(COLOURS), cycle(_MARKS), strict=False):
@@ -83,7 +84,7 @@ def by_pairs(rows: Mapping[str, Sequence[Row]], before: Mapping[str, float]) -> 
 
 def by_dose(curves: Mapping[str, Row], rails: Sequence[str]) -> Figure:
     """Draw score, guardrails and broken answers over alpha, on validation questions."""
-    drawn, axes = _new(10, 4.4, len(curves))
+    drawn, axes = new_figure(10, 4.4, len(curves))
     for axis, (domain, curve) in zip(axes, curves.items(), strict=True):
         rows = curve["rows"]
         alphas = [row["alpha"] for row in rows]
@@ -101,7 +102,7 @@ def by_dose(curves: Mapping[str, Row], rails: Sequence[str]) -> Figure:
 
 def by_site(maps: Mapping[str, Row]) -> Figure:
     """Draw the score of every layer and position on validation questions, with the figures in the cells."""
-    drawn, axes = _new(10, 4.0, len(maps))
+    drawn, axes = new_figure(10, 4.0, len(maps))
     image: Any = None
     for axis, (domain, found) in zip(axes, maps.items(), strict=True):
         rows = found["rows"]
@@ -123,7 +124,7 @@ def by_site(maps: Mapping[str, Row]) -> Figure:
 
 def by_seconds(tables: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw accuracy against the seconds of learning and tuning together, which differ by orders of magnitude."""
-    drawn, axes = _new(10, 4.2, len(tables))
+    drawn, axes = new_figure(10, 4.2, len(tables))
     spent = [_seconds(row) for rows in tables.values() for row in rows if _seconds(row)]
     decades = [math.floor(math.log10(min(spent, default=1))), math.ceil(math.log10(max(spent, default=10)))]
     ticks = [10.0**decade for decade in range(decades[0], max(decades[1], decades[0] + 1) + 1)]

@@ -1,0 +1,164 @@
+"""Preference Vectors (arXiv:2504.20106) re-measured: which steps there are, and how they are run and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import OptionError
+from trimtab.reproduce import preference_cells as cells
+from trimtab.reproduce.bench import Bench
+from trimtab.reproduce.document import Report, write
+from trimtab.reproduce.preference_recipe import Recipe, Sizes, Thresholds, load_recipe
+from trimtab.reproduce.preference_report import NOTES, build, sections
+from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
+
+__all__ = ["load_recipe", "reproduce"]
+
+
+class Runner(StepRunner):
+    """Adds the recipe, and a bench for each model that it was asked about."""
+
+    def __init__(self, recipe: Recipe, sizes: Sizes, out: Path, data: Path, job: Mapping[str, Any]) -> None:
+        super().__init__(out, job)
+        self._recipe, self._sizes, self._data = recipe, sizes, data
+        self._benches: dict[str, cells.PreferenceBench] = {}
+
+    def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+        """Do a step; return its record."""
+        model, kind, *rest = key
+        if model not in self._benches:
+            bench = Bench(model, self._recipe, self._sizes, self._data)
+            self._benches[model] = cells.PreferenceBench(bench, self.out / "knobs" / model.replace("/", "-"))
+        bench = self._benches[model]
+        if kind == "train":
+            name, rate, seed = rest
+            return bench.train(name, float(rate), int(seed))
+        if kind == "steer":
+            return bench.steer(rest[0])
+        rates: Mapping[str, float] = arguments["rates"]
+        if kind == "test":
+            name, seed = rest
+            return bench.test(name, rates, int(seed))
+        if kind == "equal":
+            return bench.equal(rest[0], rates)
+        if kind == "geometry":
+            return bench.geometry(rates)
+        return {"grid": bench.grid, "scale": bench.scale, "compose": bench.compose}[kind](rates, int(rest[0]))
+
+
+def trained_names(recipe: Recipe) -> list[str]:
+    """Return what is trained: a vector for each preference, joint baselines, and one model for each of two rewards."""
+    return [*recipe.preferences, "joint-dpo", "dpo-safe-first", "bfpo", *(f"reward-{name}" for name in recipe.two)]
+
+
+def rates_of(recipe: Recipe, name: str) -> tuple[float, ...]:
+    """Return the rates that are tried for what is trained under a name."""
+    return recipe.rewards.learning_rates if name.startswith("reward-") else recipe.training.learning_rates
+
+
+def first_steps(recipe: Recipe, models: Sequence[str]) -> Iterator[Step]:
+    """Yield every training at every rate, with the first draw of pairs."""
+    for model in models:
+        for name in trained_names(recipe):
+            for rate in rates_of(recipe, name):
+                yield (model, "train", name, f"{rate:g}", "0"), {}
+        for name in recipe.preferences:
+            yield (model, "steer", name), {}
+
+
+def second_steps(recipe: Recipe, sizes: Sizes, rates: Mapping[str, Mapping[str, float]]) -> Iterator[Step]:
+    """Yield the trainings with the other draws, at the rates that were chosen."""
+    for model, chosen in rates.items():
+        for name in trained_names(recipe):
+            for seed in range(1, sizes.seeds):
+                yield (model, "train", name, f"{chosen[name]:g}", str(seed)), {}
+
+
+def last_steps(recipe: Recipe, sizes: Sizes, rates: Mapping[str, Mapping[str, float]]) -> Iterator[Step]:
+    """Yield what is measured of what was trained."""
+    for model, chosen in rates.items():
+        needs = {"rates": dict(chosen)}
+        for seed in map(str, range(sizes.seeds)):
+            for kind in ("grid", "scale", "compose"):
+                yield (model, kind, seed), needs
+            for name in cells.systems(recipe.two, list(recipe.preferences)):
+                yield (model, "test", name, seed), needs
+        for name in recipe.preferences:
+            yield (model, "equal", name), needs
+        yield (model, "geometry"), needs
+
+
+def choose_rate(records: Mapping[float, Mapping[str, Any]], budget: float) -> float:
+    """Return the rate with the best validation score of those whose guardrails keep the budget; else the mildest.
+
+    Of equal ones the smallest.
+    """
+    kept = [rate for rate, record in records.items() if record["drop"] <= budget + 1e-9]
+    if not kept:
+        return min(records, key=lambda rate: (records[rate]["drop"], rate))
+    return max(kept, key=lambda rate: (records[rate]["score"], -rate))
+
+
+def reproduce(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    data: str | Path = "data",
+    models: Sequence[str] = (),
+    quick: bool = False,
+    workers: int | None = None,
+    command: str = "",
+    progress: Progress = lambda done, total, what: None,
+) -> Report:
+    """Run the whole protocol of a recipe, write the report to `out` (JSON, Markdown, HTML), and return it.
+
+    Arguments and errors are those of `trimtab.reproduce.palrs.reproduce`; every model is measured alike.
+    """
+    begun, folder, names = time.perf_counter(), Path(out), tuple(models) or recipe.models
+    if len(set(names)) < len(names):
+        raise OptionError(f"A model is named twice: {', '.join(names)}.")
+    if workers is not None and workers < 1:
+        raise OptionError(f"workers counts from 1; got {workers}.")
+    sizes = recipe.quick if quick else recipe.sizes
+    refuse_strangers(folder)
+    kept = len(list(folder.glob("steps/step-*.json")))
+    about = {"recipe": asdict(replace(recipe, models=(), thresholds=Thresholds())), "sizes": asdict(sizes)}
+    sources = {*recipe.guardrails, *(s for d in recipe.preferences.values() for s in (d.pairs, d.task))}
+    job = begin_job(folder, "preference-vector", about, names, recipe.dtype, Path(data), sorted(sources))
+    done: dict[Key, Any] = {}
+    rates: dict[str, dict[str, float]] = {}
+
+    def choose() -> None:
+        for model in names:
+            rates[model] = {
+                name: choose_rate(
+                    {rate: done[model, "train", name, f"{rate:g}", "0"] for rate in rates_of(recipe, name)},
+                    recipe.budget,
+                )
+                for name in trained_names(recipe)
+            }
+
+    placeholder = {model: {name: rates_of(recipe, name)[0] for name in trained_names(recipe)} for model in names}
+    plans = [second_steps(recipe, sizes, placeholder), last_steps(recipe, sizes, placeholder)]
+    early = list(first_steps(recipe, names))
+    total = len(early) + sum(len(list(plan)) for plan in plans)
+    count = workers or usual_workers(names[0], recipe.dtype)
+    with running(count, Runner, (recipe, sizes, folder, Path(data), job)) as run:
+        for number in range(3):
+            if number == 1:
+                choose()
+            steps = [lambda: early, lambda: list(second_steps(recipe, sizes, rates))]
+            steps.append(lambda: list(last_steps(recipe, sizes, rates)))
+            for key, record in run(steps[number]()):
+                done[key] = record
+                progress(len(done), total, " ".join(key))
+    report = build(recipe, sizes, done, rates, command)
+    report |= {"quick": quick, "seconds": time.perf_counter() - begun, "steps_kept": kept}
+    if quick:
+        report["summary"] = f"A quick run, which shows that everything works: no figure counts. {report['summary']}"
+    write(report, sections(report), NOTES, folder)
+    return report

@@ -1,0 +1,382 @@
+"""What each step of reproducing Preference Vectors does: train one thing, or measure one setting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob
+from trimtab.artifact.parts import Part
+from trimtab.compose.goal import Goal, Tried, choose_setting
+from trimtab.errors import PairsError, TuneError
+from trimtab.evals.cost import measured
+from trimtab.evals.graders import is_refusal
+from trimtab.evals.tasks import Task
+from trimtab.learn import learn
+from trimtab.pairs import Pairs
+from trimtab.reproduce.bench import Bench, System
+from trimtab.reproduce.cells import cost_record
+from trimtab.reproduce.data import Split
+from trimtab.reproduce.preference_recipe import Recipe, Sizes
+from trimtab.runtime import Dose
+from trimtab.train import Loss, train
+from trimtab.train.labels import relabel
+from trimtab.train.rewards import reinforce, task_reward
+from trimtab.train.soup import soup
+from trimtab.train.vectors import learn_weights
+from trimtab.tune import tune
+from trimtab.types import WHERE
+from trimtab.weights.delta import difference
+from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
+
+Record = dict[str, Any]
+LOSSES: Mapping[str, Loss] = {"joint-dpo": "dpo", "dpo-safe-first": "dpo", "bfpo": "bfpo"}
+VECTOR = "preference-vector"
+LAST = 0.85
+"""Steering knobs are read up to this fraction of the depth, as in the recipe of PaLRS."""
+
+
+def systems(two: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return what is tested in full: the model as it is, the vectors in every combination wanted, and the baselines."""
+    more = names[2:]
+    added = [f"{VECTOR} +{name}" for name in more] + ([f"{VECTOR} +all"] if len(more) > 1 else [])
+    alone = [f"only {name}" for name in names]
+    baselines = ["positive-only", "norm-matched", "random", *LOSSES, "dpo-soup", "reward-soup"]
+    return ["base", VECTOR, *added, *alone, *baselines]
+
+
+class PreferenceBench:
+    """One model with its data and the folder of what was trained from it."""
+
+    def __init__(self, bench: Bench[Recipe, Sizes], folder: Path) -> None:
+        self.bench, self.folder = bench, folder
+        self.recipe, self.sizes = bench.recipe, bench.sizes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def train(self, name: str, rate: float, seed: int) -> Record:
+        """Train what goes by a name, keep the differences as knobs, and say what validation shows of it at strength 1.
+
+        `score` is the mean score of sampled validation answers, over the preferences that it is for, and `drop` the
+        largest loss of a guardrail.
+        """
+        goal = [name] if name in self.recipe.preferences else [name.removeprefix("reward-")]
+        goal = goal if goal[0] in self.recipe.preferences else list(self.recipe.two)
+        extra: Record = {}
+        with measured() as cost:
+            try:
+                if name in self.recipe.preferences:
+                    knob, extra = self._vector(name, rate, seed)
+                elif name.startswith("reward-"):
+                    knob = self._rewarded(goal[0], rate, seed)
+                else:
+                    pairs = self._joint(name, self.sizes.pairs, seed)
+                    if name != "joint-dpo" and LOSSES[name] == "dpo" and pairs == self._joint("joint-dpo", 0, seed):
+                        return {"same_as": "joint-dpo", "score": 0.0, "drop": 0.0}
+                    knob = self._joint_model(name, pairs, rate, seed)
+            except PairsError as error:
+                return {"refused": str(error), "score": 0.0, "drop": 0.0}
+        knob.save(self._file(name, rate, seed))
+        return {**self.validate({knob: 1.0}, goal, seed), **extra, "cost": cost_record(cost), "norm": knob.norm()}
+
+    def _vector(self, name: str, rate: float, seed: int) -> tuple[DeltaKnob, Record]:
+        """Train on the pairs and on the pairs swapped; keep both differences, and return theirs."""
+        domain, way = self.recipe.preferences[name], self.recipe.training
+        pairs, held = self.bench.pairs(domain, self.sizes.pairs, seed), self.bench.held_out(domain, "validation")
+        sides: list[DeltaKnob] = []
+        for side, used, chosen in (("plus", pairs, held), ("minus", pairs.swapped(), held.swapped())):
+            knob = learn_weights(
+                self.bench.model,
+                self.bench.tokenizer,
+                used,
+                method="alignment-vector",
+                name=f"{name}-{side}",
+                validation=chosen,
+                lora_rank=way.lora_rank or None,
+                learning_rates=(rate,),
+                betas=(way.beta,),
+                epochs=self.sizes.epochs,
+                patience=way.patience,
+                batch_size=way.batch_size,
+                seed=seed,
+            )
+            sides.append(knob)
+        plus, minus = sides
+        plus.save(self._file(f"{name} plus", rate, seed))
+        vector = (plus - minus).with_(name=name, method=VECTOR)
+        cosine = (plus.norm() ** 2 + minus.norm() ** 2 - vector.norm() ** 2) / (2 * plus.norm() * minus.norm())
+        best = [side.diagnostics["training"]["plus"]["chosen"] for side in sides]
+        return vector, {
+            "cosine": cosine,
+            "norm_plus": plus.norm(),
+            "norm_minus": minus.norm(),
+            "chosen": best,
+        }
+
+    def _joint(self, name: str, n: int, seed: int) -> Pairs:
+        """Return the pairs of the first two preferences, in the order that a baseline gives their answers."""
+        n = n or self.sizes.pairs
+        one, other = (self.bench.pairs(self.recipe.preferences[p], n, seed) for p in self.recipe.two)
+        return relabel(one + other, "safe-first") if name == "dpo-safe-first" else one + other
+
+    def _joint_model(self, name: str, pairs: Pairs, rate: float, seed: int) -> DeltaKnob:
+        one, other = (self.bench.held_out(self.recipe.preferences[p], "validation") for p in self.recipe.two)
+        held, way = one + other, self.recipe.training
+        trained = train(
+            self.bench.model,
+            self.bench.tokenizer,
+            pairs,
+            loss=LOSSES[name],
+            validation=relabel(held, "safe-first") if name == "dpo-safe-first" else held,
+            learning_rates=(rate,),
+            betas=(way.beta,),
+            lora_rank=way.lora_rank or None,
+            epochs=self.sizes.epochs,
+            patience=way.patience,
+            batch_size=way.batch_size,
+            seed=seed,
+        )
+        return difference(trained.model, self.bench.model, name=name)
+
+    def _rewarded(self, name: str, rate: float, seed: int) -> DeltaKnob:
+        domain, way = self.recipe.preferences[name], self.recipe.rewards
+        held = self.bench.task(domain.task, "validation", min(way.held, self.sizes.validation))
+        asked = self.bench.training_task(domain.task, way.prompts, seed)
+        assert isinstance(held, Task)  # where there are training questions, answers are graded
+        made = reinforce(
+            self.bench.model,
+            self.bench.tokenizer,
+            asked.prompts,
+            task_reward(asked, held),
+            method=way.method,
+            validation=held.prompts,
+            learning_rate=rate,
+            kl=way.kl,
+            steps=min(way.steps, self.sizes.reward_steps),
+            answers=way.answers,
+            max_new_tokens=asked.max_new_tokens,
+            lora_rank=self.recipe.training.lora_rank or None,
+            seed=seed,
+        )
+        return difference(made.model, self.bench.model, name=f"reward-{name}")
+
+    def steer(self, name: str) -> Record:
+        """Learn a steering knob from the same pairs, and let validation choose where it is read and turned."""
+        domain = self.recipe.preferences[name]
+        with measured() as cost:
+            knob = learn(
+                self.bench.model,
+                self.bench.tokenizer,
+                self.bench.pairs(domain, self.sizes.pairs, 0),
+                name=name,
+                last=0.85,
+            )
+            try:
+                knob = tune(
+                    knob,
+                    self.bench.model,
+                    self.bench.tokenizer,
+                    self.bench.held_out(domain, "validation"),
+                    task=self.bench.task(domain.task, "validation", self.sizes.validation),
+                    guardrails=self.bench.guardrails("validation"),
+                    where=WHERE[:3],
+                    budget=self.recipe.budget,
+                    dose_response=False,
+                    batch_size=self.sizes.batch_size,
+                )
+            except TuneError as error:
+                return {"refused": str(error), "cost": cost_record(cost)}
+        knob.save(self._file(f"steer {name}", 0, 0))
+        return {"site": str(knob.site), "where": knob.where, "gain": knob.gain, "cost": cost_record(cost)}
+
+    # --- measuring ------------------------------------------------------------------------------------------------
+
+    def validate(self, setting: Dose, goal: Sequence[str], seed: int) -> Record:
+        """Return what validation says of a setting: the mean score of the preferences `goal`, and guardrails lost."""
+        system = System(self.bench.model, setting)
+        scores = [self._sampled(system, name, "validation", self.sizes.validation, seed)[0] for name in goal]
+        rails, before = (self._rails(one, "validation") for one in (system, self.bench.base))
+        drop = max(float(np.mean(before[name]) - np.mean(rails[name])) for name in rails)
+        return {"score": float(np.mean(scores)), "drop": drop, "kl": self.bench.kl(system, "validation")}
+
+    def _sampled(
+        self, system: System, name: str, split: Split, n: int, seed: int
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Return scores of answers sampled at temperature 1, whether each refuses, and whether it is broken, `[n]`."""
+        task = self.bench.task(self.recipe.preferences[name].task, split, n)
+        outcome = self.bench.run(system, task, temperature=1.0, seed=seed)
+        refused = [float(is_refusal(answer)) for answer in outcome.answers]
+        return outcome.scores.tolist(), refused, outcome.degenerate.tolist()
+
+    def _rails(self, system: System, split: Split) -> dict[str, list[float]]:
+        return {rail.name: self.bench.run(system, rail).scores.tolist() for rail in self.bench.guardrails(split)}
+
+    def _measure(self, setting: Dose, seed: int) -> Record:
+        """Measure on test items: scores by preference, refusals of the first's, guardrails, KL, broken."""
+        system = System(self.bench.model, setting)
+        found = {n: self._sampled(system, n, "test", self.sizes.sampled, seed) for n in self.recipe.preferences}
+        return {
+            "scores": {name: values[0] for name, values in found.items()},
+            "refused": found[self.recipe.two[0]][1],
+            "broken": float(np.mean([values[2] for values in found.values()])),
+            "guardrails": self._rails(system, "test"),
+            "kl": self.bench.kl(system),
+            "right": {
+                name: (self.bench.margins(system, domain) > 0).astype(float).tolist()
+                for name, domain in self.recipe.preferences.items()
+            },
+        }
+
+    def test(self, name: str, rates: Mapping[str, float], seed: int) -> Record:
+        """Measure a system on test items."""
+        begun = time.perf_counter()
+        setting = self._setting(name, rates, seed)
+        if setting is None:
+            return {"refused": "its pairs lack what it needs"}
+        ready = time.perf_counter() - begun
+        return {**self._measure(setting, seed), "ready_seconds": ready, "knobs": len(setting)}
+
+    def grid(self, rates: Mapping[str, float], seed: int) -> Record:
+        """Return both preferences' test scores at every pair of strengths, `[first][second][n]`, answers sampled."""
+        one, other = (self._load(name, rates[name], seed) for name in self.recipe.two)
+        found: dict[str, list[list[list[float]]]] = {name: [] for name in self.recipe.two}
+        for a in self.recipe.grid:
+            for name in found:
+                found[name].append([])
+            for b in self.recipe.grid:
+                system = System(self.bench.model, {one: a, other: b})
+                for name, rows in found.items():
+                    rows[-1].append(self._sampled(system, name, "test", self.sizes.sampled, seed)[0])
+        return found
+
+    def scale(self, rates: Mapping[str, float], seed: int) -> Record:
+        """Return what happens on test items along one strength for both."""
+        knobs = [self._load(name, rates[name], seed) for name in self.recipe.two]
+        return {f"{eta:g}": self._measure(dict.fromkeys(knobs, eta), seed) for eta in self.recipe.scales}
+
+    def compose(self, rates: Mapping[str, float], seed: int) -> Record:
+        """Let validation choose both strengths, so that neither preference is sacrificed, and test the choice once."""
+        knobs = {name: self._load(name, rates[name], seed) for name in self.recipe.two}
+        table: list[Tried] = []
+        base = self._rails(self.bench.base, "validation")
+        for strengths in product(self.recipe.composed, repeat=2):
+            system = System(self.bench.model, dict(zip(knobs.values(), strengths, strict=True)))
+            found = {n: self._sampled(system, n, "validation", self.sizes.validation, seed) for n in knobs}
+            rails = self._rails(system, "validation")
+            excess = {n: float(np.mean(base[n]) - np.mean(rails[n])) - self.recipe.budget for n in rails}
+            table.append(
+                Tried(
+                    dict(zip(knobs, strengths, strict=True)),
+                    {n: np.array(values[0]) for n, values in found.items()},
+                    {n: np.array(values) for n, values in rails.items()},
+                    kl=self.bench.kl(system, "validation"),
+                    excess=excess,
+                )
+            )
+        chosen = choose_setting(table, Goal(weights=dict.fromkeys(knobs, 1.0), rule="worst"), mildest=False)
+        setting = {knobs[name]: strength for name, strength in chosen.setting.items()}
+        return {"chosen": dict(chosen.setting), "validation": chosen.scores, **self._measure(setting, seed)}
+
+    def equal(self, name: str, rates: Mapping[str, float]) -> Record:
+        """Compare the weight knob with the steering knob at equal KL: strengths by validation, scores by test items."""
+        weights, file = self._load(name, rates[name], 0), self._file(f"steer {name}", 0, 0)
+        ways: dict[str, tuple[AnyKnob, Sequence[float]]] = {"weights": (weights, self.recipe.strengths)}
+        if file.exists():
+            steering = Knob.load(file)
+            ways["activations"] = (steering, [alpha / steering.gain for alpha in self.recipe.alphas])
+        found: Record = {}
+        for way, (knob, strengths) in ways.items():
+            tried: list[tuple[float, float, float]] = []
+            for strength in strengths:
+                told = self.validate({knob: strength}, [name], 0)
+                tried.append((strength, told["kl"], told["score"]))
+            found[way] = {"curve": tried, "at": {}}
+            for limit in self.recipe.kls:
+                fits = [one for one in tried if one[1] <= limit]
+                strength = max(fits, key=lambda one: (one[2], -one[1]))[0] if fits else 0.0
+                system = System(self.bench.model, {knob: strength})
+                found[way]["at"][f"{limit:g}"] = {
+                    "strength": strength,
+                    "kl": self.bench.kl(system),
+                    "scores": self._sampled(system, name, "test", self.sizes.sampled, 0)[0],
+                }
+        return found
+
+    def geometry(self, rates: Mapping[str, float]) -> Record:
+        """Return how the vectors lie to each other: cosines over all weights, sign conflicts, task interference."""
+        names = list(self.recipe.preferences)
+        knobs = [self._load(name, rates[name], 0) for name in names]
+        labels = sorted(set.intersection(*(set(knob.parts) for knob in knobs)))
+        deltas = [[knob.dense(label) for label in labels] for knob in knobs]
+        flat = [torch.cat([delta.flatten() for delta in own]) for own in deltas]
+        matrices = [i for i, delta in enumerate(deltas[0]) if delta.dim() == 2]
+        interference = [singular_task_interference([own[i] for own in deltas[:2]]) for i in matrices]
+        return {
+            "names": names,
+            "cosines": cosine_matrix(deltas).tolist(),
+            "sign_conflicts": [[sign_conflict(a, b) for b in flat] for a in flat],
+            "interference": float(np.mean([one.raw for one in interference])),
+            "interference_normed": float(np.mean([one.normed for one in interference])),
+            "norms": {name: knob.norm() for name, knob in zip(names, knobs, strict=True)},
+        }
+
+    # --- settings -------------------------------------------------------------------------------------------------
+
+    def _setting(self, name: str, rates: Mapping[str, float], seed: int) -> Dose | None:
+        """Return the knobs of a system; None where what it needs could not be trained."""
+        two = self.recipe.two
+        if name == "base":
+            return {}
+        if name == VECTOR or name.startswith((f"{VECTOR} +", "only ")):
+            wanted = [*two]
+            if name.startswith("only "):
+                wanted = [name.removeprefix("only ")]
+            elif name != VECTOR:
+                more = name.removeprefix(f"{VECTOR} +")
+                wanted += [n for n in self.recipe.preferences if n not in two and more in (n, "all")]
+            return {self._load(n, rates[n], seed): 1.0 for n in wanted}
+        if name in LOSSES:
+            file = self._file(name, rates[name], seed)
+            if (
+                name == "dpo-safe-first"
+                and not file.exists()
+                and self._file("joint-dpo", rates["joint-dpo"], seed).exists()
+            ):
+                file = self._file("joint-dpo", rates["joint-dpo"], seed)  # the same pairs in the same order
+            return {DeltaKnob.load(file): 1.0} if file.exists() else None
+        if name == "reward-soup":
+            return {soup([self._load(f"reward-{n}", rates[f"reward-{n}"], seed) for n in two], name=name): 1.0}
+        only = [self._load(f"{n} plus", rates[n], seed) for n in two]
+        if name == "dpo-soup":
+            return {soup(only, name=name): 1.0}
+        if name == "positive-only":
+            return dict.fromkeys(only, 1.0)
+        vectors = [self._load(n, rates[n], seed) for n in two]
+        if name == "norm-matched":
+            return {o: v.norm() / o.norm() for o, v in zip(only, vectors, strict=True)}
+        assert name == "random", name
+        return {_random_like(vectors[0] + vectors[1], seed): 1.0}
+
+    def _file(self, name: str, rate: float, seed: int) -> Path:
+        return self.folder / f"{name.replace(' ', '-').replace('/', '-')}-{rate:g}-{seed}.knob.safetensors"
+
+    def _load(self, name: str, rate: float, seed: int) -> DeltaKnob:
+        return DeltaKnob.load(self._file(name, rate, seed))
+
+
+def _random_like(knob: DeltaKnob, seed: int) -> DeltaKnob:
+    """Return a difference of random entries whose norm is the knob's in every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Part] = {}
+    for name in knob.parts:
+        like = knob.dense(name).float()
+        noise = torch.randn(like.shape, generator=generator)
+        drawn[name] = noise * (like.norm() / noise.norm())
+    return DeltaKnob("random", "random", drawn)
