@@ -12,8 +12,9 @@ from trimtab.errors import OptionError
 from trimtab.reproduce import preference_cells as cells
 from trimtab.reproduce.bench import Bench
 from trimtab.reproduce.document import Report, write
-from trimtab.reproduce.preference_recipe import Recipe, Sizes, Thresholds, load_recipe
+from trimtab.reproduce.preference_recipe import Recipe, Sizes, load_recipe
 from trimtab.reproduce.preference_report import NOTES, build, sections
+from trimtab.reproduce.preference_systems import systems, trained_names
 from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
 
 __all__ = ["load_recipe", "reproduce"]
@@ -50,11 +51,6 @@ class Runner(StepRunner):
         return {"grid": bench.grid, "scale": bench.scale, "compose": bench.compose}[kind](rates, int(rest[0]))
 
 
-def trained_names(recipe: Recipe) -> list[str]:
-    """Return what is trained: a vector for each preference, joint baselines, and one model for each of two rewards."""
-    return [*recipe.preferences, "joint-dpo", "dpo-safe-first", "bfpo", *(f"reward-{name}" for name in recipe.two)]
-
-
 def rates_of(recipe: Recipe, name: str) -> tuple[float, ...]:
     """Return the rates that are tried for what is trained under a name."""
     return recipe.rewards.learning_rates if name.startswith("reward-") else recipe.training.learning_rates
@@ -85,7 +81,7 @@ def last_steps(recipe: Recipe, sizes: Sizes, rates: Mapping[str, Mapping[str, fl
         for seed in map(str, range(sizes.seeds)):
             for kind in ("grid", "scale", "compose"):
                 yield (model, kind, seed), needs
-            for name in cells.systems(recipe.two, list(recipe.preferences)):
+            for name in systems(recipe):
                 yield (model, "test", name, seed), needs
         for name in recipe.preferences:
             yield (model, "equal", name), needs
@@ -101,6 +97,18 @@ def choose_rate(records: Mapping[float, Mapping[str, Any]], budget: float) -> fl
     if not kept:
         return min(records, key=lambda rate: (records[rate]["drop"], rate))
     return max(kept, key=lambda rate: (records[rate]["score"], -rate))
+
+
+def choose_rates(recipe: Recipe, models: Sequence[str], done: Mapping[Key, Any]) -> dict[str, dict[str, float]]:
+    """Return each training's rate by model, of those that were tried with the first draw of pairs."""
+
+    def tried(model: str, name: str) -> dict[float, Any]:
+        return {rate: done[model, "train", name, f"{rate:g}", "0"] for rate in rates_of(recipe, name)}
+
+    return {
+        model: {name: choose_rate(tried(model, name), recipe.budget) for name in trained_names(recipe)}
+        for model in models
+    }
 
 
 def reproduce(
@@ -126,36 +134,26 @@ def reproduce(
     sizes = recipe.quick if quick else recipe.sizes
     refuse_strangers(folder)
     kept = len(list(folder.glob("steps/step-*.json")))
-    about = {"recipe": asdict(replace(recipe, models=(), thresholds=Thresholds())), "sizes": asdict(sizes)}
+    measured = replace(recipe, models=(), sizes=Sizes(), quick=Sizes())
+    about = {"recipe": asdict(measured), "sizes": asdict(sizes)}
     sources = {*recipe.guardrails, *(s for d in recipe.preferences.values() for s in (d.pairs, d.task))}
     job = begin_job(folder, "preference-vector", about, names, recipe.dtype, Path(data), sorted(sources))
     done: dict[Key, Any] = {}
-    rates: dict[str, dict[str, float]] = {}
-
-    def choose() -> None:
-        for model in names:
-            rates[model] = {
-                name: choose_rate(
-                    {rate: done[model, "train", name, f"{rate:g}", "0"] for rate in rates_of(recipe, name)},
-                    recipe.budget,
-                )
-                for name in trained_names(recipe)
-            }
-
-    placeholder = {model: {name: rates_of(recipe, name)[0] for name in trained_names(recipe)} for model in names}
-    plans = [second_steps(recipe, sizes, placeholder), last_steps(recipe, sizes, placeholder)]
     early = list(first_steps(recipe, names))
-    total = len(early) + sum(len(list(plan)) for plan in plans)
+    likely = {model: {name: rates_of(recipe, name)[0] for name in trained_names(recipe)} for model in names}
+    total = len(early) + len(list(second_steps(recipe, sizes, likely))) + len(list(last_steps(recipe, sizes, likely)))
     count = workers or usual_workers(names[0], recipe.dtype)
     with running(count, Runner, (recipe, sizes, folder, Path(data), job)) as run:
-        for number in range(3):
-            if number == 1:
-                choose()
-            steps = [lambda: early, lambda: list(second_steps(recipe, sizes, rates))]
-            steps.append(lambda: list(last_steps(recipe, sizes, rates)))
-            for key, record in run(steps[number]()):
+
+        def finish(steps: list[Step]) -> None:
+            for key, record in run(steps):
                 done[key] = record
                 progress(len(done), total, " ".join(key))
+
+        finish(early)
+        rates = choose_rates(recipe, names, done)
+        finish(list(second_steps(recipe, sizes, rates)))
+        finish(list(last_steps(recipe, sizes, rates)))
     report = build(recipe, sizes, done, rates, command)
     report |= {"quick": quick, "seconds": time.perf_counter() - begun, "steps_kept": kept}
     if quick:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
-from trimtab.artifact.parts import Part
 from trimtab.compose.goal import Goal, Tried, choose_setting
 from trimtab.errors import PairsError, TuneError
 from trimtab.evals.cost import measured
@@ -24,11 +23,11 @@ from trimtab.reproduce.bench import Bench, System
 from trimtab.reproduce.cells import cost_record
 from trimtab.reproduce.data import Split
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
+from trimtab.reproduce.preference_systems import LOSSES, VECTOR, Systems
 from trimtab.runtime import Dose
-from trimtab.train import Loss, train
+from trimtab.train import train
 from trimtab.train.labels import relabel
 from trimtab.train.rewards import reinforce, task_reward
-from trimtab.train.soup import soup
 from trimtab.train.vectors import learn_weights
 from trimtab.tune import tune
 from trimtab.types import WHERE
@@ -36,26 +35,15 @@ from trimtab.weights.delta import difference
 from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
 
 Record = dict[str, Any]
-LOSSES: Mapping[str, Loss] = {"joint-dpo": "dpo", "dpo-safe-first": "dpo", "bfpo": "bfpo"}
-VECTOR = "preference-vector"
 LAST = 0.85
 """Steering knobs are read up to this fraction of the depth, as in the recipe of PaLRS."""
-
-
-def systems(two: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return what is tested in full: the model as it is, the vectors in every combination wanted, and the baselines."""
-    more = names[2:]
-    added = [f"{VECTOR} +{name}" for name in more] + ([f"{VECTOR} +all"] if len(more) > 1 else [])
-    alone = [f"only {name}" for name in names]
-    baselines = ["positive-only", "norm-matched", "random", *LOSSES, "dpo-soup", "reward-soup"]
-    return ["base", VECTOR, *added, *alone, *baselines]
 
 
 class PreferenceBench:
     """One model with its data and the folder of what was trained from it."""
 
     def __init__(self, bench: Bench[Recipe, Sizes], folder: Path) -> None:
-        self.bench, self.folder = bench, folder
+        self.bench, self.systems = bench, Systems(bench.recipe, folder)
         self.recipe, self.sizes = bench.recipe, bench.sizes
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -83,7 +71,7 @@ class PreferenceBench:
                     knob = self._joint_model(name, pairs, rate, seed)
             except PairsError as error:
                 return {"refused": str(error), "score": 0.0, "drop": 0.0}
-        knob.save(self._file(name, rate, seed))
+        knob.save(self.systems.file(name, rate, seed))
         return {**self.validate({knob: 1.0}, goal, seed), **extra, "cost": cost_record(cost), "norm": knob.norm()}
 
     def _vector(self, name: str, rate: float, seed: int) -> tuple[DeltaKnob, Record]:
@@ -109,7 +97,7 @@ class PreferenceBench:
             )
             sides.append(knob)
         plus, minus = sides
-        plus.save(self._file(f"{name} plus", rate, seed))
+        plus.save(self.systems.file(f"{name} plus", rate, seed))
         vector = (plus - minus).with_(name=name, method=VECTOR)
         cosine = (plus.norm() ** 2 + minus.norm() ** 2 - vector.norm() ** 2) / (2 * plus.norm() * minus.norm())
         best = [side.diagnostics["training"]["plus"]["chosen"] for side in sides]
@@ -193,7 +181,7 @@ class PreferenceBench:
                 )
             except TuneError as error:
                 return {"refused": str(error), "cost": cost_record(cost)}
-        knob.save(self._file(f"steer {name}", 0, 0))
+        knob.save(self.systems.file(f"steer {name}", 0, 0))
         return {"site": str(knob.site), "where": knob.where, "gain": knob.gain, "cost": cost_record(cost)}
 
     # --- measuring ------------------------------------------------------------------------------------------------
@@ -237,7 +225,7 @@ class PreferenceBench:
     def test(self, name: str, rates: Mapping[str, float], seed: int) -> Record:
         """Measure a system on test items."""
         begun = time.perf_counter()
-        setting = self._setting(name, rates, seed)
+        setting = self.systems.setting(name, rates, seed)
         if setting is None:
             return {"refused": "its pairs lack what it needs"}
         ready = time.perf_counter() - begun
@@ -245,7 +233,7 @@ class PreferenceBench:
 
     def grid(self, rates: Mapping[str, float], seed: int) -> Record:
         """Return both preferences' test scores at every pair of strengths, `[first][second][n]`, answers sampled."""
-        one, other = (self._load(name, rates[name], seed) for name in self.recipe.two)
+        one, other = (self.systems.load(name, rates[name], seed) for name in self.recipe.two)
         found: dict[str, list[list[list[float]]]] = {name: [] for name in self.recipe.two}
         for a in self.recipe.grid:
             for name in found:
@@ -258,12 +246,12 @@ class PreferenceBench:
 
     def scale(self, rates: Mapping[str, float], seed: int) -> Record:
         """Return what happens on test items along one strength for both."""
-        knobs = [self._load(name, rates[name], seed) for name in self.recipe.two]
+        knobs = [self.systems.load(name, rates[name], seed) for name in self.recipe.two]
         return {f"{eta:g}": self._measure(dict.fromkeys(knobs, eta), seed) for eta in self.recipe.scales}
 
     def compose(self, rates: Mapping[str, float], seed: int) -> Record:
         """Let validation choose both strengths, so that neither preference is sacrificed, and test the choice once."""
-        knobs = {name: self._load(name, rates[name], seed) for name in self.recipe.two}
+        knobs = {name: self.systems.load(name, rates[name], seed) for name in self.recipe.two}
         table: list[Tried] = []
         base = self._rails(self.bench.base, "validation")
         for strengths in product(self.recipe.composed, repeat=2):
@@ -286,7 +274,7 @@ class PreferenceBench:
 
     def equal(self, name: str, rates: Mapping[str, float]) -> Record:
         """Compare the weight knob with the steering knob at equal KL: strengths by validation, scores by test items."""
-        weights, file = self._load(name, rates[name], 0), self._file(f"steer {name}", 0, 0)
+        weights, file = self.systems.load(name, rates[name], 0), self.systems.file(f"steer {name}", 0, 0)
         ways: dict[str, tuple[AnyKnob, Sequence[float]]] = {"weights": (weights, self.recipe.strengths)}
         if file.exists():
             steering = Knob.load(file)
@@ -312,7 +300,7 @@ class PreferenceBench:
     def geometry(self, rates: Mapping[str, float]) -> Record:
         """Return how the vectors lie to each other: cosines over all weights, sign conflicts, task interference."""
         names = list(self.recipe.preferences)
-        knobs = [self._load(name, rates[name], 0) for name in names]
+        knobs = [self.systems.load(name, rates[name], 0) for name in names]
         labels = sorted(set.intersection(*(set(knob.parts) for knob in knobs)))
         deltas = [[knob.dense(label) for label in labels] for knob in knobs]
         flat = [torch.cat([delta.flatten() for delta in own]) for own in deltas]
@@ -326,57 +314,3 @@ class PreferenceBench:
             "interference_normed": float(np.mean([one.normed for one in interference])),
             "norms": {name: knob.norm() for name, knob in zip(names, knobs, strict=True)},
         }
-
-    # --- settings -------------------------------------------------------------------------------------------------
-
-    def _setting(self, name: str, rates: Mapping[str, float], seed: int) -> Dose | None:
-        """Return the knobs of a system; None where what it needs could not be trained."""
-        two = self.recipe.two
-        if name == "base":
-            return {}
-        if name == VECTOR or name.startswith((f"{VECTOR} +", "only ")):
-            wanted = [*two]
-            if name.startswith("only "):
-                wanted = [name.removeprefix("only ")]
-            elif name != VECTOR:
-                more = name.removeprefix(f"{VECTOR} +")
-                wanted += [n for n in self.recipe.preferences if n not in two and more in (n, "all")]
-            return {self._load(n, rates[n], seed): 1.0 for n in wanted}
-        if name in LOSSES:
-            file = self._file(name, rates[name], seed)
-            if (
-                name == "dpo-safe-first"
-                and not file.exists()
-                and self._file("joint-dpo", rates["joint-dpo"], seed).exists()
-            ):
-                file = self._file("joint-dpo", rates["joint-dpo"], seed)  # the same pairs in the same order
-            return {DeltaKnob.load(file): 1.0} if file.exists() else None
-        if name == "reward-soup":
-            return {soup([self._load(f"reward-{n}", rates[f"reward-{n}"], seed) for n in two], name=name): 1.0}
-        only = [self._load(f"{n} plus", rates[n], seed) for n in two]
-        if name == "dpo-soup":
-            return {soup(only, name=name): 1.0}
-        if name == "positive-only":
-            return dict.fromkeys(only, 1.0)
-        vectors = [self._load(n, rates[n], seed) for n in two]
-        if name == "norm-matched":
-            return {o: v.norm() / o.norm() for o, v in zip(only, vectors, strict=True)}
-        assert name == "random", name
-        return {_random_like(vectors[0] + vectors[1], seed): 1.0}
-
-    def _file(self, name: str, rate: float, seed: int) -> Path:
-        return self.folder / f"{name.replace(' ', '-').replace('/', '-')}-{rate:g}-{seed}.knob.safetensors"
-
-    def _load(self, name: str, rate: float, seed: int) -> DeltaKnob:
-        return DeltaKnob.load(self._file(name, rate, seed))
-
-
-def _random_like(knob: DeltaKnob, seed: int) -> DeltaKnob:
-    """Return a difference of random entries whose norm is the knob's in every tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Part] = {}
-    for name in knob.parts:
-        like = knob.dense(name).float()
-        noise = torch.randn(like.shape, generator=generator)
-        drawn[name] = noise * (like.norm() / noise.norm())
-    return DeltaKnob("random", "random", drawn)

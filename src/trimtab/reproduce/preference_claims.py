@@ -11,8 +11,8 @@ import numpy as np
 
 from trimtab.evals.stats import Interval, bootstrap_runs
 from trimtab.reproduce.document import Claim, Unit, judge
-from trimtab.reproduce.preference_cells import VECTOR
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
+from trimtab.reproduce.preference_systems import VECTOR
 from trimtab.reproduce.steps import Key
 
 Matrix = np.ndarray

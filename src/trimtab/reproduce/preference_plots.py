@@ -21,7 +21,7 @@ def by_strengths(grid: Mapping[str, Sequence[Sequence[float]]], strengths: Seque
     one, other = grid
     image: Any = None
     for axis, (name, rows) in zip(axes, grid.items(), strict=True):
-        image = axis.imshow(100 * np.array(rows), origin="lower", cmap="cividis", vmin=0, vmax=100)
+        image = axis.imshow(100 * np.array(rows), origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=100)
         for (y, x), value in np.ndenumerate(100 * np.array(rows)):
             axis.text(x, y, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white")
         axis.set_xticks(range(len(strengths)), [f"{s:g}" for s in strengths])

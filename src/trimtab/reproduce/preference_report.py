@@ -12,20 +12,20 @@ from trimtab.checkpoint import versions
 from trimtab.evals.stats import bootstrap_mean
 from trimtab.reproduce import preference_plots as plots
 from trimtab.reproduce.document import Report, Section, percent, points
-from trimtab.reproduce.preference_cells import VECTOR, systems
 from trimtab.reproduce.preference_claims import Found, claims
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
+from trimtab.reproduce.preference_systems import VECTOR, systems
 from trimtab.reproduce.steps import Key
 
 NOTES = (
     "Percent of test items, answers sampled at temperature 1 with the same random numbers for every system; guardrails "
     "greedy. Rates, and where it says so strengths, were chosen on validation items, and test items were used once. "
     "Intervals of differences resample seeds and items together; those beside single figures resample items. Refusals "
-    "are of the first preference's requests, by phrases. Positive-only: trained on the pairs as they are less the base, "
-    "both at strength 1; norm-matched: the same at the vectors' length; random: random entries, as long in every weight. "
-    "dpo-soup averages the two DPO models; the Reward Soup averages two models trained on the graders. Safe-RLHF was "
-    "not run: there is no trainer with a Lagrangian for the cost here. KL: to the bare model on its own guardrail "
-    "answers, in nats per token."
+    "are of the first preference's requests, by phrases. Positive-only: trained on the pairs as they are, less the "
+    "base, both at strength 1; norm-matched: the same at the vectors' length; random: random entries, as long in every "
+    "weight. dpo-soup averages the two DPO models; the Reward Soup averages two models trained on the graders. "
+    "Safe-RLHF was not run: there is no trainer with a Lagrangian for the cost here. KL: to the bare model on "
+    "its own guardrail answers, in nats per token."
 )
 
 
@@ -65,7 +65,7 @@ def _mean(scores: np.ndarray) -> tuple[float, ...]:
 def _systems(f: Found, model: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     names = list(f.recipe.preferences)
-    listed = systems(f.recipe.two, names)
+    listed = systems(f.recipe)
     for system in [*listed[:2], "composed", *listed[2:]]:
         if not f.tests(model, system):
             rows.append({"system": system, "missing": "its pairs lack what it needs"})
