@@ -6,14 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.compose.goal import Goal, Tried, choose_setting
-from trimtab.errors import PairsError, TuneError
+from trimtab.errors import PairsError, TrainError, TuneError
 from trimtab.evals.cost import measured
 from trimtab.evals.graders import is_refusal
 from trimtab.evals.tasks import Task
@@ -33,6 +33,9 @@ from trimtab.tune import tune
 from trimtab.types import WHERE
 from trimtab.weights.delta import difference
 from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Record = dict[str, Any]
 LAST = 0.85
@@ -69,7 +72,7 @@ class PreferenceBench:
                     if name != "joint-dpo" and LOSSES[name] == "dpo" and pairs == self._joint("joint-dpo", 0, seed):
                         return {"same_as": "joint-dpo", "score": 0.0, "drop": 0.0}
                     knob = self._joint_model(name, pairs, rate, seed)
-            except PairsError as error:
+            except (PairsError, TrainError) as error:
                 return {"refused": str(error), "score": 0.0, "drop": 0.0}
         knob.save(self.systems.file(name, rate, seed))
         return {**self.validate({knob: 1.0}, goal, seed), **extra, "cost": cost_record(cost), "norm": knob.norm()}
@@ -131,7 +134,7 @@ class PreferenceBench:
             batch_size=way.batch_size,
             seed=seed,
         )
-        return difference(trained.model, self.bench.model, name=name)
+        return self._difference(trained.model, name)
 
     def _rewarded(self, name: str, rate: float, seed: int) -> DeltaKnob:
         domain, way = self.recipe.preferences[name], self.recipe.rewards
@@ -153,7 +156,14 @@ class PreferenceBench:
             lora_rank=self.recipe.training.lora_rank or None,
             seed=seed,
         )
-        return difference(made.model, self.bench.model, name=f"reward-{name}")
+        return self._difference(made.model, f"reward-{name}")
+
+    def _difference(self, trained: PreTrainedModel, name: str) -> DeltaKnob:
+        """Return what training changed; raises `TrainError` where that is nothing, as where no answer had a reward."""
+        before = self.bench.model.state_dict()
+        if all(torch.equal(weight, before[label]) for label, weight in trained.state_dict().items()):
+            raise TrainError(f"Training {name} changed no weight.")
+        return difference(trained, self.bench.model, name=name)
 
     def steer(self, name: str) -> Record:
         """Learn a steering knob from the same pairs, and let validation choose where it is read and turned."""
@@ -227,7 +237,7 @@ class PreferenceBench:
         begun = time.perf_counter()
         setting = self.systems.setting(name, rates, seed)
         if setting is None:
-            return {"refused": "its pairs lack what it needs"}
+            return {"refused": "it could not be trained"}
         ready = time.perf_counter() - begun
         return {**self._measure(setting, seed), "ready_seconds": ready, "knobs": len(setting)}
 

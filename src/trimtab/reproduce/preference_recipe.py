@@ -100,7 +100,7 @@ def load_recipe(name: str | Path) -> Recipe:
     for what, values in positive.items():
         if not values or not all(0 < value < math.inf for value in values):
             raise OptionError(f"{place}: {what} are positive numbers, at least one; got {list(values)}.")
-    for what, values, needed in (("grid", recipe.grid, (0.0, 1.0)), ("scales", recipe.scales, (0.0, 1.0))):
+    for what, values, needed in (("grid", recipe.grid, (-1.0, 0.0, 1.0)), ("scales", recipe.scales, (0.0, 1.0))):
         if list(values) != sorted(set(values)) or not set(needed) <= set(values):
-            raise OptionError(f"{place}: {what} rises, and has 0 and 1 in it; got {list(values)}.")
+            raise OptionError(f"{place}: {what} rises, and has {list(needed)} in it; got {list(values)}.")
     return recipe

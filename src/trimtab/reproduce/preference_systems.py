@@ -63,7 +63,9 @@ class Systems:
                 file = self.file("joint-dpo", rates["joint-dpo"], seed)  # the same pairs in the same order
             return {DeltaKnob.load(file): 1.0} if file.exists() else None
         if name == "reward-soup":
-            return {soup([self.load(f"reward-{n}", rates[f"reward-{n}"], seed) for n in two], name=name): 1.0}
+            files = [self.file(f"reward-{n}", rates[f"reward-{n}"], seed) for n in two]
+            made = all(file.exists() for file in files)
+            return {soup([DeltaKnob.load(file) for file in files], name=name): 1.0} if made else None
         only = [self.load(f"{n} plus", rates[n], seed) for n in two]
         if name == "dpo-soup":
             return {soup(only, name=name): 1.0}
