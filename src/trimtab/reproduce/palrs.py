@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import OptionError
 from trimtab.reproduce import cells
 from trimtab.reproduce.bench import Bench
 from trimtab.reproduce.data import WORLD, Data, check_sources
@@ -23,6 +22,7 @@ from trimtab.reproduce.steps import (
     Step,
     StepRunner,
     begin_job,
+    check_call,
     find_file,
     refuse_strangers,
     running,
@@ -158,10 +158,7 @@ def reproduce(
     """
     begun = time.perf_counter()
     names = tuple(models) or recipe.models
-    if len(set(names)) < len(names):
-        raise OptionError(f"A model is named twice: {', '.join(names)}.")
-    if workers is not None and workers < 1:
-        raise OptionError(f"workers counts from 1; got {workers}.")
+    check_call(names, workers)
     folder, sizes = Path(out), sizes_of(recipe, names, quick=quick)
     kept = len(list(folder.glob("steps/step-*.json")))
     count = workers or usual_workers(names[0], recipe.dtype)

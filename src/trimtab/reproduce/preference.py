@@ -8,14 +8,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import OptionError
 from trimtab.reproduce import preference_cells as cells
 from trimtab.reproduce.bench import Bench
 from trimtab.reproduce.document import Report, write
 from trimtab.reproduce.preference_recipe import Recipe, Sizes, load_recipe
 from trimtab.reproduce.preference_report import NOTES, build, sections
 from trimtab.reproduce.preference_systems import systems, trained_names
-from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
+from trimtab.reproduce.steps import (
+    Key,
+    Progress,
+    Step,
+    StepRunner,
+    begin_job,
+    check_call,
+    refuse_strangers,
+    running,
+    usual_workers,
+)
 
 __all__ = ["load_recipe", "reproduce"]
 
@@ -127,10 +136,7 @@ def reproduce(
     Arguments and errors are those of `trimtab.reproduce.palrs.reproduce`; every model is measured alike.
     """
     begun, folder, names = time.perf_counter(), Path(out), tuple(models) or recipe.models
-    if len(set(names)) < len(names):
-        raise OptionError(f"A model is named twice: {', '.join(names)}.")
-    if workers is not None and workers < 1:
-        raise OptionError(f"workers counts from 1; got {workers}.")
+    check_call(names, workers)
     sizes = recipe.quick if quick else recipe.sizes
     refuse_strangers(folder)
     kept = len(list(folder.glob("steps/step-*.json")))

@@ -55,11 +55,7 @@ class Systems:
             return {self.load(n, rates[n], seed): 1.0 for n in wanted}
         if name in LOSSES:
             file = self.file(name, rates[name], seed)
-            if (
-                name == "dpo-safe-first"
-                and not file.exists()
-                and self.file("joint-dpo", rates["joint-dpo"], seed).exists()
-            ):
+            if name == "dpo-safe-first" and not file.exists():
                 file = self.file("joint-dpo", rates["joint-dpo"], seed)  # the same pairs in the same order
             return {DeltaKnob.load(file): 1.0} if file.exists() else None
         if name == "reward-soup":

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -92,6 +92,14 @@ def fingerprint(data: Path, source: str) -> str:
     for path in files:
         state.update(path.read_bytes())
     return state.hexdigest()
+
+
+def check_call(models: Sequence[str], workers: int | None) -> None:
+    """Raise `OptionError` for a model that is named twice, and for fewer than one worker."""
+    if len(set(models)) < len(models):
+        raise OptionError(f"A model is named twice: {', '.join(models)}.")
+    if workers is not None and workers < 1:
+        raise OptionError(f"workers counts from 1; got {workers}.")
 
 
 def refuse_strangers(out: Path) -> None:
