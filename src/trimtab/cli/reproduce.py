@@ -16,6 +16,7 @@ from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
 
 PAPERS = {
+    "alignment-vectors": "trimtab.reproduce.alignment",
     "palrs": "trimtab.reproduce.palrs",
     "preference-vector": "trimtab.reproduce.preference",
 }
