@@ -13,7 +13,8 @@ from trimtab.reproduce import alignment_cells as cells
 from trimtab.reproduce.alignment_bench import Bench
 from trimtab.reproduce.alignment_cost import LEVEL, cost
 from trimtab.reproduce.alignment_recipe import LevelData, Recipe, Sizes, load_recipe
-from trimtab.reproduce.alignment_report import NOTES, build, sections
+from trimtab.reproduce.alignment_report import NOTES, build
+from trimtab.reproduce.alignment_sections import sections
 from trimtab.reproduce.document import Report, write
 from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
 

@@ -110,7 +110,7 @@ def share(levels: Sequence[int], level: str) -> float:
 
 
 def tried(setting: Mapping[str, float], likeliest: Likeliest) -> Tried:
-    """Return a measured setting as composing takes it: a preference per domain and level, scores 0 or 1 per question."""
+    """Return a measured setting as composing takes it: a preference per domain and level, 0 or 1 per question."""
     items = {
         name_of(domain, level): (np.array(levels) == number).astype(float)
         for domain, levels in likeliest.items()
