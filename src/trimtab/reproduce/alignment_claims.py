@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -280,7 +280,7 @@ def _cost(e: Evidence) -> Iterator[Claim]:
         )
         for name, parts in (("equal", equal_seconds(row, vector)), ("own", seconds(row))):
             of = "of the same length" if name == "equal" else "of each one's own length"
-            yield _claim(
+            claim = _claim(
                 e,
                 f"cost-{name}-{how}-prefix",
                 f"answers {of} after the level prompt ({tokens:.0f} tokens, {how} its keys and values kept) take twice "
@@ -291,3 +291,5 @@ def _cost(e: Evidence) -> Iterator[Claim]:
                 e.recipe.thresholds.cheaper,
                 "times",
             )
+            rule = f"{claim.rule}; levels matched"
+            yield replace(claim, holds=claim.holds and matched, rule=rule)
