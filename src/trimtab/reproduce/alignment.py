@@ -10,13 +10,23 @@ from typing import Any
 
 from trimtab.errors import OptionError
 from trimtab.reproduce import alignment_cells as cells
-from trimtab.reproduce.alignment_bench import Bench
+from trimtab.reproduce.alignment_bench import LevelBench
 from trimtab.reproduce.alignment_cost import LEVEL, cost
 from trimtab.reproduce.alignment_recipe import LevelData, Recipe, Sizes, load_recipe
 from trimtab.reproduce.alignment_report import NOTES, build
 from trimtab.reproduce.alignment_sections import sections
 from trimtab.reproduce.document import Report, write
-from trimtab.reproduce.steps import Key, Progress, Step, StepRunner, begin_job, refuse_strangers, running, usual_workers
+from trimtab.reproduce.steps import (
+    Key,
+    Progress,
+    Step,
+    StepRunner,
+    begin_job,
+    check_call,
+    refuse_strangers,
+    running,
+    usual_workers,
+)
 
 __all__ = ["load_recipe", "measure", "reproduce"]
 
@@ -26,20 +36,18 @@ class Runner(StepRunner):
 
     def __init__(self, recipe: Recipe, sizes: Sizes, model: str, out: Path, data: Path, job: Mapping[str, Any]) -> None:
         super().__init__(out, job)
-        self._make = lambda: Bench(model, recipe, sizes, data, out)
-        self._bench: Bench | None = None
+        self._make = lambda: LevelBench(model, recipe, sizes, data, out)
+        self._bench: LevelBench | None = None
 
     def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
         if self._bench is None:
             self._bench = self._make()
         bench = self._bench
         _, kind, *rest = key
-        if kind in ("vector", "sweep"):
-            return getattr(cells, kind)(bench, rest[0])
-        if kind in ("grid", "prompts", "sibling"):
-            return getattr(cells, kind)(bench)
+        if kind in ("vector", "sweep", "grid", "prompts", "sibling"):
+            return getattr(cells, kind)(bench, *rest)
         if kind == "combine":
-            return cells.combine(bench, arguments["table"])
+            return cells.combine(bench, rest[0], arguments["table"])
         if kind == "joint":
             return cells.joint(bench, rest[0], arguments["rate"])
         if kind == "matrix":
@@ -52,28 +60,31 @@ class Runner(StepRunner):
 
 def waves(recipe: Recipe, sizes: Sizes, model: str, done: Mapping[Key, Any]) -> Iterator[list[Step]]:
     """Yield the steps in waves, each of which needs the records of those before it in `done`."""
-    domains = list(recipe.domains)
-    yield [((model, "vector", domain), {}) for domain in domains] + [((model, "prompts"), {})]
-    yield [((model, "grid"), {}), *(((model, "sweep", domain), {}) for domain in domains)]
-    rate = min(done[model, "vector", domain]["learning_rate"] for domain in domains)
-    strengths = {domain: done[model, "sweep", domain]["chosen"][LEVEL] for domain in domains}
+    domains, first = list(recipe.domains), next(iter(recipe.domains))
+    each = [(domain, way) for way in recipe.ways for domain in domains]
+    yield [*(((model, "vector", *one), {}) for one in each), ((model, "prompts"), {})]
+    yield [*(((model, "grid", way), {}) for way in recipe.ways), *(((model, "sweep", *one), {}) for one in each)]
+    rates = {domain: done[model, "vector", domain, "plain"]["learning_rate"] for domain in domains}
+    experts = {way: {d: done[model, "sweep", d, way]["chosen"][LEVEL] for d in domains} for way in recipe.ways}
+    joint = {"rate": min(rates.values())}
     yield [
-        ((model, "combine"), {"table": done[model, "grid"]["rows"]}),
-        ((model, "matrix"), {"strengths": strengths}),
-        *(((model, "joint", combination), {"rate": rate}) for combination in recipe.joint[: sizes.joint]),
+        *(((model, "combine", way), {"table": done[model, "grid", way]["rows"]}) for way in recipe.ways),
+        ((model, "matrix"), {"strengths": experts}),
+        *(((model, "joint", combination), joint) for combination in recipe.joint[: sizes.joint]),
         *([((model, "sibling"), {})] if recipe.sibling else []),
     ]
-    first = domains[0]
-    # What is timed comes last, when a single step is left: another beside it would be measured too.
     if recipe.sibling:
-        yield [((model, "stage", first), {"rate": done[model, "vector", first]["learning_rate"]})]
+        yield [((model, "stage", domain), {"rate": rate}) for domain, rate in rates.items()]
+    # What is timed comes last, when a single step is left: another beside it would be measured too.
     sentence = done[model, "prompts"]["sentences"][first][LEVEL]
-    yield [((model, "cost", first), {"strength": strengths[first], "sentence": sentence})]
+    yield [((model, "cost", first), {"strength": experts["plain"][first], "sentence": sentence})]
 
 
 def step_count(recipe: Recipe, sizes: Sizes) -> int:
     """Return how many steps `waves` yields."""
-    return 2 * len(recipe.domains) + 5 + len(recipe.joint[: sizes.joint]) + 2 * bool(recipe.sibling)
+    domains, ways = len(recipe.domains), len(recipe.ways)
+    stages = 1 + domains if recipe.sibling else 0
+    return 2 * ways * (domains + 1) + 3 + len(recipe.joint[: sizes.joint]) + stages
 
 
 def measure(
@@ -118,8 +129,7 @@ def reproduce(
     names = tuple(models) or recipe.models
     if len(names) != 1:
         raise OptionError(f"Alignment vectors are measured on one model at a time; got {', '.join(names)}.")
-    if workers is not None and workers < 1:
-        raise OptionError(f"workers counts from 1; got {workers}.")
+    check_call(names, workers)
     folder, sizes = Path(out), recipe.quick if quick else recipe.sizes
     kept = len(list(folder.glob("steps/step-*.json")))
     count = workers or usual_workers(names[0], recipe.dtype)

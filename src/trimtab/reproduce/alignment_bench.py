@@ -26,7 +26,7 @@ Likeliest = dict[str, list[int]]
 """By domain the likeliest level of every question, counted as in `LEVELS`; -1 where a broken model has none."""
 
 
-class Bench:
+class LevelBench:
     """One model with the recipe's questions; rendered texts are kept, since many settings are measured on them."""
 
     def __init__(self, name: str, recipe: Recipe, sizes: Sizes, root: Path, out: Path) -> None:
@@ -91,9 +91,9 @@ class Bench:
         size = self.sizes.batch_size
         return {t.name: run_task(self.model, self.tokenizer, t, batch_size=size).scores.tolist() for t in tasks}
 
-    def vector(self, domain: str) -> DeltaKnob:
+    def vector(self, domain: str, way: str) -> DeltaKnob:
         """Return the vector that an earlier step learned, multiplied out: it is put into the weights many times."""
-        return DeltaKnob.load(self.knob_file("vector", domain)).dense_copy()
+        return DeltaKnob.load(self.knob_file("vector", way, domain)).dense_copy()
 
     def knob_file(self, *words: str) -> Path:
         """Return where a step keeps its knob."""

@@ -18,7 +18,7 @@ from trimtab.artifact import DeltaKnob
 from trimtab.compose import Goal, choose_setting
 from trimtab.errors import TrainError
 from trimtab.pairs import Pairs
-from trimtab.reproduce.alignment_bench import Bench, name_of, share, tried
+from trimtab.reproduce.alignment_bench import LevelBench, name_of, share, tried
 from trimtab.reproduce.alignment_recipe import LEVELS, better_than_others, thinned
 from trimtab.train import train
 from trimtab.train.vectors import learn_weights
@@ -34,19 +34,22 @@ STANDARD = ("expert", "generic", "avoidance")
 # --- vectors and lambda ---------------------------------------------------------------------------------------------
 
 
-def vector(bench: Bench, domain: str) -> Record:
+def vector(bench: LevelBench, domain: str, way: str) -> Record:
     """Learn a domain's vector, keep it, and say what it took."""
-    knob, record = _learned(bench, domain, bench.recipe.learning_rates)
-    knob.save(bench.knob_file("vector", domain))
+    knob, record = _learned(bench, domain, way, bench.recipe.learning_rates)
+    knob.save(bench.knob_file("vector", way, domain))
     return record
 
 
-def _learned(bench: Bench, domain: str, rates: Sequence[float]) -> tuple[DeltaKnob, Record]:
+def _learned(bench: LevelBench, domain: str, way: str, rates: Sequence[float]) -> tuple[DeltaKnob, Record]:
     recipe, sizes, source = bench.recipe, bench.sizes, bench.recipe.domains[domain]
+    pairs = bench.data.pairs(source, "train", sizes.pairs)
+    if way == "anchored":
+        pairs += bench.data.anchors([s for d, s in recipe.domains.items() if d != domain], sizes.anchors)
     knob = learn_weights(
         bench.model,
         bench.tokenizer,
-        bench.data.pairs(source, "train", sizes.pairs),
+        pairs,
         method="alignment-vector",
         name=domain,
         validation=bench.data.pairs(source, "validation", sizes.validation_pairs),
@@ -61,17 +64,17 @@ def _learned(bench: Bench, domain: str, rates: Sequence[float]) -> tuple[DeltaKn
     return knob, {**trained["chosen"], **seconds, "table": table, "norm": knob.norm()}
 
 
-def sweep(bench: Bench, domain: str) -> Record:
+def sweep(bench: LevelBench, domain: str, way: str) -> Record:
     """Measure a vector along lambda, and choose on validation the mildest that serves each level as well as the best.
 
     `rows` hold the likeliest level of test questions and the level of sampled answers; `chosen` a lambda by level.
     """
-    knob = bench.vector(domain)
+    knob = bench.vector(domain, way)
     rows = _curve(bench, domain, lambda strength: {knob: strength}, sampled=True)
     return {"rows": rows, "chosen": {level: _best_of(rows, domain, level) for level in LEVELS}}
 
 
-def _curve(bench: Bench, domain: str, at: At, *, sampled: bool = False) -> list[Record]:
+def _curve(bench: LevelBench, domain: str, at: At, *, sampled: bool = False) -> list[Record]:
     """Measure a domain's levels along lambda, on validation questions and, with `sampled`, on test questions too."""
     rows: list[Record] = []
     for strength in thinned(bench.recipe.lambdas, bench.sizes.lambda_every):
@@ -92,9 +95,9 @@ def _best_of(rows: Sequence[Record], domain: str, level: str) -> float:
 # --- 27 combinations ------------------------------------------------------------------------------------------------
 
 
-def grid(bench: Bench) -> Record:
+def grid(bench: LevelBench, way: str) -> Record:
     """Measure every combination of strengths once, on validation questions; this table serves all targets."""
-    knobs = {domain: bench.vector(domain) for domain in bench.recipe.domains}
+    knobs = {domain: bench.vector(domain, way) for domain in bench.recipe.domains}
     values = thinned(bench.recipe.grid, bench.sizes.grid_every)
     begun, merging, rows = time.perf_counter(), 0.0, list[Record]()
     for strengths in product(values, repeat=len(knobs)):
@@ -105,14 +108,14 @@ def grid(bench: Bench) -> Record:
     return {"rows": rows, "seconds": time.perf_counter() - begun, "merge_seconds": merging / len(rows)}
 
 
-def combine(bench: Bench, table: Sequence[Record]) -> Record:
+def combine(bench: LevelBench, way: str, table: Sequence[Record]) -> Record:
     """Choose from the table for every combination of levels, without the model, and test each choice once.
 
     The rule is "worst": the preference accuracy of the domain that comes off worst. `choice_seconds` are of one choice.
     """
     names = list(bench.recipe.domains)
     measured = [tried(dict(zip(names, row["setting"], strict=True)), row["likeliest"]) for row in table]
-    knobs = {domain: bench.vector(domain) for domain in names}
+    knobs = {domain: bench.vector(domain, way) for domain in names}
     tests: dict[tuple[float, ...], Record] = {}
     rows: list[Record] = []
     for levels in product(STANDARD, repeat=len(names)):
@@ -136,7 +139,7 @@ def combine(bench: Bench, table: Sequence[Record]) -> Record:
     return {"rows": rows, "base": {"test": bench.likeliest("test"), "rails": bench.rails()}}
 
 
-def prompts(bench: Bench) -> Record:
+def prompts(bench: LevelBench) -> Record:
     """Ask for levels in words: choose a sentence for each domain and level on validation, and test all combinations.
 
     A combination's system line holds the sentences of all domains.
@@ -159,7 +162,7 @@ def _system(text: str) -> tuple[Message, ...]:
     return (Message("system", text),)
 
 
-def joint(bench: Bench, combination: str, rate: float) -> Record:
+def joint(bench: LevelBench, combination: str, rate: float) -> Record:
     """Train DPO for one combination on the pairs of all domains together; `seconds` are of the one run."""
     recipe, sizes = bench.recipe, bench.sizes
     held, used = list[Pairs](), list[Pairs]()
@@ -184,7 +187,7 @@ def joint(bench: Bench, combination: str, rate: float) -> Record:
 
 
 @contextmanager
-def _instead(bench: Bench, adapter: Any) -> Generator[None]:
+def _instead(bench: LevelBench, adapter: Any) -> Generator[None]:
     with applied(bench.model, {DeltaKnob("trained", "lora", adapter): 1.0}):
         yield
 
@@ -192,17 +195,28 @@ def _instead(bench: Bench, adapter: Any) -> Generator[None]:
 # --- other domains --------------------------------------------------------------------------------------------------
 
 
-def matrix(bench: Bench, strengths: Mapping[str, float]) -> Record:
+def matrix(bench: LevelBench, strengths: Mapping[str, Mapping[str, float]]) -> Record:
     """Turn each domain's vector to the lambda that validation chose for experts, and test all domains and guardrails.
 
-    Once as learned, and once with each vector's projection onto the others taken out and its length restored, at a
-    lambda of its own. `cosines` are of the vectors as learned.
+    As learned in each way (`strengths` by way and domain), and plain vectors with each one's projection onto the others
+    taken out and its length restored, at a lambda of its own. `cosines` are of the plain vectors.
     """
     names = list(bench.recipe.domains)
-    knobs = {domain: bench.vector(domain) for domain in names}
+    found: Record = {"base": {"test": bench.likeliest("test"), "rails": bench.rails()}}
+
+    def measure(knobs: Mapping[str, DeltaKnob], settings: Mapping[str, Mapping[str, float]]) -> Record:
+        rows: Record = {}
+        for domain, setting in settings.items():
+            with applied(bench.model, {knobs[name]: value for name, value in setting.items()}):
+                rows[domain] = {"setting": setting, "test": bench.likeliest("test"), "rails": bench.rails()}
+        return rows
+
+    for way, own in strengths.items():
+        settings = {d: {o: float(o == d) * own[d] for o in names} for d in names}
+        found[way] = measure({d: bench.vector(d, way) for d in names}, settings)
+    knobs = {domain: bench.vector(domain, "plain") for domain in names}
     gram = _gram(list(knobs.values()))
     norms = np.sqrt(np.diag(gram))
-    plain = {d: {o: float(o == d) * strengths[d] for o in names} for d in names}
     straight: dict[str, dict[str, float]] = {}
     kept: dict[str, float] = {}
     for i, domain in enumerate(names):
@@ -215,16 +229,7 @@ def matrix(bench: Bench, strengths: Mapping[str, float]) -> Record:
 
         strength = _best_of(_curve(bench, domain, at), domain, "expert")
         straight[domain] = {name: strength * value for name, value in turned.items()}
-    found: Record = {"base": {"test": bench.likeliest("test"), "rails": bench.rails()}}
-    for kind, settings in (("plain", plain), ("orthogonal", straight)):
-        found[kind] = {}
-        for domain, setting in settings.items():
-            with applied(bench.model, {knobs[name]: value for name, value in setting.items()}):
-                found[kind][domain] = {
-                    "setting": setting,
-                    "test": bench.likeliest("test"),
-                    "rails": bench.rails(),
-                }
+    found["orthogonal"] = measure(knobs, straight)
     return found | {"cosines": (gram / np.outer(norms, norms)).tolist(), "kept": kept}
 
 
@@ -256,7 +261,7 @@ def apart(gram: np.ndarray, i: int) -> np.ndarray:
 # --- another stage --------------------------------------------------------------------------------------------------
 
 
-def sibling(bench: Bench) -> Record:
+def sibling(bench: LevelBench) -> Record:
     """Make another fine-tuning stage of the model: SFT on other preferences' chosen answers; keep it as a knob."""
     recipe, sizes = bench.recipe, bench.sizes
     used = [bench.data.sft_pairs(source, "train", sizes.pairs) for source in recipe.sibling]
@@ -279,13 +284,13 @@ def sibling(bench: Bench) -> Record:
     return {"seconds": row["seconds"], "validation_losses": row["validation_losses"], "norm": knob.norm()}
 
 
-def stage(bench: Bench, domain: str, rate: float) -> Record:
+def stage(bench: LevelBench, domain: str, rate: float) -> Record:
     """Test the base model's vector on the sibling stage, beside the vector that the stage itself gives."""
     other = DeltaKnob.load(bench.knob_file("sibling")).dense_copy()
     with applied(bench.model, {other: 1.0}):
-        native, record = _learned(bench, domain, [rate])
+        native, record = _learned(bench, domain, "plain", [rate])
         found: Record = {"native_seconds": record["seconds"], "base": _all(bench, domain)}
-    for kind, knob in (("transferred", bench.vector(domain)), ("native", native.dense_copy())):
+    for kind, knob in (("transferred", bench.vector(domain, "plain")), ("native", native.dense_copy())):
 
         def at(strength: float, knob: DeltaKnob = knob) -> dict[DeltaKnob, float]:
             return {other: 1.0, knob: strength}
@@ -296,5 +301,5 @@ def stage(bench: Bench, domain: str, rate: float) -> Record:
     return found
 
 
-def _all(bench: Bench, domain: str) -> Record:
+def _all(bench: LevelBench, domain: str) -> Record:
     return {"test": bench.likeliest("test", [domain])[domain], "rails": bench.rails()}

@@ -11,7 +11,7 @@ import torch
 
 from trimtab.generate import end_ids
 from trimtab.render import Renderer
-from trimtab.reproduce.alignment_bench import Bench, share
+from trimtab.reproduce.alignment_bench import LevelBench, share
 from trimtab.reproduce.alignment_recipe import LEVELS, Question
 from trimtab.types import Message
 from trimtab.weights.live import applied
@@ -28,14 +28,14 @@ class Timed(NamedTuple):
     tokens: int
 
 
-def cost(bench: Bench, domain: str, strength: float, sentence: str) -> Record:
+def cost(bench: LevelBench, domain: str, strength: float, sentence: str) -> Record:
     """Time answers with the vector and with prompts of growing length, and see how well each brings the expert level.
 
     A prompt is the sentence that validation chose, then answered questions, as many as the recipe's `shots`, all of
     them real. One answer at a time, greedy, in rounds that go through all ways in a new order, so that what else the
     machine does falls on all alike. "prefix" reuses the keys and values of what stands before the question.
     """
-    renderer, knob = Renderer(bench.tokenizer), bench.vector(domain)
+    renderer, knob = Renderer(bench.tokenizer), bench.vector(domain, "plain")
     shown = bench.data.questions(bench.recipe.domains[domain], "train", max(*bench.recipe.shots, 1))
     asked = bench.questions(domain, "test")[: bench.sizes.answers]
     before = {shots: _before(sentence, shown[:shots]) for shots in bench.recipe.shots}
@@ -70,7 +70,7 @@ def cost(bench: Bench, domain: str, strength: float, sentence: str) -> Record:
 
 
 def _add_levels(
-    bench: Bench, domain: str, rows: Sequence[Record], before: dict[int, tuple[Message, ...]], strength: float
+    bench: LevelBench, domain: str, rows: Sequence[Record], before: dict[int, tuple[Message, ...]], strength: float
 ) -> None:
     """Add to every row the levels of test questions: the likeliest answer's, and that of a sampled answer."""
     found: dict[tuple[str, int], Record] = {}
@@ -78,7 +78,7 @@ def _add_levels(
         key = row["way"], row["shots"]
         if key not in found:
             turns = before[row["shots"]] if row["way"] == "prompt" else ()
-            with applied(bench.model, {bench.vector(domain): strength if row["way"] == "vector" else 0.0}):
+            with applied(bench.model, {bench.vector(domain, "plain"): strength if row["way"] == "vector" else 0.0}):
                 levels = bench.likeliest("test", [domain], before=turns)[domain]
                 made = bench.generated(domain, bench.sizes.sampled, before=turns)
             found[key] = {"test": levels, "generated": made, "share": share(levels, LEVEL)}
@@ -98,7 +98,7 @@ def _bare(renderer: Renderer, question: Question) -> int:
 
 @torch.inference_mode()
 def _answers(
-    bench: Bench, renderer: Renderer, turns: Sequence[Message], asked: Sequence[Question], *, cached: bool
+    bench: LevelBench, renderer: Renderer, turns: Sequence[Message], asked: Sequence[Question], *, cached: bool
 ) -> list[Timed]:
     """Answer questions one at a time, greedily; with `cached` what all begin with is run once, outside the clock."""
     from transformers import DynamicCache
@@ -125,7 +125,7 @@ def _answers(
     return made
 
 
-def _next(bench: Bench, cache: Any, ids: Sequence[int]) -> int:
+def _next(bench: LevelBench, cache: Any, ids: Sequence[int]) -> int:
     given = torch.tensor([list(ids)], device=bench.model.device)
     logits = bench.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return int(logits[0, -1].argmax())

@@ -34,7 +34,7 @@ class Evidence:
 
     def at(self, domain: str, strength: float) -> Record:
         """Return the row of a domain's curve at one lambda."""
-        return next(row for row in self.of("sweep", domain)["rows"] if row["lambda"] == strength)
+        return next(row for row in self.of("sweep", domain, "plain")["rows"] if row["lambda"] == strength)
 
 
 def resampled(measure: Callable[[np.ndarray], float], n: int, *, seed: int = 0) -> Interval:

@@ -82,13 +82,17 @@ def by_domain(matrices: Mapping[str, np.ndarray], domains: Sequence[str]) -> Fig
     return drawn
 
 
-def by_count(joint: float, setup: float, choice: float, most: int) -> Figure:
-    """Draw the seconds that `k` combinations take in all, one joint training each, or vectors and one search first."""
+def by_count(joint: float, lines: Mapping[str, tuple[float, float]], most: int) -> Figure:
+    """Draw the seconds that combinations take in all, one joint training each, or vectors and one search first.
+
+    `lines` are seconds beforehand, and for each combination, by name.
+    """
     drawn, axes = _new(7.5, 4.0, 1)
+    most = max(most, *(int(1.2 * setup / max(joint - one, 1e-9)) for setup, one in lines.values()))
     at = np.arange(1, most + 1)
     axes[0].plot(at, joint * at, "-", color=COLOURS[1], linewidth=2, label="joint DPO for each")
-    axes[0].plot(at, setup + choice * at, "-", color=COLOURS[0], linewidth=2, label="vectors, search, choices")
-    axes[0].axvline(setup / max(joint - choice, 1e-9), color=GREY, linestyle=":", label="break-even")
+    for (name, (setup, one)), colour in zip(lines.items(), (COLOURS[0], COLOURS[2]), strict=False):
+        axes[0].plot(at, setup + one * at, "-", color=colour, linewidth=2, label=name)
     axes[0].set(xlabel="combinations", ylabel="seconds in all", xlim=(0, most), ylim=(0, None))
     axes[0].spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)

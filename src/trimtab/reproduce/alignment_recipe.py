@@ -24,6 +24,8 @@ LEVELS = ("avoidance", "generic", "expert")
 """In the order in which lambda should bring them; records count them from 0, and -1 is none of them."""
 BETTER = (("expert", "generic"), ("expert", "avoidance"), ("generic", "avoidance"))
 """Chosen and rejected level of the pairs that a vector is learned from."""
+WAYS = ("plain", "anchored")
+"""How vectors are learned: from their own domain's pairs, as in the paper, or with anchors in the other domains too."""
 UNSEEN_SHARE = 5
 """A file's questions: one in this many tests, one chooses, and the rest are learned from."""
 
@@ -34,6 +36,8 @@ class Sizes:
 
     pairs: int = 100
     """Questions of a domain that are learned from; each gives three pairs."""
+    anchors: int = 75
+    """Questions of each other domain that hold an anchored vector: a pair of theirs is learned in both directions."""
     validation_pairs: int = 24
     """Questions whose pairs stop a training."""
     validation: int = 40
@@ -68,7 +72,7 @@ class Thresholds:
     loss: float = 0.02
     """A guardrail is kept where the interval stays within this share of items."""
     matched: float = 0.05
-    """A prompt asks for the level as well as the vector brings it where their shares differ by less than this."""
+    """The vector is as accurate as a prompt where it brings the level on less than this share of questions fewer."""
     transferred: float = 0.1
     """A vector transfers where it brings at most this share of questions less than the stage's own."""
 
@@ -103,6 +107,11 @@ class Recipe:
     quick: Sizes = dataclasses.field(default_factory=Sizes)
     """What `--quick` uses instead; what a file leaves out is as in `sizes`."""
     thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Ways to learn a vector: a single domain has no other to be anchored in."""
+        return WAYS if len(self.domains) > 1 else WAYS[:1]
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -176,6 +185,19 @@ class LevelData:
             for a, b in better
             for q in drawn
         )
+
+    def anchors(self, sources: Sequence[str], n: int) -> Pairs:
+        """Draw a pair of levels from each of `n` training questions, and give it in both directions.
+
+        The loss of DPO over both is least where the margin between the two answers is that of the reference.
+        """
+        random, made = Random(self._seed), list[Pair]()
+        for source in sources:
+            for question in self.questions(source, "train", n):
+                one, other = random.sample(question.answers, 2)
+                prompt = (Message("user", question.prompt),)
+                made += [Pair(prompt, one, other, {}), Pair(prompt, other, one, {})]
+        return Pairs(made)
 
     def task(self, source: str, n: int) -> AnyTask:
         """Draw test questions of a guardrail."""

@@ -37,6 +37,9 @@ NOTES = (
     "vector the weights already hold it: merging is not in the time of an answer."
 )
 
+KINDS = ("plain", "orthogonal", "anchored")
+"""Vectors whose effect on other domains is measured; see `alignment_cells.matrix`."""
+
 
 def build(recipe: Recipe, sizes: Sizes, model: str, records: Mapping[Key, Any], command: str, *, quick: bool) -> Report:
     """Return everything that the page shows, as JSON values."""
@@ -48,8 +51,8 @@ def build(recipe: Recipe, sizes: Sizes, model: str, records: Mapping[Key, Any], 
         "models": [model],
         "domains": e.domains,
         "claims": claims(e),
-        "vectors": {d: e.of("vector", d) for d in e.domains},
-        "lambda": {d: {"chosen": e.of("sweep", d)["chosen"], "rows": _lambda_rows(e, d)} for d in e.domains},
+        "vectors": {way: {d: e.of("vector", d, way) for d in e.domains} for way in recipe.ways},
+        "lambda": {way: {d: _along(e, d, way) for d in e.domains} for way in recipe.ways},
         "combinations": _combinations(e),
         "sentences": e.of("prompts")["sentences"],
         "others": _others(e),
@@ -64,11 +67,13 @@ def build(recipe: Recipe, sizes: Sizes, model: str, records: Mapping[Key, Any], 
     return report | {"summary": _summary(report)}
 
 
-def _lambda_rows(e: Evidence, domain: str) -> list[dict[str, Any]]:
-    return [
+def _along(e: Evidence, domain: str, way: str) -> dict[str, Any]:
+    record = e.of("sweep", domain, way)
+    rows = [
         {"lambda": row["lambda"], "likeliest": _shares(row["test"]), "sampled": _shares(row["generated"])}
-        for row in e.of("sweep", domain)["rows"]
+        for row in record["rows"]
     ]
+    return {"chosen": record["chosen"], "rows": rows}
 
 
 def _shares(levels: Sequence[int]) -> list[float]:
@@ -77,40 +82,47 @@ def _shares(levels: Sequence[int]) -> list[float]:
 
 def _combinations(e: Evidence) -> dict[str, Any]:
     """Return every combination with what was chosen and tested, and each way's totals."""
-    rows, asked, record = e.of("combine")["rows"], e.of("prompts")["rows"], e.of("combine")
-    targets = wanted(rows)
-    ways = {"vectors": hits(rows, e.domains), "system line": hits(asked, e.domains)}
-    base = np.array([record["base"]["test"][d] for d in e.domains])
-    ways["lambda 0"] = np.broadcast_to(base, ways["vectors"].shape)
-    totals = {name: _totals(found, targets) for name, found in ways.items()}
-    trained = e.all("joint")
-    if trained:
+    records = {way: e.of("combine", way) for way in e.recipe.ways}
+    asked, base = e.of("prompts")["rows"], records["plain"]["base"]
+    targets = wanted(asked)
+    found = {f"{way} vectors": hits(record["rows"], e.domains) for way, record in records.items()}
+    found["system line"] = hits(asked, e.domains)
+    found["lambda 0"] = np.broadcast_to(np.array([base["test"][d] for d in e.domains]), found["system line"].shape)
+    totals = {name: _totals(levels, targets) for name, levels in found.items()}
+    if trained := e.all("joint"):
         some = [tuple(row["levels"]) for row in trained]
-        at = [next(i for i, row in enumerate(rows) if tuple(row["levels"]) == levels) for levels in some]
+        at = [next(i for i, row in enumerate(asked) if tuple(row["levels"]) == levels) for levels in some]
         totals |= {
-            f"{name}, the {len(at)} of joint DPO": _totals(found[at], targets[at]) for name, found in ways.items()
+            f"{name}, the {len(at)} of joint DPO": _totals(levels[at], targets[at]) for name, levels in found.items()
         }
         totals["joint DPO"] = _totals(hits(trained, e.domains), targets[at])
-    accuracy, prompted = on_target(ways["vectors"], targets), on_target(ways["system line"], targets)
-    flags = {strict: reached(ways["vectors"], targets, strict=strict) for strict in (False, True)}
-    return {
-        "totals": totals,
-        "rows": [
-            {
-                "levels": row["levels"],
-                "setting": row["setting"],
-                "validation": row["validation"],
-                "by_domain": accuracy[i].tolist(),
-                "worst": float(accuracy[i].min()),
-                "lenient": bool(flags[False][i]),
-                "strict": bool(flags[True][i]),
-                "prompt_worst": float(prompted[i].min()),
-                "rails": {name: float(np.mean(scores)) for name, scores in row["rails"].items()},
-            }
-            for i, row in enumerate(rows)
-        ],
-        "base_rails": {name: float(np.mean(scores)) for name, scores in record["base"]["rails"].items()},
-    }
+    prompted = on_target(found["system line"], targets).min(axis=1)
+    rows = {way: _combined(record["rows"], e.domains, prompted) for way, record in records.items()}
+    return {"totals": totals, "rows": rows, "base_rails": _means(base["rails"])}
+
+
+def _combined(rows: Sequence[Any], domains: Sequence[str], prompted: np.ndarray) -> list[dict[str, Any]]:
+    levels, targets = hits(rows, domains), wanted(rows)
+    accuracy = on_target(levels, targets)
+    flags = {strict: reached(levels, targets, strict=strict) for strict in (False, True)}
+    return [
+        {
+            "levels": row["levels"],
+            "setting": row["setting"],
+            "validation": row["validation"],
+            "by_domain": accuracy[i].tolist(),
+            "worst": float(accuracy[i].min()),
+            "lenient": bool(flags[False][i]),
+            "strict": bool(flags[True][i]),
+            "prompt_worst": float(prompted[i]),
+            "rails": _means(row["rails"]),
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def _means(rails: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: float(np.mean(scores)) for name, scores in rails.items()}
 
 
 def _totals(found: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -127,7 +139,7 @@ def _totals(found: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
 def _others(e: Evidence) -> dict[str, Any]:
     record = e.of("matrix")
     found: dict[str, Any] = {"cosines": record["cosines"], "kept": record["kept"]}
-    for kind in ("plain", "orthogonal"):
+    for kind in (kind for kind in KINDS if kind in record):
         matrix = spread(record, kind, e.domains)
         off, on = apart_and_together(matrix)
         rails = {
@@ -153,31 +165,31 @@ def _stage(e: Evidence) -> list[dict[str, Any]]:
             ("native", "own vector"),
         ):
             row = record[kind]
-            rails = {rail: float(np.mean(scores)) for rail, scores in row["rails"].items()}
+            rails = _means(row["rails"])
             shares = {"lambda": row.get("lambda"), "shares": _shares(row["test"]), "rails": rails}
             found.append({"domain": domain, "what": name, **shares})
     return found
 
 
-def _time(e: Evidence) -> dict[str, float] | None:
+def _time(e: Evidence) -> dict[str, Any] | None:
     trained = [record["seconds"] for record in e.all("joint")]
     if not trained:
         return None
-    grid, rows = e.of("grid"), e.of("combine")["rows"]
-    choice = float(np.mean([row["choice_seconds"] for row in rows]))
-    vectors = sum(record["seconds"] for record in e.all("vector"))
-    setup, joint = vectors + grid["seconds"], float(np.mean(trained))
-    return {
-        "joint_seconds": joint,
-        "choice_seconds": choice,
-        "merge_seconds": grid["merge_seconds"],
-        "search_seconds": grid["seconds"],
-        "settings": len(grid["rows"]),
-        "vector_seconds": vectors,
-        "vector_grid_seconds": sum(record["grid_seconds"] for record in e.all("vector")),
-        "break_even": setup / (joint - choice - grid["merge_seconds"]),
-        "combinations": len(rows),
-    }
+    joint, ways = float(np.mean(trained)), dict[str, dict[str, float]]()
+    for way in e.recipe.ways:
+        grid, vectors = e.of("grid", way), [e.of("vector", domain, way) for domain in e.domains]
+        choice = float(np.mean([row["choice_seconds"] for row in e.of("combine", way)["rows"]]))
+        seconds = sum(record["seconds"] for record in vectors)
+        ways[way] = {
+            "choice_seconds": choice,
+            "merge_seconds": grid["merge_seconds"],
+            "search_seconds": grid["seconds"],
+            "settings": len(grid["rows"]),
+            "vector_seconds": seconds,
+            "vector_grid_seconds": sum(record["grid_seconds"] for record in vectors),
+            "break_even": (seconds + grid["seconds"]) / (joint - choice - grid["merge_seconds"]),
+        }
+    return {"joint_seconds": joint, "combinations": len(e.of("prompts")["rows"]), "ways": ways}
 
 
 def _cost(e: Evidence) -> dict[str, Any]:
@@ -206,17 +218,19 @@ def _cost(e: Evidence) -> dict[str, Any]:
 def _summary(report: Report) -> str:
     totals, others = report["combinations"]["totals"], report["others"]
     held = sum(claim["holds"] for claim in report["claims"])
-    of = totals["vectors"]["combinations"]
-    said = [
-        f"One vector for each of {len(report['domains'])} domains, one grid of strengths: "
-        f"{totals['vectors']['lenient'][0]:.0f} of {of} combinations of levels are reached on test questions "
-        f"({totals['vectors']['strict'][0]:.0f} strictly), {totals['system line']['lenient'][0]:.0f} by asking "
-        "for them in a system line.",
-        f"A vector raises expert answers by {points(others['plain']['on'])} points in its own domain and by "
-        f"{points(others['plain']['off'])} in the others ({points(others['orthogonal']['off'])} once the vectors are "
-        "made orthogonal).",
-        f"{held} of {len(report['claims'])} claims hold.",
-    ]
+    said: list[str] = []
     if report["quick"]:
-        said.insert(0, "A quick run, which shows that everything works: its figures mean nothing.")
-    return " ".join(said)
+        said.append("A quick run, which shows that everything works: its figures mean nothing.")
+    ways = [name for name in totals if name.endswith(" vectors")]
+    counts = " and ".join(f"{totals[n]['lenient'][0]:.0f} ({totals[n]['strict'][0]:.0f} strictly) by {n}" for n in ways)
+    said.append(
+        f"One vector for each of {len(report['domains'])} domains, one grid of strengths: of "
+        f"{totals[ways[0]]['combinations']} combinations of levels {counts} are reached on test questions, and "
+        f"{totals['system line']['lenient'][0]:.0f} by asking for them in a system line."
+    )
+    raised = [f"{points(others[kind]['off'])} as {kind} vectors" for kind in KINDS if kind in others]
+    said.append(
+        f"A vector raises expert answers by {points(others['plain']['on'])} points in its own domain, and in the "
+        f"others by {', '.join(raised)}."
+    )
+    return " ".join([*said, f"{held} of {len(report['claims'])} claims hold."])

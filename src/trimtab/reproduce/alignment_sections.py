@@ -14,16 +14,25 @@ from trimtab.reproduce.document import Report, Section, percent, points
 
 def sections(report: Report) -> list[Section]:
     """Return the parts of the report: plots before tables."""
-    curves = {domain: found["rows"] for domain, found in report["lambda"].items()}
-    label = "Share of test questions by level along lambda: lines are the likeliest answers, dots the sampled ones."
-    rows = [
-        [domain, *(f"{found['chosen'][level]:g}" for level in LEVELS), *map(percent, _at(found, "expert"))]
-        for domain, found in report["lambda"].items()
-    ]
-    heads = ("domain", *(f"lambda for {level}" for level in LEVELS), *(f"{level} %, at the last" for level in LEVELS))
-    made = [Section("Lambda", heads, rows, plot=plots.by_lambda(curves, LEVELS), label=label)]
+    ways = report["lambda"]
+    made = [_lambda_section(found, way if len(ways) > 1 else "") for way, found in ways.items()]
     made += [*_combination_sections(report), _other_section(report), _stage_section(report), _time_section(report)]
     return [*made, _cost_section(report)]
+
+
+def _lambda_section(domains: Mapping[str, Any], way: str) -> Section:
+    rows = [
+        [domain, *(f"{found['chosen'][level]:g}" for level in LEVELS), *map(percent, _at(found, "expert"))]
+        for domain, found in domains.items()
+    ]
+    heads = ("domain", *(f"lambda for {level}" for level in LEVELS), *(f"{level} %, at the last" for level in LEVELS))
+    label = "Share of test questions by level along lambda: lines are the likeliest answers, dots the sampled ones."
+    curves = {domain: found["rows"] for domain, found in domains.items()}
+    return Section(_titled("Lambda", way), heads, rows, plot=plots.by_lambda(curves, LEVELS), label=label)
+
+
+def _titled(title: str, way: str) -> str:
+    return f"{title}, {way} vectors" if way else title
 
 
 def _at(found: Mapping[str, Any], level: str) -> list[float]:
@@ -47,25 +56,33 @@ def _combination_sections(report: Report) -> list[Section]:
         ]
         for name, row in found["totals"].items()
     ]
-    label = "PA of the wanted level in the worst domain, on test questions, by combination."
-    plot = plots.by_combination(found["rows"], domains, LEVELS)
-    first = Section("Combinations of levels", heads, totals, plot=plot, label=label)
-    rails = list(found["base_rails"])
-    rows = [
+    made = [Section("Combinations of levels", heads, totals)]
+    for way, rows in found["rows"].items():
+        made.append(_every_combination(rows, domains, found["base_rails"], way if len(found["rows"]) > 1 else ""))
+    return made
+
+
+def _every_combination(
+    rows: Sequence[Mapping[str, Any]], domains: Sequence[str], base: Mapping[str, float], way: str
+) -> Section:
+    cells = [
         [", ".join(row["levels"]), ", ".join(f"{s:g}" for s in row["setting"]), percent(row["validation"])]
         + [*map(percent, row["by_domain"]), percent(row["prompt_worst"])]
         + ["strictly" if row["strict"] else "yes" if row["lenient"] else "no"]
-        + [percent(row["rails"][rail]) for rail in rails]
-        for row in found["rows"]
+        + [percent(row["rails"][rail]) for rail in base]
+        for row in rows
     ]
-    heads = ("levels", "strengths", "worst, validation", *domains, "worst by system line", "reached", *rails)
-    said = "Without vectors: " + ", ".join(f"{rail} {percent(v)}" for rail, v in found["base_rails"].items()) + "."
-    return [first, Section("Every combination", heads, rows, words=(0, 1), texts=[said])]
+    heads = ("levels", "strengths", "worst, validation", *domains, "worst by system line", "reached", *base)
+    said = ["Without vectors: " + ", ".join(f"{rail} {percent(v)}" for rail, v in base.items()) + "."] if base else []
+    label = "PA of the wanted level in the worst domain, on test questions, by combination."
+    plot = plots.by_combination(rows, domains, LEVELS)
+    return Section(_titled("Every combination", way), heads, cells, (0, 1), said, plot, label)
 
 
 def _other_section(report: Report) -> Section:
     found, domains = report["others"], report["domains"]
-    names = {"plain": "as learned", "orthogonal": "orthogonal to the others"}
+    names = {"plain": "as learned", "orthogonal": "orthogonal to the others", "anchored": "anchored in the others"}
+    names = {kind: name for kind, name in names.items() if kind in found}
     matrices = {name: np.array(found[kind]["matrix"]) for kind, name in names.items()}
     label = "Change of expert answers in points: rows are the questions' domains, columns the vectors'."
     rails = list(next(iter(found["plain"]["rails"].values())))
@@ -112,22 +129,25 @@ def _time_section(report: Report) -> Section:
     found = report["time"]
     if not found:
         return Section("Time", texts=["No joint training was asked for."])
-    setup, one = found["vector_seconds"] + found["search_seconds"], found["choice_seconds"] + found["merge_seconds"]
-    heads = ("what", "seconds")
-    rows = [
-        ["a joint DPO run", f"{found['joint_seconds']:.1f}"],
-        ["a choice from the table", f"{found['choice_seconds']:.4f}"],
-        ["merging", f"{found['merge_seconds']:.4f}"],
-        [f"the search, {found['settings']} settings", f"{found['search_seconds']:.1f}"],
-        ["training the vectors, at the chosen rate", f"{found['vector_seconds']:.1f}"],
-        ["training the vectors, at every rate", f"{found['vector_grid_seconds']:.1f}"],
-    ]
-    k = found["combinations"]
-    said = f"Break-even is at {found['break_even']:.1f} combinations; all {k} take {k * found['joint_seconds']:.0f} "
-    said += f"seconds of joint training, or {setup + k * one:.0f} with vectors and one search."
+    joint, k = found["joint_seconds"], found["combinations"]
+    labels = {
+        "choice_seconds": "a choice from the table",
+        "merge_seconds": "merging",
+        "search_seconds": "the search",
+        "vector_seconds": "training the vectors, at the chosen rate",
+        "vector_grid_seconds": "training the vectors, at every rate",
+    }
+    lines, said, rows = dict[str, tuple[float, float]](), list[str](), [["a joint DPO run", "", f"{joint:.1f}"]]
+    for way, own in found["ways"].items():
+        rows += [[what, way, f"{own[key]:.{1 if own[key] > 1 else 4}f}"] for key, what in labels.items()]
+        setup, one = own["vector_seconds"] + own["search_seconds"], own["choice_seconds"] + own["merge_seconds"]
+        lines[f"{way} vectors, one search, choices"] = setup, one
+        said.append(
+            f"{way.capitalize()} vectors: {own['settings']} settings searched; break-even at {own['break_even']:.1f} "
+            f"combinations; all {k} take {setup + k * one:.0f} seconds, and {k * joint:.0f} by joint training."
+        )
     label = "Seconds in all by the number of combinations, at one learning rate for either way."
-    plot = plots.by_count(found["joint_seconds"], setup, one, max(k, int(1.2 * found["break_even"])))
-    return Section("Time", heads, rows, texts=[said], plot=plot, label=label)
+    return Section("Time", ("what", "vectors", "seconds"), rows, (0, 1), said, plots.by_count(joint, lines, k), label)
 
 
 def _cost_section(report: Report) -> Section:
