@@ -24,7 +24,7 @@ from trimtab.reproduce.steps import (
     begin_job,
     check_call,
     refuse_strangers,
-    running,
+    run_waves,
     usual_workers,
 )
 
@@ -99,13 +99,8 @@ def measure(
     sources = {*recipe.domains.values(), *recipe.guardrails, *recipe.sibling}
     job = begin_job(out, "alignment-vectors", about, [model], recipe.dtype, data, sources)
     (out / "knobs").mkdir(parents=True, exist_ok=True)
-    total, done = step_count(recipe, sizes), dict[Key, Any]()
-    with running(workers, Runner, (recipe, sizes, model, out, data, job)) as run:
-        for steps in waves(recipe, sizes, model, done):
-            for key, record in run(steps):
-                done[key] = record
-                progress(len(done), total, " ".join(key))
-    return done
+    begin, total = (recipe, sizes, model, out, data, job), step_count(recipe, sizes)
+    return run_waves(workers, Runner, begin, lambda done: waves(recipe, sizes, model, done), total, progress)
 
 
 def reproduce(

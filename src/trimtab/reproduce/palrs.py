@@ -25,7 +25,7 @@ from trimtab.reproduce.steps import (
     check_call,
     find_file,
     refuse_strangers,
-    running,
+    run_waves,
     usual_workers,
 )
 
@@ -127,13 +127,12 @@ def measure(
     early = list(first_steps(recipe, sizes))
     later = sum(2 + len(recipe.training) * (size.many_seeds + size.seeds) for size in sizes.values())
     total = len(early) + later * len(recipe.domains)
-    done: dict[Key, Any] = {}
-    with running(workers, Runner, (recipe, sizes, out, data, job)) as run:
-        for steps in (lambda: early, lambda: list(later_steps(recipe, sizes, done))):
-            for key, record in run(steps()):
-                done[key] = record
-                progress(len(done), total, " ".join(key))
-    return done
+
+    def waves(done: Mapping[Key, Any]) -> Iterator[list[Step]]:
+        yield early
+        yield list(later_steps(recipe, sizes, done))
+
+    return run_waves(workers, Runner, (recipe, sizes, out, data, job), waves, total, progress)
 
 
 def reproduce(

@@ -22,7 +22,7 @@ from trimtab.reproduce.steps import (
     begin_job,
     check_call,
     refuse_strangers,
-    running,
+    run_waves,
     usual_workers,
 )
 
@@ -144,23 +144,19 @@ def reproduce(
     about = {"recipe": asdict(measured), "sizes": asdict(sizes)}
     sources = {*recipe.guardrails, *(s for d in recipe.preferences.values() for s in (d.pairs, d.task))}
     job = begin_job(folder, "preference-vector", about, names, recipe.dtype, Path(data), sorted(sources))
-    done: dict[Key, Any] = {}
     early = list(first_steps(recipe, names))
     likely = {model: {name: rates_of(recipe, name)[0] for name in trained_names(recipe)} for model in names}
     total = len(early) + len(list(second_steps(recipe, sizes, likely))) + len(list(last_steps(recipe, sizes, likely)))
     count = workers or usual_workers(names[0], recipe.dtype)
-    with running(count, Runner, (recipe, sizes, folder, Path(data), job)) as run:
 
-        def finish(steps: list[Step]) -> None:
-            for key, record in run(steps):
-                done[key] = record
-                progress(len(done), total, " ".join(key))
-
-        finish(early)
+    def waves(done: Mapping[Key, Any]) -> Iterator[list[Step]]:
+        yield early
         rates = choose_rates(recipe, names, done)
-        finish(list(second_steps(recipe, sizes, rates)))
-        finish(list(last_steps(recipe, sizes, rates)))
-    report = build(recipe, sizes, done, rates, command)
+        yield list(second_steps(recipe, sizes, rates))
+        yield list(last_steps(recipe, sizes, rates))
+
+    done = run_waves(count, Runner, (recipe, sizes, folder, Path(data), job), waves, total, progress)
+    report = build(recipe, sizes, done, choose_rates(recipe, names, done), command)
     report |= {"quick": quick, "seconds": time.perf_counter() - begun, "steps_kept": kept}
     if quick:
         report["summary"] = f"A quick run, which shows that everything works: no figure counts. {report['summary']}"

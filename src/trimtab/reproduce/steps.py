@@ -116,14 +116,33 @@ def usual_workers(model: str, dtype: str) -> int:
     return min(2, os.cpu_count() or 1) if small else 1
 
 
-@contextmanager
-def running(
-    workers: int, make: Callable[..., StepRunner], begin: tuple[Any, ...]
-) -> Generator[Callable[[list[Step]], Iterator[tuple[Key, Any]]]]:
-    """Yield what runs a list of steps and yields their records as they come: here, or in worker processes.
+def run_waves(
+    workers: int,
+    make: Callable[..., StepRunner],
+    begin: tuple[Any, ...],
+    waves: Callable[[Mapping[Key, Any]], Iterator[list[Step]]],
+    total: int,
+    progress: Progress,
+) -> dict[Key, Any]:
+    """Run all steps, `total` of them; return their records by key.
 
+    `waves(done)` yields lists of steps, each of which may need the records of those before it, in `done`.
     `make(*begin)` makes each process its runner; both are pickled.
     """
+    done: dict[Key, Any] = {}
+    with _running(workers, make, begin) as run:
+        for steps in waves(done):
+            for key, record in run(steps):
+                done[key] = record
+                progress(len(done), total, " ".join(key))
+    return done
+
+
+@contextmanager
+def _running(
+    workers: int, make: Callable[..., StepRunner], begin: tuple[Any, ...]
+) -> Generator[Callable[[list[Step]], Iterator[tuple[Key, Any]]]]:
+    """Yield what runs a list of steps and yields their records as they come: here, or in worker processes."""
     if workers == 1:
         runner = make(*begin)
         yield lambda steps: ((key, runner.run(key, arguments)) for key, arguments in steps)
