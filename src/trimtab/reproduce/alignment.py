@@ -39,7 +39,7 @@ class Runner(StepRunner):
         self._make = lambda: LevelBench(model, recipe, sizes, data, out)
         self._bench: LevelBench | None = None
 
-    def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+    def compute(self, key: Key, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if self._bench is None:
             self._bench = self._make()
         bench = self._bench

@@ -42,7 +42,7 @@ class Runner(StepRunner):
         self.recipe, self.sizes, self._data = recipe, sizes, data
         self._benches: dict[str, Bench[Recipe, Sizes]] = {}
 
-    def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+    def compute(self, key: Key, arguments: Mapping[str, Any]) -> dict[str, Any]:
         model, kind, name, *rest = key
         if model not in self._benches:
             self._benches[model] = Bench(model, self.recipe, self.sizes[model], self._data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,24 @@ from trimtab.reproduce.bench import Bench, System
 from trimtab.reproduce.cells import cost_record
 from trimtab.reproduce.data import Split
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
-from trimtab.reproduce.preference_systems import LOSSES, VECTOR, Systems
+from trimtab.reproduce.preference_systems import (
+    LOSSES,
+    VECTOR,
+    Rates,
+    Systems,
+    flipped_names,
+    plus_names,
+    random_like,
+)
 from trimtab.runtime import Dose
 from trimtab.train import train
 from trimtab.train.labels import relabel
 from trimtab.train.rewards import reinforce, task_reward
-from trimtab.train.vectors import learn_weights
+from trimtab.train.vectors import cosine_of_sides, learn_weights
 from trimtab.tune import tune
 from trimtab.types import WHERE
 from trimtab.weights.delta import difference
+from trimtab.weights.live import applied
 from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
 
 if TYPE_CHECKING:
@@ -39,7 +48,11 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 LAST = 0.85
-"""Steering knobs are read up to this fraction of the depth, as in the recipe of PaLRS."""
+"""Steering knobs are read up to this fraction of the depth."""
+READY = 5
+"""Times that a system is put into the weights, for the seconds of it."""
+COMPOSED = ("vectors", "positive-only", "random")
+"""Whose strengths validation chooses: the paper's, its ablation, and a control."""
 
 
 class PreferenceBench:
@@ -48,6 +61,7 @@ class PreferenceBench:
     def __init__(self, bench: Bench[Recipe, Sizes], folder: Path) -> None:
         self.bench, self.systems = bench, Systems(bench.recipe, folder)
         self.recipe, self.sizes = bench.recipe, bench.sizes
+        self._base_rails: dict[str, list[float]] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -58,29 +72,32 @@ class PreferenceBench:
         `score` is the mean score of sampled validation answers, over the preferences that it is for, and `drop` the
         largest loss of a guardrail.
         """
-        goal = [name] if name in self.recipe.preferences else [name.removeprefix("reward-")]
-        goal = goal if goal[0] in self.recipe.preferences else list(self.recipe.two)
+        own = name.removesuffix(" flipped").removeprefix("reward-")
+        goal = [own] if own in self.recipe.preferences else list(self.recipe.two)
         extra: Record = {}
         with measured() as cost:
             try:
-                if name in self.recipe.preferences:
+                if name in self.recipe.preferences or name in flipped_names(self.recipe):
                     knob, extra = self._vector(name, rate, seed)
                 elif name.startswith("reward-"):
                     knob = self._rewarded(goal[0], rate, seed)
                 else:
-                    pairs = self._joint(name, self.sizes.pairs, seed)
-                    if name != "joint-dpo" and LOSSES[name] == "dpo" and pairs == self._joint("joint-dpo", 0, seed):
-                        return {"same_as": "joint-dpo", "score": 0.0, "drop": 0.0}
+                    pairs = self._joint(name, seed)
+                    if self._same_as_joint(name, seed):
+                        return {"same_as": "joint-dpo"}
                     knob = self._joint_model(name, pairs, rate, seed)
             except (PairsError, TrainError) as error:
-                return {"refused": str(error), "score": 0.0, "drop": 0.0}
+                return {"refused": str(error)}
         knob.save(self.systems.file(name, rate, seed))
         return {**self.validate({knob: 1.0}, goal, seed), **extra, "cost": cost_record(cost), "norm": knob.norm()}
 
     def _vector(self, name: str, rate: float, seed: int) -> tuple[DeltaKnob, Record]:
-        """Train on the pairs and on the pairs swapped; keep both differences, and return theirs."""
-        domain, way = self.recipe.preferences[name], self.recipe.training
+        """Train on the pairs and on the pairs swapped; keep theta+ - theta, and return theta+ - theta-."""
+        domain, way = self.recipe.preferences[name.removesuffix(" flipped")], self.recipe.training
         pairs, held = self.bench.pairs(domain, self.sizes.pairs, seed), self.bench.held_out(domain, "validation")
+        if name in flipped_names(self.recipe):
+            pairs = pairs.flip_balanced(seed=seed)
+        plain = name.replace(" ", "-")  # as a knob's name has no space
         sides: list[DeltaKnob] = []
         for side, used, chosen in (("plus", pairs, held), ("minus", pairs.swapped(), held.swapped())):
             knob = learn_weights(
@@ -88,7 +105,7 @@ class PreferenceBench:
                 self.bench.tokenizer,
                 used,
                 method="alignment-vector",
-                name=f"{name}-{side}",
+                name=f"{plain}-{side}",
                 validation=chosen,
                 lora_rank=way.lora_rank or None,
                 learning_rates=(rate,),
@@ -101,21 +118,32 @@ class PreferenceBench:
             sides.append(knob)
         plus, minus = sides
         plus.save(self.systems.file(f"{name} plus", rate, seed))
-        vector = (plus - minus).with_(name=name, method=VECTOR)
-        cosine = (plus.norm() ** 2 + minus.norm() ** 2 - vector.norm() ** 2) / (2 * plus.norm() * minus.norm())
+        vector = (plus - minus).with_(name=plain, method=VECTOR)
         best = [side.diagnostics["training"]["plus"]["chosen"] for side in sides]
         return vector, {
-            "cosine": cosine,
+            "cosine": cosine_of_sides(plus, minus, vector),
             "norm_plus": plus.norm(),
             "norm_minus": minus.norm(),
             "chosen": best,
         }
 
-    def _joint(self, name: str, n: int, seed: int) -> Pairs:
+    def plus(self, name: str, rate: float, seed: int) -> Record:
+        """Say what validation shows of the positive half of a vector, alone, at strength 1."""
+        knob = DeltaKnob.load(self.systems.file(f"{name} plus", rate, seed))
+        return {**self.validate({knob: 1.0}, [name], seed), "norm": knob.norm()}
+
+    def _joint(self, name: str, seed: int) -> Pairs:
         """Return the pairs of the first two preferences, in the order that a baseline gives their answers."""
-        n = n or self.sizes.pairs
-        one, other = (self.bench.pairs(self.recipe.preferences[p], n, seed) for p in self.recipe.two)
+        one, other = (self.bench.pairs(self.recipe.preferences[p], self.sizes.pairs, seed) for p in self.recipe.two)
         return relabel(one + other, "safe-first") if name == "dpo-safe-first" else one + other
+
+    def _same_as_joint(self, name: str, seed: int) -> bool:
+        """Tell whether a baseline is joint DPO by another name: the same loss on the same pairs."""
+        return (
+            name == "dpo-safe-first"
+            and LOSSES[name] == LOSSES["joint-dpo"]
+            and self._joint(name, seed) == self._joint("joint-dpo", seed)
+        )
 
     def _joint_model(self, name: str, pairs: Pairs, rate: float, seed: int) -> DeltaKnob:
         one, other = (self.bench.held_out(self.recipe.preferences[p], "validation") for p in self.recipe.two)
@@ -174,7 +202,7 @@ class PreferenceBench:
                 self.bench.tokenizer,
                 self.bench.pairs(domain, self.sizes.pairs, 0),
                 name=name,
-                last=0.85,
+                last=LAST,
             )
             try:
                 knob = tune(
@@ -200,7 +228,9 @@ class PreferenceBench:
         """Return what validation says of a setting: the mean score of the preferences `goal`, and guardrails lost."""
         system = System(self.bench.model, setting)
         scores = [self._sampled(system, name, "validation", self.sizes.validation, seed)[0] for name in goal]
-        rails, before = (self._rails(one, "validation") for one in (system, self.bench.base))
+        if self._base_rails is None:
+            self._base_rails = self._rails(self.bench.base, "validation")
+        rails, before = self._rails(system, "validation"), self._base_rails
         drop = max(float(np.mean(before[name]) - np.mean(rails[name])) for name in rails)
         return {"score": float(np.mean(scores)), "drop": drop, "kl": self.bench.kl(system, "validation")}
 
@@ -232,18 +262,25 @@ class PreferenceBench:
             },
         }
 
-    def test(self, name: str, rates: Mapping[str, float], seed: int) -> Record:
-        """Measure a system on test items."""
-        begun = time.perf_counter()
-        setting = self.systems.setting(name, rates, seed)
+    def test(self, name: str, rates: Rates, seed: int) -> Record:
+        """Measure a system on test items; `ready_seconds` are of reading its knobs and putting them into the weights.
+
+        Each of these is of one try, and the weights are as they were after it.
+        """
+        used = "joint-dpo" if self._same_as_joint(name, seed) else name
+        setting = self.systems.setting(used, rates, seed)
         if setting is None:
             return {"refused": "it could not be trained"}
-        ready = time.perf_counter() - begun
+        ready: list[float] = []
+        for _ in range(READY):
+            begun = time.perf_counter()
+            with applied(self.bench.model, self.systems.setting(used, rates, seed) or {}):
+                ready.append(time.perf_counter() - begun)
         return {**self._measure(setting, seed), "ready_seconds": ready, "knobs": len(setting)}
 
-    def grid(self, rates: Mapping[str, float], seed: int) -> Record:
+    def grid(self, rates: Rates, seed: int) -> Record:
         """Return both preferences' test scores at every pair of strengths, `[first][second][n]`, answers sampled."""
-        one, other = (self.systems.load(name, rates[name], seed) for name in self.recipe.two)
+        one, other = (self.systems.load(name, rates, seed) for name in self.recipe.two)
         found: dict[str, list[list[list[float]]]] = {name: [] for name in self.recipe.two}
         for a in self.recipe.grid:
             for name in found:
@@ -254,14 +291,20 @@ class PreferenceBench:
                     rows[-1].append(self._sampled(system, name, "test", self.sizes.sampled, seed)[0])
         return found
 
-    def scale(self, rates: Mapping[str, float], seed: int) -> Record:
+    def scale(self, rates: Rates, seed: int) -> Record:
         """Return what happens on test items along one strength for both."""
-        knobs = [self.systems.load(name, rates[name], seed) for name in self.recipe.two]
+        knobs = [self.systems.load(name, rates, seed) for name in self.recipe.two]
         return {f"{eta:g}": self._measure(dict.fromkeys(knobs, eta), seed) for eta in self.recipe.scales}
 
-    def compose(self, rates: Mapping[str, float], seed: int) -> Record:
-        """Let validation choose both strengths, so that neither preference is sacrificed, and test the choice once."""
-        knobs = {name: self.systems.load(name, rates[name], seed) for name in self.recipe.two}
+    def compose(self, what: str, rates: Rates, seed: int) -> Record:
+        """Let validation choose both strengths, so that neither preference is sacrificed, and test the choice once.
+
+        `what` is of `COMPOSED`: the vectors, their positive halves, or random differences as long as the vectors.
+        """
+        names = plus_names(self.recipe) if what == "positive-only" else self.recipe.two
+        knobs = {own: self.systems.load(name, rates, seed) for own, name in zip(self.recipe.two, names, strict=True)}
+        if what == "random":
+            knobs = {name: random_like(knob, seed + i) for i, (name, knob) in enumerate(knobs.items())}
         table: list[Tried] = []
         base = self._rails(self.bench.base, "validation")
         for strengths in product(self.recipe.composed, repeat=2):
@@ -282,9 +325,9 @@ class PreferenceBench:
         setting = {knobs[name]: strength for name, strength in chosen.setting.items()}
         return {"chosen": dict(chosen.setting), "validation": chosen.scores, **self._measure(setting, seed)}
 
-    def equal(self, name: str, rates: Mapping[str, float]) -> Record:
+    def equal(self, name: str, rates: Rates) -> Record:
         """Compare the weight knob with the steering knob at equal KL: strengths by validation, scores by test items."""
-        weights, file = self.systems.load(name, rates[name], 0), self.systems.file(f"steer {name}", 0, 0)
+        weights, file = self.systems.load(name, rates, 0), self.systems.file(f"steer {name}", 0, 0)
         ways: dict[str, tuple[AnyKnob, Sequence[float]]] = {"weights": (weights, self.recipe.strengths)}
         if file.exists():
             steering = Knob.load(file)
@@ -307,10 +350,10 @@ class PreferenceBench:
                 }
         return found
 
-    def geometry(self, rates: Mapping[str, float]) -> Record:
+    def geometry(self, rates: Rates) -> Record:
         """Return how the vectors lie to each other: cosines over all weights, sign conflicts, task interference."""
         names = list(self.recipe.preferences)
-        knobs = [self.systems.load(name, rates[name], 0) for name in names]
+        knobs = [self.systems.load(name, rates, 0) for name in names]
         labels = sorted(set.intersection(*(set(knob.parts) for knob in knobs)))
         deltas = [[knob.dense(label) for label in labels] for knob in knobs]
         flat = [torch.cat([delta.flatten() for delta in own]) for own in deltas]

@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.evals.stats import Interval, bootstrap_runs
-from trimtab.reproduce.document import Claim, Unit, judge
+from trimtab.evals.stats import Interval, bootstrap_mean, bootstrap_runs
+from trimtab.reproduce.document import Claim, judge
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
-from trimtab.reproduce.preference_systems import VECTOR
+from trimtab.reproduce.preference_systems import LOSSES, VECTOR
 from trimtab.reproduce.steps import Key
 
 Matrix = np.ndarray
 Groups = Mapping[str, tuple[Matrix, Matrix]]
 """By model: scores `[S, N]` before and after, of the same items."""
 
+CONTROLS = ("random", "flipped", "composed random")
+"""What must not gain."""
 RIVALS = {
     "positive-only": "PV better on both (harmless 3.25 against 1.27 with LLaMA-3.1-8B, both at strength 1)",
     "norm-matched": "not compared",
@@ -43,8 +45,9 @@ class Found:
 
     def tests(self, model: str, name: str) -> list[Any]:
         """Return the tests of a system by seed, none where it could not be trained."""
-        if name == "composed":
-            return [self.records[model, "compose", seed] for seed in self.seeds]
+        if name.startswith("composed"):
+            what = name.removeprefix("composed").strip() or "vectors"
+            return [self.records[model, "compose", what, seed] for seed in self.seeds]
         return [r for s in self.seeds if "scores" in (r := self.records[model, "test", name, s])]
 
     def scores(self, model: str, system: str, preference: str) -> Matrix:
@@ -71,8 +74,8 @@ class Found:
         first = preference == self.recipe.two[0]
         return self.cell(model, preference, *((own, other) if first else (other, own)))
 
-    def inversions(self, model: str, preference: str) -> tuple[int, int]:
-        """Return the most falls along any row of its own strength: of the means, and those beyond intervals."""
+    def falls(self, model: str, preference: str) -> tuple[int, int]:
+        """Return the most falls along any row of its own strength: of the means, and those beyond their intervals."""
         raw, sure = [0], [0]
         for other in self.recipe.grid:
             row = [self.own(model, preference, own, other) for own in self.recipe.grid]
@@ -80,6 +83,12 @@ class Found:
             raw.append(sum(change.estimate < 0 for change in changes))
             sure.append(sum(change.high < 0 for change in changes))
         return max(raw), max(sure)
+
+    def rise(self, model: str, preference: str) -> Interval:
+        """Return by how much the score rises from one end of its own strength to the other, over all rows."""
+        ends = self.recipe.grid[0], self.recipe.grid[-1]
+        low, high = (np.concatenate([self.own(model, preference, at, o) for o in self.recipe.grid], 1) for at in ends)
+        return bootstrap_runs([(low, high)], draws=2000)
 
     def usable(self, model: str) -> float:
         """Return the largest strength up to which every guardrail stays within the threshold, on test items."""
@@ -132,17 +141,18 @@ def _knobs(f: Found, command: str) -> Iterator[Claim]:
         said = "help score .20 to -.83, harmless score -2.12 to -3.77"
         yield _difference(f"down-{name}", f"strength -1 of {name} lowers {name}", said, down, command, below=-gain)
         yield _monotone(f, name, command)
-        change = {
-            m: (f.own(m, other, 0, 0), f.own(m, other, 0, 1)) for m in f.models
-        }  # the same knob, on the other preference
-        said = "help's knob moves harmlessness by 2.68, its own knob by 4.29"
+        change = {m: (f.own(m, other, 0, 0), f.own(m, other, 0, 1)) for m in f.models}
+        said = "help's knob raises harmlessness by 2.68, and harmlessness' knob help by 1.01"
         statement = f"strength 1 of {name} costs at most {100 * loss:g} points of {other}"
         yield _difference(f"spares-{other}", statement, said, change, command, above=-loss)
 
 
 def _monotone(f: Found, name: str, command: str) -> Claim:
-    counts = {model: f.inversions(model, name) for model in f.models}
+    """At most one fall of the means along any row, none beyond its interval, and a rise from end to end."""
+    counts = {model: f.falls(model, name) for model in f.models}
     raw, sure = max(raw for raw, _ in counts.values()), max(sure for _, sure in counts.values())
+    rises = min(f.rise(model, name).low for model in f.models)
+    gain = f.recipe.thresholds.gain
     n = sum(f.cell(model, name, 0, 0).size for model in f.models) * len(f.recipe.grid) ** 2
     return Claim(
         f"monotone-{name}",
@@ -151,8 +161,8 @@ def _monotone(f: Found, name: str, command: str) -> Claim:
         raw,
         sure,
         raw,
-        raw <= 1,
-        "measured <= 1",
+        raw <= 1 and not sure and rises > gain,
+        f"measured <= 1, low = 0, and a rise from end to end whose interval lies above {gain:g}",
         n,
         {model: float(found[0]) for model, found in counts.items()},
         command,
@@ -173,11 +183,24 @@ def _together(f: Found, command: str) -> Iterator[Claim]:
             published = "CommonsenseQA .65 at 0 and at 1.5, .60 at 2, .25 at 4"
             made.append(_difference(f"{system}-guardrails", statement, published, groups, command, above=-loss))
         yield min(made, key=lambda claim: (claim.holds, claim.low))
+    for control in CONTROLS:
+        groups = {
+            m: (f.scores(m, "base", "both"), f.scores(m, control, "both")) for m in f.models if f.tests(m, control)
+        }
+        if groups:
+            statement = f"the control, {control}, gains nothing of both preferences together"
+            yield _difference(f"control-{control}", statement, "not compared", groups, command, below=gain)
 
 
 def _rivals(f: Found, command: str) -> Iterator[Claim]:
-    for system, said in ((VECTOR, "both knobs at 1"), ("composed", "strengths chosen on validation")):
-        for rival, published in RIVALS.items():
+    # Composed strengths are compared with what was searched alike, and with trainings, which have one way to be used.
+    trained = {name: said for name, said in RIVALS.items() if name in (*LOSSES, "reward-soup")}
+    searched = {"composed positive-only": "not compared", **trained}
+    for system, said, rivals in (
+        (VECTOR, "both knobs at 1", RIVALS),
+        ("composed", "strengths chosen on validation", searched),
+    ):
+        for rival, published in rivals.items():
             groups = {
                 m: (f.scores(m, rival, "both"), f.scores(m, system, "both")) for m in f.models if f.tests(m, rival)
             }
@@ -207,34 +230,35 @@ def _extension(f: Found, command: str) -> Iterator[Claim]:
         said = "help 1.39 to 1.04 or 2.27, harmless 3.59 to 2.91 or 3.37"
         statement = f"{name}, added, costs the first two at most {100 * loss:g} points"
         yield _difference(f"adding-{name}-spares", statement, said, groups, command, above=-loss)
-        seconds = {m: [record["ready_seconds"] for record in f.tests(m, system)] for m in f.models}
-        every = [value for values in seconds.values() for value in values]
-        own = {m: float(np.mean(values)) for m, values in seconds.items()}
-        unit: Unit = "seconds"
+        every = {m: np.ravel([record["ready_seconds"] for record in f.tests(m, system)]) for m in f.models}
+        taken = np.concatenate(list(every.values()))
         yield judge(
             f"seconds-{name}",
-            f"{name} is added in less than {f.recipe.thresholds.seconds:g} seconds",
+            f"with {name} added, all knobs are read and put into the weights in less than "
+            f"{f.recipe.thresholds.seconds:g} seconds",
             "within seconds",
-            Interval(float(np.mean(every)), min(every), max(every)),
-            own,
-            len(every),
+            bootstrap_mean(taken),
+            {m: float(values.mean()) for m, values in every.items()},
+            len(taken),
             command,
             below=f.recipe.thresholds.seconds,
-            unit=unit,
+            unit="seconds",
         )
 
 
 def _equal(f: Found, command: str) -> Iterator[Claim]:
+    limit = f"{f.recipe.thresholds.kl:g}"
     for name in f.recipe.preferences:
-        limit = f"{f.recipe.kls[len(f.recipe.kls) // 2]:g}"
         groups: dict[str, tuple[Matrix, Matrix]] = {}
         for model in f.models:
             found = f.records[model, "equal", name]
-            if "activations" in found:
-                pair = [
-                    np.array([found[way]["at"][limit]["scores"]], dtype=float) for way in ("activations", "weights")
-                ]
-                groups[model] = pair[0], pair[1]
+            at = [found[way]["at"][limit] for way in ("activations", "weights") if way in found]
+            if len(at) == 2 and all(one["strength"] > 0 for one in at):
+                steered, weighed = (np.array([one["scores"]], dtype=float) for one in at)
+                groups[model] = steered, weighed
         if groups:
-            statement = f"at KL {limit} or less on guardrails the weight knob buys more {name} than the steering knob"
+            statement = (
+                f"at strengths that keep KL within {limit} on validation guardrails, the weight knob buys more {name} "
+                "than the steering knob"
+            )
             yield _difference(f"weights-at-equal-kl-{name}", statement, "not compared", groups, command, above=0.0)

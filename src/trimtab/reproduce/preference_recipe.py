@@ -55,6 +55,8 @@ class Thresholds:
     loss: float = 0.02
     seconds: float = 10.0
     """Adding a preference takes less."""
+    kl: float = 0.03
+    """The limit, one of the recipe's, at which weight knobs and steering knobs are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +97,28 @@ def load_recipe(name: str | Path) -> Recipe:
         raise OptionError(f"{place}: side effects are measured on guardrails; name one at least.")
     for sizes in (recipe.sizes, recipe.quick):
         check_counts(sizes, place)
-    positive = {"training.learning_rates": recipe.training.learning_rates, "kls": recipe.kls, "alphas": recipe.alphas}
-    positive |= {"rewards.learning_rates": recipe.rewards.learning_rates, "strengths": recipe.strengths}
+    limits = {f"thresholds.{name}": value for name, value in dataclasses.asdict(recipe.thresholds).items()}
+    for what, value in {**limits, "budget": recipe.budget}.items():
+        if not 0 <= value < math.inf:
+            raise OptionError(f"{place}: {what} is finite and not negative; got {value:g}.")
+    if recipe.thresholds.kl not in recipe.kls:
+        raise OptionError(f"{place}: thresholds.kl is one of kls, {list(recipe.kls)}; got {recipe.thresholds.kl:g}.")
+    positive = {
+        "training.learning_rates": recipe.training.learning_rates,
+        "training.beta": (recipe.training.beta,),
+        "rewards.learning_rates": recipe.rewards.learning_rates,
+        "kls": recipe.kls,
+        "alphas": recipe.alphas,
+        "strengths": recipe.strengths,
+    }
     for what, values in positive.items():
         if not values or not all(0 < value < math.inf for value in values):
             raise OptionError(f"{place}: {what} are positive numbers, at least one; got {list(values)}.")
-    for what, values, needed in (("grid", recipe.grid, (-1.0, 0.0, 1.0)), ("scales", recipe.scales, (0.0, 1.0))):
+    for what, values, needed in (
+        ("grid", recipe.grid, (-1.0, 0.0, 1.0)),
+        ("scales", recipe.scales, (0.0, 1.0)),
+        ("composed", recipe.composed, (0.0,)),
+    ):
         if list(values) != sorted(set(values)) or not set(needed) <= set(values):
             raise OptionError(f"{place}: {what} rises, and has {list(needed)} in it; got {list(values)}.")
     return recipe

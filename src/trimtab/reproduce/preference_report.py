@@ -12,26 +12,28 @@ from trimtab.checkpoint import versions
 from trimtab.evals.stats import bootstrap_mean
 from trimtab.reproduce import preference_plots as plots
 from trimtab.reproduce.document import Report, Section, percent, points
+from trimtab.reproduce.preference_cells import COMPOSED
 from trimtab.reproduce.preference_claims import Found, claims
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
-from trimtab.reproduce.preference_systems import VECTOR, systems
+from trimtab.reproduce.preference_systems import VECTOR, Rates, systems
 from trimtab.reproduce.steps import Key
 
 NOTES = (
     "Percent of test items, answers sampled at temperature 1 with the same random numbers for every system; guardrails "
-    "greedy. Rates, and where it says so strengths, were chosen on validation items, and test items were used once. "
-    "Intervals of differences resample seeds and items together; those beside single figures resample items. Refusals "
-    "are of the first preference's requests, by phrases. Positive-only: trained on the pairs as they are, less the "
-    "base, both at strength 1; norm-matched: the same at the vectors' length; random: random entries, as long in every "
-    "weight. dpo-soup averages the two DPO models; the Reward Soup averages two models trained on the graders. "
+    "greedy. Rates, and where it says composed strengths, were chosen on validation items, and test items were used "
+    "once; of trained rivals the rate was chosen and the strength is 1. Intervals of differences resample seeds and "
+    "items together, and with two seeds hold little of the luck of a training; those beside single figures resample "
+    "items, and those at equal KL are of one seed. Refusals are of the first preference's requests, by phrases. "
+    "Positive-only: trained on the pairs as they are, less the base, both at strength 1; norm-matched: the same at the "
+    "vectors' length; random: random entries, as long in every weight; flipped: vectors from pairs of which exactly "
+    "half are turned round. Guardrails hold up to a strength where, by their means, none loses more than the threshold "
+    "on test items. dpo-soup averages the two DPO models; the Reward Soup averages two models trained on the graders. "
     "Safe-RLHF was not run: there is no trainer with a Lagrangian for the cost here. KL: to the bare model on "
     "its own guardrail answers, in nats per token."
 )
 
 
-def build(
-    recipe: Recipe, sizes: Sizes, records: Mapping[Key, Any], rates: Mapping[str, Mapping[str, float]], command: str
-) -> Report:
+def build(recipe: Recipe, sizes: Sizes, records: Mapping[Key, Any], rates: Mapping[str, Rates], command: str) -> Report:
     """Set everything out: claims, systems, the grid, the scale, geometry and costs, per model."""
     found = Found(recipe, sizes, records, list(rates))
     made = claims(found, command)
@@ -48,7 +50,10 @@ def build(
         "grid": {model: _grid(found, model) for model in rates},
         "selectivity": {model: _selectivity(found, model) for model in rates},
         "scale": {model: _scale(found, model) for model in rates},
-        "composed": {model: [records[model, "compose", s]["chosen"] for s in found.seeds] for model in rates},
+        "composed": {
+            model: {what: [records[model, "compose", what, s]["chosen"] for s in found.seeds] for what in COMPOSED}
+            for model in rates
+        },
         "equal": {model: {name: records[model, "equal", name] for name in recipe.preferences} for model in rates},
         "geometry": {model: records[model, "geometry"] for model in rates},
         "trained": {model: _trained(found, model, rates[model]) for model in rates},
@@ -66,7 +71,8 @@ def _systems(f: Found, model: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     names = list(f.recipe.preferences)
     listed = systems(f.recipe)
-    for system in [*listed[:2], "composed", *listed[2:]]:
+    composed = ["composed" if what == "vectors" else f"composed {what}" for what in COMPOSED]
+    for system in [*listed[:2], *composed, *listed[2:]]:
         if not f.tests(model, system):
             rows.append({"system": system, "missing": True})
             continue
@@ -127,14 +133,16 @@ def _scale(f: Found, model: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _trained(f: Found, model: str, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _trained(f: Found, model: str, rates: Rates) -> list[dict[str, Any]]:
+    """Return what validation showed at each chosen rate, with the first draw of pairs."""
+    keys, rows = ("score", "drop", "norm", "cosine", "norm_plus", "norm_minus", "warnings"), list[dict[str, Any]]()
     for name, rate in rates.items():
-        record = f.records[model, "train", name, f"{rate:g}", "0"]
-        if "cost" in record:
-            keys = ("score", "drop", "norm", "cosine", "norm_plus", "norm_minus")
+        kind, own = ("plus", name.removesuffix(" plus")) if name.endswith(" plus") else ("train", name)
+        record = {} if rate is None else f.records[model, kind, own, f"{rate:g}", "0"]
+        if "score" in record:
             rows.append(
-                {"name": name, "rate": rate, "seconds": record["cost"]["seconds"]}
+                {"name": name, "rate": rate, "seconds": record.get("cost", {}).get("seconds")}
+                | {"kept": record["drop"] <= f.recipe.budget + 1e-9}
                 | {key: record[key] for key in keys if key in record}
             )
     return rows
@@ -205,8 +213,10 @@ def _systems_section(report: Report, model: str, on: str) -> Section:
     heads += ["benign refused", "worst guardrail", "KL", "broken"]
     shown = [row for row in report["systems"][model] if "scores" in row and not row["system"].startswith("only ")]
     label = "Every system by its scores on the two preferences, with 95 % intervals."
-    chosen = [", ".join(f"{n} {s:g}" for n, s in one.items()) for one in report["composed"][model]]
-    texts = [f"Composed: strengths by validation, for each draw of pairs: {'; '.join(chosen)}."]
+    texts: list[str] = []
+    for what, draws in report["composed"][model].items():
+        chosen = "; ".join(", ".join(f"{name} {strength:g}" for name, strength in one.items()) for one in draws)
+        texts.append(f"Composed {what}: strengths by validation, for each draw of pairs: {chosen}.")
     return Section(f"Systems{on}", heads, rows, texts=texts, plot=plots.by_system(shown, _two(report)), label=label)
 
 
@@ -250,8 +260,9 @@ def _training_sections(report: Report, model: str, on: str) -> list[Section]:
     cells = zip(names, told["cosines"], told["sign_conflicts"], strict=True)
     rows = [[n, *(f"{c:.3f} ({s:.2f})" for c, s in zip(cos, signs, strict=True))] for n, cos, signs in cells]
     text = (
-        f"Singular task interference of the first two, mean over matrices: {told['interference']:.3g}, of unit-norm "
-        f"differences {told['interference_normed']:.3g}. The paper's cosine of help and harmlessness is .34 to .40."
+        "Singular task interference of the first two, mean over all matrices (the paper takes 32): "
+        f"{told['interference']:.3g}, of unit-norm differences {told['interference_normed']:.3g}. The paper's cosine "
+        "of help and harmlessness is .34 to .40."
     )
     trained = [
         [
@@ -261,12 +272,14 @@ def _training_sections(report: Report, model: str, on: str) -> list[Section]:
             points(-row["drop"]),
             f"{row['norm']:.2f}",
             f"{row['cosine']:.3f}" if "cosine" in row else "",
-            f"{row['seconds']:.0f}",
+            "" if row["seconds"] is None else f"{row['seconds']:.0f}",
         ]
         for row in report["trained"][model]
     ]
     what = ["trained", "rate", "validation score", "worst guardrail", "norm", "cosine of plus and minus", "seconds"]
     said = "The paper's cosines of plus and minus are -.47 to -.71."
+    if broke := [row["name"] for row in report["trained"][model] if not row["kept"]]:
+        said += f" No rate kept the guardrails' budget on validation for: {', '.join(broke)}; the mildest was taken."
     return [
         Section(f"How the vectors lie to each other{on}", heads, rows, texts=[text]),
         Section(f"Training{on}", what, trained, texts=[said]),

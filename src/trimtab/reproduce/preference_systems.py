@@ -9,8 +9,8 @@ import torch
 
 from trimtab.artifact import DeltaKnob
 from trimtab.artifact.parts import Part
+from trimtab.errors import TrainError
 from trimtab.reproduce.preference_recipe import Recipe
-from trimtab.runtime import Dose
 from trimtab.train import Loss
 from trimtab.train.soup import soup
 
@@ -20,9 +20,23 @@ VECTOR = "preference-vector"
 """The system of the first two vectors, each at strength 1."""
 
 
+Rates = Mapping[str, float | None]
+"""The learning rate that validation chose for what goes by a name; None where nothing could be trained."""
+
+
 def trained_names(recipe: Recipe) -> list[str]:
     """Return what is trained: a vector for each preference, joint baselines, and one model for each of two rewards."""
     return [*recipe.preferences, *LOSSES, *(f"reward-{name}" for name in recipe.two)]
+
+
+def plus_names(recipe: Recipe) -> list[str]:
+    """Return the positive halves of the first two vectors, whose rates are chosen for themselves."""
+    return [f"{name} plus" for name in recipe.two]
+
+
+def flipped_names(recipe: Recipe) -> list[str]:
+    """Return the controls: vectors of the first two preferences from pairs of which exactly half are turned round."""
+    return [f"{name} flipped" for name in recipe.two]
 
 
 def systems(recipe: Recipe) -> list[str]:
@@ -30,7 +44,7 @@ def systems(recipe: Recipe) -> list[str]:
     more = list(recipe.preferences)[2:]
     added = [f"{VECTOR} +{name}" for name in more] + ([f"{VECTOR} +all"] if len(more) > 1 else [])
     alone = [f"only {name}" for name in recipe.preferences]
-    baselines = ["positive-only", "norm-matched", "random", *LOSSES, "dpo-soup", "reward-soup"]
+    baselines = ["positive-only", "norm-matched", "random", "flipped", *LOSSES, "dpo-soup", "reward-soup"]
     return ["base", VECTOR, *added, *alone, *baselines]
 
 
@@ -40,8 +54,8 @@ class Systems:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
 
-    def setting(self, name: str, rates: Mapping[str, float], seed: int) -> Dose | None:
-        """Return the knobs of a system; None where what it needs could not be trained."""
+    def setting(self, name: str, rates: Rates, seed: int) -> dict[DeltaKnob, float] | None:
+        """Return the knobs of a system, with their strengths; None where what it needs could not be trained."""
         two = self.recipe.two
         if name == "base":
             return {}
@@ -52,42 +66,52 @@ class Systems:
             elif name != VECTOR:
                 more = name.removeprefix(f"{VECTOR} +")
                 wanted += [n for n in self.recipe.preferences if n not in two and more in (n, "all")]
-            return {self.load(n, rates[n], seed): 1.0 for n in wanted}
+            return {self.load(n, rates, seed): 1.0 for n in wanted}
         if name in LOSSES:
-            file = self.file(name, rates[name], seed)
-            if name == "dpo-safe-first" and not file.exists():
-                file = self.file("joint-dpo", rates["joint-dpo"], seed)  # the same pairs in the same order
-            return {DeltaKnob.load(file): 1.0} if file.exists() else None
+            knob = self.find(name, rates, seed)
+            return None if knob is None else {knob: 1.0}
         if name == "reward-soup":
-            files = [self.file(f"reward-{n}", rates[f"reward-{n}"], seed) for n in two]
-            made = all(file.exists() for file in files)
-            return {soup([DeltaKnob.load(file) for file in files], name=name): 1.0} if made else None
-        only = [self.load(f"{n} plus", rates[n], seed) for n in two]
+            made = [knob for n in two if (knob := self.find(f"reward-{n}", rates, seed)) is not None]
+            return {soup(made, name=name): 1.0} if len(made) == len(two) else None
+        if name == "flipped":
+            flipped = [knob for n in flipped_names(self.recipe) if (knob := self.find(n, rates, seed)) is not None]
+            return dict.fromkeys(flipped, 1.0) if len(flipped) == len(two) else None
+        only = [self.load(n, rates, seed) for n in plus_names(self.recipe)]
         if name == "dpo-soup":
             return {soup(only, name=name): 1.0}
         if name == "positive-only":
             return dict.fromkeys(only, 1.0)
-        vectors = [self.load(n, rates[n], seed) for n in two]
+        vectors = [self.load(n, rates, seed) for n in two]
         if name == "norm-matched":
             return {o: v.norm() / o.norm() for o, v in zip(only, vectors, strict=True)}
         assert name == "random", name
-        return {_random_like(vectors[0] + vectors[1], seed): 1.0}
+        return {random_like(vectors[0] + vectors[1], seed): 1.0}
 
     def file(self, name: str, rate: float, seed: int) -> Path:
         """Return where what was trained under a name at a rate is kept."""
         return self.folder / f"{name.replace(' ', '-').replace('/', '-')}-{rate:g}-{seed}.knob.safetensors"
 
-    def load(self, name: str, rate: float, seed: int) -> DeltaKnob:
-        """Read what was trained."""
-        return DeltaKnob.load(self.file(name, rate, seed))
+    def find(self, name: str, rates: Rates, seed: int) -> DeltaKnob | None:
+        """Read what was trained at the rate that was chosen for it; None where nothing was."""
+        rate = rates[name]
+        if rate is None or not (file := self.file(name, rate, seed)).exists():
+            return None
+        return DeltaKnob.load(file)
+
+    def load(self, name: str, rates: Rates, seed: int) -> DeltaKnob:
+        """Read what was trained; raises `TrainError` where nothing was."""
+        knob = self.find(name, rates, seed)
+        if knob is None:
+            raise TrainError(f"{name} could not be trained with the pairs of seed {seed}.")
+        return knob
 
 
-def _random_like(knob: DeltaKnob, seed: int) -> DeltaKnob:
+def random_like(knob: DeltaKnob, seed: int) -> DeltaKnob:
     """Return a difference of random entries whose norm is the knob's in every tensor."""
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Part] = {}
     for name in knob.parts:
-        like = knob.dense(name).float()
+        like = knob.dense(name)
         noise = torch.randn(like.shape, generator=generator)
         drawn[name] = noise * (like.norm() / noise.norm())
     return DeltaKnob("random", "random", drawn)

@@ -41,13 +41,21 @@ class StepRunner(ABC):
         self._kept = Checkpoint(out / "steps", lambda: job)
 
     def run(self, key: Key, arguments: Mapping[str, Any]) -> Any:
-        """Return a step's record: the one that is kept, or a new one, which holds what there is to warn of."""
+        """Return a step's record: the one that is kept, or a new one, whose `warnings` are those of computing it."""
+
+        def compute() -> dict[str, Any]:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", TrimtabWarning)
+                record = self.compute(key, arguments)
+            said = [str(one.message) for one in caught if issubclass(one.category, TrimtabWarning)]
+            return record | {"warnings": sorted(set(said))} if said else record
+
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TrimtabWarning)
-            return self._kept.step(" ".join(key), lambda: self.compute(key, arguments))
+            warnings.simplefilter("ignore", TrimtabWarning)  # of a kept step that is damaged: it is computed again
+            return self._kept.step(" ".join(key), compute)
 
     @abstractmethod
-    def compute(self, key: Key, arguments: Mapping[str, Any]) -> Any:
+    def compute(self, key: Key, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Do a step; return its record, of plain JSON values."""
 
 
@@ -124,7 +132,7 @@ def run_waves(
     total: int,
     progress: Progress,
 ) -> dict[Key, Any]:
-    """Run all steps, `total` of them; return their records by key.
+    """Run all steps, about `total` of them; return their records by key.
 
     `waves(done)` yields lists of steps, each of which may need the records of those before it, in `done`.
     `make(*begin)` makes each process its runner; both are pickled.
@@ -134,7 +142,7 @@ def run_waves(
         for steps in waves(done):
             for key, record in run(steps):
                 done[key] = record
-                progress(len(done), total, " ".join(key))
+                progress(len(done), max(total, len(done)), " ".join(key))
     return done
 
 

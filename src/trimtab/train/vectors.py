@@ -127,7 +127,7 @@ def learn_weights(
         chosen = record["chosen"]
         minus, records["minus"] = side("minus", pairs.swapped(), [chosen["learning_rate"]], [chosen["beta"]])
         knob = plus - minus
-        diagnostics["cosine_plus_minus"] = _cosine(plus, minus, knob)
+        diagnostics["cosine_plus_minus"] = cosine_of_sides(plus, minus, knob)
     diagnostics |= {"norms": knob.norms(), "training": records, "seconds": time.perf_counter() - begun}
     return DeltaKnob(
         name,
@@ -151,8 +151,11 @@ def _parts(trained: Trained, base: PreTrainedModel) -> DeltaKnob:
     return added
 
 
-def _cosine(plus: DeltaKnob, minus: DeltaKnob, between: DeltaKnob) -> float:
-    """Return the cosine of two differences by the law of cosines, from norms alone: nothing is multiplied out."""
+def cosine_of_sides(plus: DeltaKnob, minus: DeltaKnob, between: DeltaKnob) -> float:
+    """Return the cosine of `plus` and `minus` by the law of cosines, `between` being plus - minus.
+
+    From norms alone: nothing is multiplied out.
+    """
     a, b, c = plus.norm(), minus.norm(), between.norm()
     return (a * a + b * b - c * c) / (2 * a * b)
 
