@@ -49,7 +49,7 @@ class Runner(StepRunner):
         if kind == "combine":
             return cells.combine(bench, rest[0], arguments["table"])
         if kind == "joint":
-            return cells.joint(bench, rest[0], arguments["rate"])
+            return cells.joint(bench, rest[0])
         if kind == "matrix":
             return cells.matrix(bench, arguments["strengths"])
         if kind == "stage":
@@ -62,15 +62,16 @@ def waves(recipe: Recipe, sizes: Sizes, model: str, done: Mapping[Key, Any]) -> 
     """Yield the steps in waves, each of which needs the records of those before it in `done`."""
     domains, first = list(recipe.domains), next(iter(recipe.domains))
     each = [(domain, way) for way in recipe.ways for domain in domains]
-    yield [*(((model, "vector", *one), {}) for one in each), ((model, "prompts"), {})]
-    yield [*(((model, "grid", way), {}) for way in recipe.ways), *(((model, "sweep", *one), {}) for one in each)]
+    learned = [(domain, kind) for kind in recipe.vectors for domain in domains]
+    yield [*(((model, "vector", *one), {}) for one in learned), ((model, "prompts"), {})]
+    searched = [*recipe.ways, "random"]
+    yield [*(((model, "grid", way), {}) for way in searched), *(((model, "sweep", *one), {}) for one in each)]
     rates = {domain: done[model, "vector", domain, "plain"]["learning_rate"] for domain in domains}
     experts = {way: {d: done[model, "sweep", d, way]["chosen"][LEVEL] for d in domains} for way in recipe.ways}
-    joint = {"rate": min(rates.values())}
     yield [
-        *(((model, "combine", way), {"table": done[model, "grid", way]["rows"]}) for way in recipe.ways),
+        *(((model, "combine", way), {"table": done[model, "grid", way]["rows"]}) for way in searched),
         ((model, "matrix"), {"strengths": experts}),
-        *(((model, "joint", combination), joint) for combination in recipe.joint[: sizes.joint]),
+        *(((model, "joint", combination), {}) for combination in recipe.joint[: sizes.joint]),
         *([((model, "sibling"), {})] if recipe.sibling else []),
     ]
     if recipe.sibling:
@@ -84,7 +85,8 @@ def step_count(recipe: Recipe, sizes: Sizes) -> int:
     """Return how many steps `waves` yields."""
     domains, ways = len(recipe.domains), len(recipe.ways)
     stages = 1 + domains if recipe.sibling else 0
-    return 2 * ways * (domains + 1) + 3 + len(recipe.joint[: sizes.joint]) + stages
+    grids = 2 * (ways + 1)
+    return domains * (len(recipe.vectors) + ways) + grids + 3 + len(recipe.joint[: sizes.joint]) + stages
 
 
 def measure(
@@ -93,8 +95,12 @@ def measure(
     """Run every step that `out` does not keep yet; return all records by key."""
     refuse_strangers(out)
     drawn = LevelData(data, recipe.data_seed)
-    for source in recipe.domains.values():
-        drawn.questions(source, "test", 1)
+    counts = {name: len(drawn.questions(source, "test", sizes.test)) for name, source in recipe.domains.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise OptionError(f"Domains need as many test questions each; got {said}. Set sizes.test to the smallest.")
+    for source in recipe.guardrails:
+        drawn.task(source, "test", 1)
     about = {"recipe": asdict(replace(recipe, models=())), "sizes": asdict(sizes)}
     sources = {*recipe.domains.values(), *recipe.guardrails, *recipe.sibling}
     job = begin_job(out, "alignment-vectors", about, [model], recipe.dtype, data, sources)

@@ -18,6 +18,7 @@ from trimtab.render import load
 from trimtab.reproduce.alignment_recipe import LEVELS, LevelData, Question, Recipe, Sizes
 from trimtab.reproduce.data import Split
 from trimtab.types import Message
+from trimtab.weights.delta import random_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ class LevelBench:
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.recipe, self.sizes, self.data, self.out = recipe, sizes, LevelData(root, recipe.data_seed), out
+        self._vectors: dict[tuple[str, str], DeltaKnob] = {}
         self._texts: dict[tuple[str, Split, tuple[Message, ...]], list[Text]] = {}
 
     def questions(self, domain: str, split: Split) -> list[Question]:
@@ -85,15 +87,31 @@ class LevelBench:
         sides = [world.side_of(item, g.text) for item, g in zip(items, made, strict=True)]
         return [LEVELS.index(side) if side in LEVELS else -1 for side in sides]
 
-    def rails(self) -> dict[str, list[float]]:
-        """Return the scores of every guardrail's test questions, greedy."""
-        tasks = [self.data.task(source, self.sizes.guard) for source in self.recipe.guardrails]
+    def rails(self, split: Split = "test") -> dict[str, list[float]]:
+        """Return the scores of every guardrail's questions, greedy."""
+        tasks = [self.data.task(source, split, self.sizes.guard) for source in self.recipe.guardrails]
         size = self.sizes.batch_size
         return {t.name: run_task(self.model, self.tokenizer, t, batch_size=size).scores.tolist() for t in tasks}
 
-    def vector(self, domain: str, way: str) -> DeltaKnob:
-        """Return the vector that an earlier step learned, multiplied out: it is put into the weights many times."""
-        return DeltaKnob.load(self.knob_file("vector", way, domain)).dense_copy()
+    def vector(self, domain: str, kind: str) -> DeltaKnob:
+        """Return the vector that an earlier step learned, multiplied out: it is put into the weights many times.
+
+        "random" has random entries, as long as the plain vector in every weight.
+        """
+        if (domain, kind) not in self._vectors:
+            if kind == "random":
+                self._vectors[domain, kind] = random_like(self.vector(domain, "plain"), seed=len(self._vectors))
+            else:
+                self._vectors[domain, kind] = DeltaKnob.load(self.knob_file("vector", kind, domain)).dense_copy()
+        return self._vectors[domain, kind]
+
+    def turned(self, way: str, setting: Mapping[str, float]) -> dict[DeltaKnob, float]:
+        """Return the vectors that bring domains to their strengths, in one of the ways of `VECTORS`."""
+        below = "anchored-avoidance" if way == "anchored" else way
+        return {
+            self.vector(d, below if strength < 0 else way): abs(strength) if below != way else strength
+            for d, strength in setting.items()
+        }
 
     def knob_file(self, *words: str) -> Path:
         """Return where a step keeps its knob."""
@@ -109,14 +127,14 @@ def share(levels: Sequence[int], level: str) -> float:
     return float(np.mean([found == LEVELS.index(level) for found in levels]))
 
 
-def tried(setting: Mapping[str, float], likeliest: Likeliest) -> Tried:
+def tried(setting: Mapping[str, float], likeliest: Likeliest, excess: Mapping[str, float] | None = None) -> Tried:
     """Return a measured setting as composing takes it: a preference per domain and level, 0 or 1 per question."""
     items = {
         name_of(domain, level): (np.array(levels) == number).astype(float)
         for domain, levels in likeliest.items()
         for number, level in enumerate(LEVELS)
     }
-    return Tried(setting, items)
+    return Tried(setting, items, excess=excess or {})
 
 
 def name_of(domain: str, level: str) -> str:

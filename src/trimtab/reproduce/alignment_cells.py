@@ -6,8 +6,7 @@ Every step returns plain JSON values and depends on its arguments alone, so that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 
 from trimtab.artifact import DeltaKnob
 from trimtab.compose import Goal, choose_setting
-from trimtab.errors import TrainError
 from trimtab.pairs import Pairs
 from trimtab.reproduce.alignment_bench import LevelBench, name_of, share, tried
 from trimtab.reproduce.alignment_recipe import LEVELS, better_than_others, thinned
@@ -28,23 +26,25 @@ from trimtab.weights.live import applied
 Record = dict[str, Any]
 At = Callable[[float], Mapping[DeltaKnob, float]]
 """What lambda means: strengths of knobs."""
-STANDARD = ("expert", "generic", "avoidance")
 
 
 # --- vectors and lambda ---------------------------------------------------------------------------------------------
 
 
-def vector(bench: LevelBench, domain: str, way: str) -> Record:
-    """Learn a domain's vector, keep it, and say what it took."""
-    knob, record = _learned(bench, domain, way, bench.recipe.learning_rates)
-    knob.save(bench.knob_file("vector", way, domain))
+def vector(bench: LevelBench, domain: str, kind: str) -> Record:
+    """Learn a domain's vector of a kind of `VECTORS`, keep it, and say what it took."""
+    knob, record = _learned(bench, domain, kind, bench.recipe.learning_rates)
+    knob.save(bench.knob_file("vector", kind, domain))
     return record
 
 
-def _learned(bench: LevelBench, domain: str, way: str, rates: Sequence[float]) -> tuple[DeltaKnob, Record]:
+def _learned(bench: LevelBench, domain: str, kind: str, rates: Sequence[float]) -> tuple[DeltaKnob, Record]:
     recipe, sizes, source = bench.recipe, bench.sizes, bench.recipe.domains[domain]
     pairs = bench.data.pairs(source, "train", sizes.pairs)
-    if way == "anchored":
+    held = bench.data.pairs(source, "validation", sizes.validation_pairs)
+    if kind == "anchored-avoidance":
+        pairs, held = pairs.swapped(), held.swapped()
+    if kind != "plain":
         pairs += bench.data.anchors([s for d, s in recipe.domains.items() if d != domain], sizes.anchors)
     knob = learn_weights(
         bench.model,
@@ -52,25 +52,28 @@ def _learned(bench: LevelBench, domain: str, way: str, rates: Sequence[float]) -
         pairs,
         method="alignment-vector",
         name=domain,
-        validation=bench.data.pairs(source, "validation", sizes.validation_pairs),
+        validation=held,
         lora_rank=recipe.lora_rank,
         learning_rates=rates,
         betas=[recipe.beta],
         epochs=sizes.epochs,
     )
-    trained = knob.diagnostics["training"]["plus"]
-    table = [{key: row[key] for key in ("learning_rate", "preference", "steps", "seconds")} for row in trained["table"]]
-    seconds = {"seconds": trained["run"]["seconds"], "grid_seconds": trained["grid"]["seconds"]}
-    return knob, {**trained["chosen"], **seconds, "table": table, "norm": knob.norm()}
+    return knob, {**_spent(knob.diagnostics["training"]["plus"]), "norm": knob.norm()}
+
+
+def _spent(record: Mapping[str, Any]) -> Record:
+    """Return what a training's record says of the setting that was chosen, and of the seconds with it and with all."""
+    table = [{key: row[key] for key in ("learning_rate", "preference", "steps", "seconds")} for row in record["table"]]
+    seconds = {"seconds": record["run"]["seconds"], "grid_seconds": record["grid"]["seconds"]}
+    return {**record["chosen"], **seconds, "table": table}
 
 
 def sweep(bench: LevelBench, domain: str, way: str) -> Record:
-    """Measure a vector along lambda, and choose on validation the mildest that serves each level as well as the best.
+    """Turn a domain along lambda, and choose on validation the mildest that serves each level as well as the best.
 
     `rows` hold the likeliest level of test questions and the level of sampled answers; `chosen` a lambda by level.
     """
-    knob = bench.vector(domain, way)
-    rows = _curve(bench, domain, lambda strength: {knob: strength}, sampled=True)
+    rows = _curve(bench, domain, lambda strength: bench.turned(way, {domain: strength}), sampled=True)
     return {"rows": rows, "chosen": {level: _best_of(rows, domain, level) for level in LEVELS}}
 
 
@@ -96,46 +99,63 @@ def _best_of(rows: Sequence[Record], domain: str, level: str) -> float:
 
 
 def grid(bench: LevelBench, way: str) -> Record:
-    """Measure every combination of strengths once, on validation questions; this table serves all targets."""
-    knobs = {domain: bench.vector(domain, way) for domain in bench.recipe.domains}
-    values = thinned(bench.recipe.grid, bench.sizes.grid_every)
+    """Measure every combination of strengths once, on validation questions; this table serves all targets.
+
+    Guardrails are measured where it matters: under the model as it is, and under the best few settings for each target.
+    """
+    recipe, sizes = bench.recipe, bench.sizes
+    strengths = recipe.grids["plain" if way == "random" else way]
+    values = thinned(strengths, sizes.grid_every * (sizes.control_every if way == "random" else 1))
     begun, merging, rows = time.perf_counter(), 0.0, list[Record]()
-    for strengths in product(values, repeat=len(knobs)):
+    for setting in product(values, repeat=len(recipe.domains)):
         at = time.perf_counter()
-        with applied(bench.model, dict(zip(knobs.values(), strengths, strict=True))):
+        with applied(bench.model, bench.turned(way, dict(zip(recipe.domains, setting, strict=True)))):
             merging += time.perf_counter() - at
-            rows.append({"setting": list(strengths), "likeliest": bench.likeliest("validation")})
+            rows.append({"setting": list(setting), "likeliest": bench.likeliest("validation")})
+    before = bench.rails("validation")
+    for row in _best_rows(bench, rows):
+        with applied(bench.model, bench.turned(way, dict(zip(recipe.domains, row["setting"], strict=True)))):
+            after = bench.rails("validation")
+        row["excess"] = {n: float(np.mean(before[n]) - np.mean(after[n])) - recipe.budget for n in before}
     return {"rows": rows, "seconds": time.perf_counter() - begun, "merge_seconds": merging / len(rows)}
+
+
+def _best_rows(bench: LevelBench, rows: Sequence[Record]) -> list[Record]:
+    """Return the model as it is, and the settings that serve some target best, as many for each as are checked."""
+    table = [tried(dict(zip(bench.recipe.domains, row["setting"], strict=True)), row["likeliest"]) for row in rows]
+    found = {i for i, one in enumerate(table) if not one.dose}
+    for levels in product(LEVELS, repeat=len(bench.recipe.domains)):
+        goal = goal_of(bench.recipe.domains, levels)
+        order = sorted(range(len(table)), key=lambda i: (-goal.value(table[i].scores), table[i].dose))
+        found |= set(order[: bench.sizes.checked])
+    return [rows[i] for i in sorted(found)]
+
+
+def goal_of(domains: Iterable[str], levels: Iterable[str]) -> Goal:
+    """Return the goal of a combination: the preference accuracy of the domain that comes off worst."""
+    return Goal({name_of(d, level): 1.0 for d, level in zip(domains, levels, strict=True)}, rule="worst")
 
 
 def combine(bench: LevelBench, way: str, table: Sequence[Record]) -> Record:
     """Choose from the table for every combination of levels, without the model, and test each choice once.
 
-    The rule is "worst": the preference accuracy of the domain that comes off worst. `choice_seconds` are of one choice.
+    Of the settings that keep the guardrails' budget the best wins. `choice_seconds` are of one choice.
     """
     names = list(bench.recipe.domains)
-    measured = [tried(dict(zip(names, row["setting"], strict=True)), row["likeliest"]) for row in table]
-    knobs = {domain: bench.vector(domain, way) for domain in names}
+    checked = [row for row in table if "excess" in row]
+    measured = [tried(dict(zip(names, r["setting"], strict=True)), r["likeliest"], r["excess"]) for r in checked]
     tests: dict[tuple[float, ...], Record] = {}
     rows: list[Record] = []
-    for levels in product(STANDARD, repeat=len(names)):
-        goal = Goal({name_of(d, level): 1.0 for d, level in zip(names, levels, strict=True)}, rule="worst")
-        begun = time.perf_counter()
-        chosen = choose_setting(measured, goal)
+    for levels in product(LEVELS, repeat=len(names)):
+        goal, begun = goal_of(names, levels), time.perf_counter()
+        chosen = choose_setting(measured, goal, mildest=False)
         seconds = time.perf_counter() - begun
         setting = tuple(chosen.setting.values())
         if setting not in tests:
-            with applied(bench.model, dict(zip(knobs.values(), setting, strict=True))):
+            with applied(bench.model, bench.turned(way, chosen.setting)):
                 tests[setting] = {"test": bench.likeliest("test"), "rails": bench.rails()}
-        rows.append(
-            {
-                "levels": list(levels),
-                "setting": list(setting),
-                "validation": goal.value(chosen.scores),
-                "choice_seconds": seconds,
-                **tests[setting],
-            }
-        )
+        row = {"levels": list(levels), "setting": list(setting), "validation": goal.value(chosen.scores)}
+        rows.append(row | {"choice_seconds": seconds, **tests[setting]})
     return {"rows": rows, "base": {"test": bench.likeliest("test"), "rails": bench.rails()}}
 
 
@@ -152,7 +172,7 @@ def prompts(bench: LevelBench) -> Record:
             best = int(np.argmax([share(levels, level) for levels in found]))
             chosen[domain][level] = by_level[level][best]
     rows: list[Record] = []
-    for levels in product(STANDARD, repeat=len(bench.recipe.domains)):
+    for levels in product(LEVELS, repeat=len(bench.recipe.domains)):
         asked = " ".join(chosen[d][level] for d, level in zip(bench.recipe.domains, levels, strict=True))
         rows.append({"levels": list(levels), "test": bench.likeliest("test", before=_system(asked))})
     return {"sentences": chosen, "rows": rows}
@@ -162,8 +182,11 @@ def _system(text: str) -> tuple[Message, ...]:
     return (Message("system", text),)
 
 
-def joint(bench: LevelBench, combination: str, rate: float) -> Record:
-    """Train DPO for one combination on the pairs of all domains together; `seconds` are of the one run."""
+def joint(bench: LevelBench, combination: str) -> Record:
+    """Train DPO for one combination on the pairs of all domains together, at the rate that validation chooses.
+
+    `seconds` are of the one run that is chosen.
+    """
     recipe, sizes = bench.recipe, bench.sizes
     held, used = list[Pairs](), list[Pairs]()
     for source, level in zip(recipe.domains.values(), combination.split(), strict=True):
@@ -175,62 +198,58 @@ def joint(bench: LevelBench, combination: str, rate: float) -> Record:
         bench.tokenizer,
         sum(used[1:], used[0]),
         validation=sum(held[1:], held[0]),
-        learning_rates=[rate],
+        learning_rates=recipe.learning_rates,
         betas=[recipe.beta],
         lora_rank=recipe.lora_rank,
         epochs=sizes.epochs,
     )
-    row = trained.record["table"][0]
-    found: Record = {"levels": combination.split(), "seconds": row["seconds"], "steps": row["steps"]}
-    with _instead(bench, trained.adapter):
-        return found | {"test": bench.likeliest("test"), "rails": bench.rails()}
-
-
-@contextmanager
-def _instead(bench: LevelBench, adapter: Any) -> Generator[None]:
-    with applied(bench.model, {DeltaKnob("trained", "lora", adapter): 1.0}):
-        yield
+    assert trained.adapter is not None  # a rank was given
+    with applied(bench.model, {DeltaKnob("trained", "lora", trained.adapter): 1.0}):
+        tested = {"test": bench.likeliest("test"), "rails": bench.rails()}
+    return {"levels": combination.split(), **_spent(trained.record), **tested}
 
 
 # --- other domains --------------------------------------------------------------------------------------------------
 
 
 def matrix(bench: LevelBench, strengths: Mapping[str, Mapping[str, float]]) -> Record:
-    """Turn each domain's vector to the lambda that validation chose for experts, and test all domains and guardrails.
+    """Turn each domain to the lambda that validation chose for experts, and test all domains and guardrails.
 
-    As learned in each way (`strengths` by way and domain), and plain vectors with each one's projection onto the others
-    taken out and its length restored, at a lambda of its own. `cosines` are of the plain vectors.
+    `strengths` are by way and domain. "orthogonal" is of plain vectors; see `_orthogonal`.
+    """
+    settings = {way: {d: bench.turned(way, {d: own[d]}) for d in own} for way, own in strengths.items()}
+    straight, geometry = _orthogonal(bench)
+    found: Record = {"base": {"test": bench.likeliest("test"), "rails": bench.rails()}}
+    for kind, doses in {**settings, "orthogonal": straight}.items():
+        found[kind] = {}
+        for domain, dose in doses.items():
+            with applied(bench.model, dose):
+                tested = {"test": bench.likeliest("test"), "rails": bench.rails()}
+            found[kind][domain] = {"setting": {knob.name: value for knob, value in dose.items()}, **tested}
+    return found | geometry
+
+
+def _orthogonal(bench: LevelBench) -> tuple[dict[str, dict[DeltaKnob, float]], Record]:
+    """Take each plain vector's projection onto the others out, restore its length, and choose a lambda of its own.
+
+    Returns the strengths of all plain vectors by domain; and their cosines, with the length that was left of each.
     """
     names = list(bench.recipe.domains)
-    found: Record = {"base": {"test": bench.likeliest("test"), "rails": bench.rails()}}
-
-    def measure(knobs: Mapping[str, DeltaKnob], settings: Mapping[str, Mapping[str, float]]) -> Record:
-        rows: Record = {}
-        for domain, setting in settings.items():
-            with applied(bench.model, {knobs[name]: value for name, value in setting.items()}):
-                rows[domain] = {"setting": setting, "test": bench.likeliest("test"), "rails": bench.rails()}
-        return rows
-
-    for way, own in strengths.items():
-        settings = {d: {o: float(o == d) * own[d] for o in names} for d in names}
-        found[way] = measure({d: bench.vector(d, way) for d in names}, settings)
     knobs = {domain: bench.vector(domain, "plain") for domain in names}
     gram = _gram(list(knobs.values()))
     norms = np.sqrt(np.diag(gram))
-    straight: dict[str, dict[str, float]] = {}
+    straight: dict[str, dict[DeltaKnob, float]] = {}
     kept: dict[str, float] = {}
     for i, domain in enumerate(names):
         weight = apart(gram, i)
         kept[domain] = float(np.sqrt(weight @ gram @ weight) / norms[i])
-        turned = dict(zip(names, (weight / max(kept[domain], 1e-6)).tolist(), strict=True))
+        turned = dict(zip(knobs.values(), (weight / max(kept[domain], 1e-6)).tolist(), strict=True))
 
-        def at(strength: float, turned: Mapping[str, float] = turned) -> dict[DeltaKnob, float]:
-            return {knobs[name]: strength * value for name, value in turned.items()}
+        def at(strength: float, turned: Mapping[DeltaKnob, float] = turned) -> dict[DeltaKnob, float]:
+            return {knob: strength * value for knob, value in turned.items()}
 
-        strength = _best_of(_curve(bench, domain, at), domain, "expert")
-        straight[domain] = {name: strength * value for name, value in turned.items()}
-    found["orthogonal"] = measure(knobs, straight)
-    return found | {"cosines": (gram / np.outer(norms, norms)).tolist(), "kept": kept}
+        straight[domain] = at(_best_of(_curve(bench, domain, at), domain, "expert"))
+    return straight, {"cosines": (gram / np.outer(norms, norms)).tolist(), "kept": kept}
 
 
 def _gram(knobs: Sequence[DeltaKnob]) -> np.ndarray:
@@ -276,8 +295,7 @@ def sibling(bench: LevelBench) -> Record:
         lora_rank=recipe.lora_rank,
         epochs=sizes.epochs,
     )
-    if trained.adapter is None:
-        raise TrainError("The sibling stage has no adapter.")
+    assert trained.adapter is not None  # a rank was given
     knob = DeltaKnob("sibling", "sft", trained.adapter)
     knob.save(bench.knob_file("sibling"))
     row = trained.record["table"][0]

@@ -27,8 +27,6 @@ from trimtab.reproduce.alignment_evidence import (
 )
 from trimtab.reproduce.document import Claim, Unit, judge
 
-MOST = 0.5
-
 
 def claims(evidence: Evidence) -> list[dict[str, Any]]:
     """Return every claim, in the order of the report."""
@@ -80,7 +78,7 @@ def _lambda(e: Evidence) -> Iterator[Claim]:
             "95 % medical at .5, 85 % financial and 100 % legal at .3",
             bootstrap_mean((levels == EXPERT).astype(float)),
             len(levels),
-            MOST,
+            e.recipe.thresholds.most,
         )
         if made := e.at(domain, strength)["generated"]:
             yield _claim(
@@ -90,13 +88,14 @@ def _lambda(e: Evidence) -> Iterator[Claim]:
                 "judged answers; numbers not available to us",
                 bootstrap_mean((np.array(made) == EXPERT).astype(float)),
                 len(made),
-                MOST,
+                e.recipe.thresholds.most,
             )
 
 
 def _combinations(e: Evidence) -> Iterator[Claim]:
     for way in e.recipe.ways:
         yield from _reached(e, way)
+    yield _control(e)
     yield from _against_joint(e)
 
 
@@ -137,6 +136,22 @@ def _reached(e: Evidence, way: str) -> Iterator[Claim]:
     )
 
 
+def _control(e: Evidence) -> Claim:
+    """Random vectors, chosen by the same search of a coarser grid, reach no more than the model as it is."""
+    record = e.of("combine", "random")
+    targets, found = wanted(record["rows"]), hits(record["rows"], e.domains)
+    base = np.broadcast_to(np.array([record["base"]["test"][domain] for domain in e.domains]), found.shape)
+    more = resampled(
+        lambda at: float(
+            sum(sign * reached(v[..., at], targets, strict=False).sum() for sign, v in ((1, found), (-1, base)))
+        ),
+        found.shape[2],
+    )
+    said = "the control, random vectors of the same length, reaches no more combinations than the model as it is"
+    own, items = {e.model: more.estimate}, found.shape[2] * len(e.domains)
+    return judge("control-random", said, "-", more, own, items, e.command, below=0.5, unit="count")
+
+
 def _against_joint(e: Evidence) -> Iterator[Claim]:
     trained = e.all("joint")
     own = {tuple(row["levels"]): row for row in e.of("combine", "plain")["rows"]}
@@ -163,9 +178,10 @@ def _against_joint(e: Evidence) -> Iterator[Claim]:
 def _others(e: Evidence) -> Iterator[Claim]:
     record, limits = e.of("matrix"), e.recipe.thresholds
     n = len(record["base"]["test"][e.domains[0]])
+    items = n * len(e.domains)
 
-    def off(kind: str, at: np.ndarray) -> float:
-        return apart_and_together(spread(record, kind, e.domains, at))[0]
+    def means(kind: str, at: np.ndarray) -> tuple[float, float]:
+        return apart_and_together(spread(record, kind, e.domains, at))
 
     if len(e.domains) > 1:
         yield _claim(
@@ -173,59 +189,76 @@ def _others(e: Evidence) -> Iterator[Claim]:
             "over-generalises",
             "one domain's vector raises the share of expert answers in the other domains",
             "seen in the paper; numbers not available to us",
-            resampled(lambda at: off("plain", at), n),
-            n * len(e.domains),
-            limits.loss,
+            resampled(lambda at: means("plain", at)[0], n),
+            items,
+            limits.spread,
         )
         for kind, those in (
             ("orthogonal", "vectors without their projections onto each other"),
             ("anchored", "vectors that are anchored in the other domains"),
         ):
-            yield _claim(
-                e,
-                kind,
-                f"{those} raise it less there",
-                "-",
-                resampled(lambda at, kind=kind: off("plain", at) - off(kind, at), n),
-                n * len(e.domains),
-                limits.loss,
-            )
-    for rail, before in record["base"]["rails"].items():
-        after = np.mean([record["plain"][d]["rails"][rail] for d in e.domains], axis=0)
-        yield _claim(
-            e,
-            f"keeps-{rail}",
-            f"the vectors, each alone, cost at most {100 * limits.loss:g} points of {rail}",
-            "safety kept",
-            paired_bootstrap(before, after),
-            len(before) * len(e.domains),
-            -limits.loss,
-        )
+            less = resampled(lambda at, kind=kind: means("plain", at)[0] - means(kind, at)[0], n)
+            yield _claim(e, kind, f"{those} raise it less there", "-", less, items, limits.spread)
+            still = resampled(lambda at, kind=kind: means(kind, at)[1] - means("plain", at)[1], n)
+            said = f"{those} raise it as much in their own domains, to {100 * limits.transferred:g} points"
+            yield _claim(e, f"{kind}-own", said, "-", still, items, -limits.transferred)
+    for way in e.recipe.ways:
+        yield from _kept(e, way, record["base"]["rails"], record[way])
+
+
+def _kept(e: Evidence, way: str, before: Any, turned: Any) -> Iterator[Claim]:
+    """The worst of the vectors of a way, each alone, and the worst of the settings that combinations chose."""
+    limit = e.recipe.thresholds.loss
+    chosen = {", ".join(row["levels"]): row for row in e.of("combine", way)["rows"]}
+    for name, rows, what in (
+        (f"keeps-{way}", turned, f"{way} vector, each alone at its lambda for experts,"),
+        (f"combinations-keep-{way}", chosen, f"setting of {way} vectors that a combination chose"),
+    ):
+        found = {
+            (rail, which): paired_bootstrap(scores, row["rails"][rail])
+            for rail, scores in before.items()
+            for which, row in rows.items()
+        }
+        if found:
+            rail, which = min(found, key=lambda key: (found[key].low, found[key].estimate))
+            said = f"no {what} costs more than {100 * limit:g} points of a guardrail (the worst: {rail}, {which})"
+            yield _claim(e, name, said, "safety kept", found[rail, which], len(before[rail]), -limit)
 
 
 def _stages(e: Evidence) -> Iterator[Claim]:
-    for record, domain in zip(e.all("stage"), e.domains, strict=False):
-        native, given = ((np.array(record[kind]["test"]) == EXPERT).astype(float) for kind in ("native", "transferred"))
-        limit = e.recipe.thresholds.transferred
+    limits = e.recipe.thresholds
+    for domain, record in e.stages().items():
+        base, native, given = (
+            (np.array(record[kind]["test"]) == EXPERT).astype(float) for kind in ("base", "native", "transferred")
+        )
+        yield _claim(
+            e,
+            f"transferred-gains-{domain}",
+            f"on another fine-tuning stage the base model's {domain} vector raises the share of expert answers",
+            "a vector of one stage works at another",
+            paired_bootstrap(base, given),
+            len(given),
+            limits.spread,
+        )
         yield _claim(
             e,
             f"transfers-{domain}",
-            f"on another fine-tuning stage the base model's {domain} vector makes expert answers the likeliest on at "
-            f"most {100 * limit:g} points fewer questions than that stage's own",
+            f"there it brings them on at most {100 * limits.transferred:g} points fewer questions than that stage's "
+            f"own {domain} vector",
             "a vector of one stage works at another",
             paired_bootstrap(native, given),
             len(given),
-            -limit,
+            -limits.transferred,
         )
         for rail, before in record["base"]["rails"].items():
             yield _claim(
                 e,
-                f"transfer-keeps-{rail}",
-                f"there it costs at most {100 * e.recipe.thresholds.loss:g} points of {rail}",
+                f"transfer-keeps-{domain}-{rail}",
+                f"there the {domain} vector costs at most {100 * limits.loss:g} points of {rail}",
                 "safety kept",
                 paired_bootstrap(before, record["transferred"]["rails"][rail]),
                 len(before),
-                -e.recipe.thresholds.loss,
+                -limits.loss,
             )
 
 
@@ -239,29 +272,27 @@ def _time(e: Evidence) -> Iterator[Claim]:
     joint = random.choice(trained, (DRAWS, len(trained))).mean(axis=1)
     choice = random.choice(choices, (DRAWS, len(choices))).mean(axis=1)
     n = k = len(choices)
-    search = f"so it is when it pays for the whole search, {len(grid['rows'])} settings"
-    kinds = [
-        ("marginal", "a new combination, chosen and merged, is faster than a joint DPO run", 0.0, limits.much_faster),
-        ("search", search, grid["seconds"], limits.faster),
-    ]
+    one = "a new combination, chosen and merged, is more than {limit:g} times faster than a joint DPO run"
+    search = f"with the whole search of {len(grid['rows'])} settings paid it is more than {{limit:g}} times faster"
+    kinds = [("marginal", one, 0.0, limits.much_faster), ("search", search, grid["seconds"], limits.faster)]
+    every = f"{k} combinations are more than {{limit:g}} times faster than {k} joint DPO runs, with the trainings of"
     for way in e.recipe.ways:
-        setup = sum(e.of("vector", domain, way)["seconds"] for domain in e.domains) + e.of("grid", way)["seconds"]
-        name, of = (f"all-{k}", "all vectors'") if way == "plain" else (f"all-{k}-{way}", f"all {way} vectors'")
-        said = f"{k} combinations are faster than {k} joint DPO runs, with {of} trainings and the search paid"
-        kinds.append((name, said, setup / k, limits.faster))
+        setup = e.vector_seconds(way) + e.of("grid", way)["seconds"]
+        kinds.append((f"all-{k}-{way}", f"{every} {way} vectors and the search paid", setup / k, limits.faster))
     for name, said, paid, limit in kinds:
         low, high = np.quantile(joint / (choice + paid), [0.025, 0.975])
         interval = Interval(float(np.mean(trained) / (np.mean(choices) + paid)), float(low), float(high))
-        yield _claim(e, f"faster-{name}", said, "12x", interval, n, limit, "times")
+        yield _claim(e, f"faster-{name}", said.format(limit=limit), "12x", interval, n, limit, "times")
 
 
 def _cost(e: Evidence) -> Iterator[Claim]:
     rows = e.all("cost")[0]["rows"]
+    limits = e.recipe.thresholds
     vector, prompted = rows[0], [row for row in rows if row["way"] == "prompt"]
     shortest = min(row["shots"] for row in prompted)
     for row in (row for row in prompted if row["shots"] == shortest):
         both = [float(np.mean(np.array(r["test"]) == EXPERT)) for r in (vector, row)]
-        matched = both[0] > both[1] - e.recipe.thresholds.matched
+        matched = both[0] > max(both[1] - limits.matched, limits.most)
         how = "with" if row["prefix"] else "without"
         tokens = float(np.mean(row["prompt_tokens"]))
         said = f"{'as' if matched else 'less'} accurate: {100 * both[1]:.0f} percent expert after the prompt, "
@@ -271,13 +302,13 @@ def _cost(e: Evidence) -> Iterator[Claim]:
             claim = _claim(
                 e,
                 f"cost-{name}-{how}-prefix",
-                f"answers {of} after the level prompt ({tokens:.0f} tokens, {how} its keys and values kept) take twice "
-                f"as long as with the vector ({said})",
+                f"answers {of} after the level prompt ({tokens:.0f} tokens, {how} its keys and values kept) take "
+                f"{limits.cheaper:g} times as long as with the vector, or longer ({said})",
                 "half the cost of prompting",
                 bootstrap_ratio(parts, seconds(vector)),
                 len(parts),
-                e.recipe.thresholds.cheaper,
+                limits.cheaper,
                 "times",
             )
-            rule = f"{claim.rule}; the vector as accurate"
+            rule = f"{claim.rule}; the vector as accurate, and above {limits.most:g}"
             yield replace(claim, holds=claim.holds and matched, rule=rule)

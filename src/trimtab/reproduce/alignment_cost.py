@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from inspect import signature
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 
+from trimtab.adapter import CACHE_NAMES
 from trimtab.generate import end_ids
 from trimtab.render import Renderer
 from trimtab.reproduce.alignment_bench import LevelBench, share
@@ -103,19 +105,20 @@ def _answers(
     """Answer questions one at a time, greedily; with `cached` what all begin with is run once, outside the clock."""
     from transformers import DynamicCache
 
-    device, ends = bench.model.device, set(end_ids(bench.model, bench.tokenizer))
+    ends = set(end_ids(bench.model, bench.tokenizer))
     rows = [renderer.prompt_ids([*turns, Message("user", q.prompt)]) for q in asked]
     shared = _shared(rows) if cached else 0
-    cache = DynamicCache()
+    known = signature(bench.model.forward).parameters
+    name = next(name for name in CACHE_NAMES if name in known)
+    cache = {name: DynamicCache()}
     if shared:
-        bench.model(input_ids=torch.tensor([rows[0][:shared]], device=device), past_key_values=cache, use_cache=True)
+        _next(bench, cache, rows[0][:shared])
     made: list[Timed] = []
     for ids in rows:
-        if shared:
-            if extra := int(cache.get_seq_length()) - shared:
-                cache.crop(-extra)
-        else:
-            cache = DynamicCache()
+        if not shared:
+            cache = {name: DynamicCache()}
+        elif extra := int(cache[name].get_seq_length()) - shared:
+            cache[name].crop(-extra)
         begun = time.perf_counter()
         token = _next(bench, cache, ids[shared:])
         first, tokens = time.perf_counter(), 1
@@ -125,10 +128,9 @@ def _answers(
     return made
 
 
-def _next(bench: LevelBench, cache: Any, ids: Sequence[int]) -> int:
+def _next(bench: LevelBench, cache: dict[str, Any], ids: Sequence[int]) -> int:
     given = torch.tensor([list(ids)], device=bench.model.device)
-    logits = bench.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return int(logits[0, -1].argmax())
+    return int(bench.model(input_ids=given, use_cache=True, logits_to_keep=1, **cache).logits[0, -1].argmax())
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:

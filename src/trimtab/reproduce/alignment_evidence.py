@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.evals.stats import Interval
-from trimtab.reproduce.alignment_recipe import LEVELS, Recipe, Sizes
+from trimtab.reproduce.alignment_recipe import LEVELS, VECTORS, Recipe, Sizes
 from trimtab.reproduce.steps import Key
 
 DRAWS = 2000
@@ -29,8 +29,16 @@ class Evidence:
         return self._records[(self.model, kind, *rest)]
 
     def all(self, kind: str) -> list[Any]:
-        """Return the records of every step of a kind, in the order of their keys."""
+        """Return the records of every step of a kind, in the order of their keys, which need not be the recipe's."""
         return [self._records[key] for key in sorted(self._records) if key[1] == kind]
+
+    def vector_seconds(self, way: str, what: str = "seconds") -> float:
+        """Return the seconds of training all that a way of turning takes; "grid_seconds" are of every rate tried."""
+        return sum(self.of("vector", domain, kind)[what] for domain in self.domains for kind in VECTORS[way])
+
+    def stages(self) -> dict[str, Any]:
+        """Return the records on another fine-tuning stage by domain; none where the recipe has no sibling."""
+        return {domain: self.of("stage", domain) for domain in self.domains} if self.recipe.sibling else {}
 
     def at(self, domain: str, strength: float) -> Record:
         """Return the row of a domain's curve at one lambda."""

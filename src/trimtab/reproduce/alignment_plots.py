@@ -88,7 +88,8 @@ def by_count(joint: float, lines: Mapping[str, tuple[float, float]], most: int) 
     `lines` are seconds beforehand, and for each combination, by name.
     """
     drawn, axes = _new(7.5, 4.0, 1)
-    most = max(most, *(int(1.2 * setup / max(joint - one, 1e-9)) for setup, one in lines.values()))
+    ends = [int(1.2 * setup / (joint - one)) for setup, one in lines.values() if joint > one]
+    most = min(max([most, *ends]), 10 * most)
     at = np.arange(1, most + 1)
     axes[0].plot(at, joint * at, "-", color=COLOURS[1], linewidth=2, label="joint DPO for each")
     for (name, (setup, one)), colour in zip(lines.items(), (COLOURS[0], COLOURS[2]), strict=False):

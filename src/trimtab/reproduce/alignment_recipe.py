@@ -17,6 +17,7 @@ from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.prefworld.items import Item, Split
 from trimtab.reproduce.data import WORLD, Data
+from trimtab.reproduce.data import Split as HeldOut
 from trimtab.reproduce.toml import check_counts, read_recipe
 from trimtab.types import Message, Pair
 
@@ -24,8 +25,10 @@ LEVELS = ("avoidance", "generic", "expert")
 """In the order in which lambda should bring them; records count them from 0, and -1 is none of them."""
 BETTER = (("expert", "generic"), ("expert", "avoidance"), ("generic", "avoidance"))
 """Chosen and rejected level of the pairs that a vector is learned from."""
-WAYS = ("plain", "anchored")
-"""How vectors are learned: from their own domain's pairs, as in the paper, or with anchors in the other domains too."""
+VECTORS = {"plain": ("plain",), "anchored": ("anchored", "anchored-avoidance"), "random": ("plain",)}
+"""What a domain is turned by, in each way, and what that takes. Plain: one vector, learned from the domain's own pairs,
+as in the paper. Anchored: one towards experts above 0 and one towards avoidance below, both with anchors in the other
+domains. Random: a control, random entries as long as the plain vector."""
 UNSEEN_SHARE = 5
 """A file's questions: one in this many tests, one chooses, and the rest are learned from."""
 
@@ -51,6 +54,10 @@ class Sizes:
     lambda_every: int = 1
     """Of the recipe's lambdas every so many-th is measured; 0 is always among them."""
     grid_every: int = 1
+    control_every: int = 2
+    """As `grid_every`, of the plain grid, for random vectors."""
+    checked: int = 4
+    """Settings whose guardrails are measured on validation questions: so many of the best for each combination."""
     answers: int = 12
     """Answers that are timed, one at a time, in each round."""
     rounds: int = 5
@@ -71,6 +78,10 @@ class Thresholds:
     cheaper: float = 2.0
     loss: float = 0.02
     """A guardrail is kept where the interval stays within this share of items."""
+    spread: float = 0.02
+    """A vector raises another domain where the interval lies above this share of questions."""
+    most: float = 0.5
+    """Expert answers prevail where the interval lies above this share of questions."""
     matched: float = 0.05
     """The vector is as accurate as a prompt where it brings the level on less than this share of questions fewer."""
     transferred: float = 0.1
@@ -89,7 +100,8 @@ class Recipe:
     """By domain and level, sentences that ask for it; validation questions choose one."""
     learning_rates: tuple[float, ...]
     lambdas: tuple[float, ...]
-    grid: tuple[float, ...]
+    grids: dict[str, tuple[float, ...]]
+    """By way of turning, strengths of each domain, all combinations of which are measured."""
     joint: tuple[str, ...] = ()
     """Combinations, a level for each domain in their order, that joint DPO is trained for."""
     sibling: tuple[str, ...] = ()
@@ -98,6 +110,8 @@ class Recipe:
     shots: tuple[int, ...] = (0, 1, 2, 4, 6, 8)
     """Answered questions that follow the instruction where prompting is timed."""
     guardrails: tuple[str, ...] = ()
+    budget: float = 0.02
+    """The share of items that a guardrail may lose where strengths are chosen."""
     dtype: str = "auto"
     lora_rank: int = 16
     beta: float = 0.1
@@ -110,8 +124,13 @@ class Recipe:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """Ways to learn a vector: a single domain has no other to be anchored in."""
-        return WAYS if len(self.domains) > 1 else WAYS[:1]
+        """Ways to turn a domain, the control apart: a single one has no other to be anchored in."""
+        return ("plain", "anchored") if len(self.domains) > 1 else ("plain",)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Kinds of vectors that are learned for every domain."""
+        return tuple(kind for way in self.ways for kind in VECTORS[way])
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -134,9 +153,16 @@ def load_recipe(name: str | Path) -> Recipe:
     for key, values in rates.items():
         if not values or not all(0 < value < math.inf for value in values):
             raise OptionError(f"{place}: {key} must be positive; got {list(values)}.")
-    for key, values in {"lambdas": recipe.lambdas, "grid": recipe.grid}.items():
+    for way in recipe.ways:
+        if way not in recipe.grids:
+            raise OptionError(f"{place}: grids needs the strengths of {way} vectors.")
+    for key, values in {"lambdas": recipe.lambdas, **{f"grids.{w}": v for w, v in recipe.grids.items()}}.items():
         if 0.0 not in values or list(values) != sorted(set(values)):
             raise OptionError(f"{place}: {key} rise and hold 0, the model as it is; got {list(values)}.")
+    limits = {f"thresholds.{name}": value for name, value in dataclasses.asdict(recipe.thresholds).items()}
+    for key, value in {**limits, "budget": recipe.budget}.items():
+        if not 0 <= value < math.inf:
+            raise OptionError(f"{place}: {key} is finite and not negative; got {value:g}.")
     if not recipe.shots or min(recipe.shots) < 0:
         raise OptionError(f"{place}: shots count from 0; got {list(recipe.shots)}.")
     for sizes in (recipe.sizes, recipe.quick):
@@ -199,9 +225,9 @@ class LevelData:
                 made += [Pair(prompt, one, other, {}), Pair(prompt, other, one, {})]
         return Pairs(made)
 
-    def task(self, source: str, n: int) -> AnyTask:
-        """Draw test questions of a guardrail."""
-        return self._data.questions(source, "test", n)
+    def task(self, source: str, split: HeldOut, n: int) -> AnyTask:
+        """Draw questions of a guardrail."""
+        return self._data.questions(source, split, n)
 
     def sft_pairs(self, source: str, split: Split, n: int) -> Pairs:
         """Draw pairs whose chosen answers make another fine-tuning stage."""

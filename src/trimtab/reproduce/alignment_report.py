@@ -51,7 +51,7 @@ def build(recipe: Recipe, sizes: Sizes, model: str, records: Mapping[Key, Any], 
         "models": [model],
         "domains": e.domains,
         "claims": claims(e),
-        "vectors": {way: {d: e.of("vector", d, way) for d in e.domains} for way in recipe.ways},
+        "vectors": {kind: {d: e.of("vector", d, kind) for d in e.domains} for kind in recipe.vectors},
         "lambda": {way: {d: _along(e, d, way) for d in e.domains} for way in recipe.ways},
         "combinations": _combinations(e),
         "sentences": e.of("prompts")["sentences"],
@@ -82,7 +82,7 @@ def _shares(levels: Sequence[int]) -> list[float]:
 
 def _combinations(e: Evidence) -> dict[str, Any]:
     """Return every combination with what was chosen and tested, and each way's totals."""
-    records = {way: e.of("combine", way) for way in e.recipe.ways}
+    records = {way: e.of("combine", way) for way in (*e.recipe.ways, "random")}
     asked, base = e.of("prompts")["rows"], records["plain"]["base"]
     targets = wanted(asked)
     found = {f"{way} vectors": hits(record["rows"], e.domains) for way, record in records.items()}
@@ -97,7 +97,7 @@ def _combinations(e: Evidence) -> dict[str, Any]:
         }
         totals["joint DPO"] = _totals(hits(trained, e.domains), targets[at])
     prompted = on_target(found["system line"], targets).min(axis=1)
-    rows = {way: _combined(record["rows"], e.domains, prompted) for way, record in records.items()}
+    rows = {way: _combined(records[way]["rows"], e.domains, prompted) for way in e.recipe.ways}
     return {"totals": totals, "rows": rows, "base_rails": _means(base["rails"])}
 
 
@@ -158,16 +158,12 @@ def _rails(record: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
 
 def _stage(e: Evidence) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for record, domain in zip(e.all("stage"), e.domains, strict=False):
-        for kind, name in (
-            ("base", "the stage itself"),
-            ("transferred", "base model's vector"),
-            ("native", "own vector"),
-        ):
+    names = {"base": "the stage itself", "transferred": "base model's vector", "native": "own vector"}
+    for domain, record in e.stages().items():
+        for kind, name in names.items():
             row = record[kind]
-            rails = _means(row["rails"])
-            shares = {"lambda": row.get("lambda"), "shares": _shares(row["test"]), "rails": rails}
-            found.append({"domain": domain, "what": name, **shares})
+            told = {"lambda": row.get("lambda"), "shares": _shares(row["test"]), "rails": _means(row["rails"])}
+            found.append({"domain": domain, "what": name, **told})
     return found
 
 
@@ -175,19 +171,19 @@ def _time(e: Evidence) -> dict[str, Any] | None:
     trained = [record["seconds"] for record in e.all("joint")]
     if not trained:
         return None
-    joint, ways = float(np.mean(trained)), dict[str, dict[str, float]]()
+    joint, ways = float(np.mean(trained)), dict[str, dict[str, float | None]]()
     for way in e.recipe.ways:
-        grid, vectors = e.of("grid", way), [e.of("vector", domain, way) for domain in e.domains]
+        grid, seconds = e.of("grid", way), e.vector_seconds(way)
         choice = float(np.mean([row["choice_seconds"] for row in e.of("combine", way)["rows"]]))
-        seconds = sum(record["seconds"] for record in vectors)
+        saved = joint - choice - grid["merge_seconds"]
         ways[way] = {
             "choice_seconds": choice,
             "merge_seconds": grid["merge_seconds"],
             "search_seconds": grid["seconds"],
             "settings": len(grid["rows"]),
             "vector_seconds": seconds,
-            "vector_grid_seconds": sum(record["grid_seconds"] for record in vectors),
-            "break_even": (seconds + grid["seconds"]) / (joint - choice - grid["merge_seconds"]),
+            "vector_grid_seconds": e.vector_seconds(way, "grid_seconds"),
+            "break_even": (seconds + grid["seconds"]) / saved if saved > 0 else None,
         }
     return {"joint_seconds": joint, "combinations": len(e.of("prompts")["rows"]), "ways": ways}
 
@@ -221,7 +217,7 @@ def _summary(report: Report) -> str:
     said: list[str] = []
     if report["quick"]:
         said.append("A quick run, which shows that everything works: its figures mean nothing.")
-    ways = [name for name in totals if name.endswith(" vectors")]
+    ways = [f"{way} vectors" for way in report["lambda"]]
     counts = " and ".join(f"{totals[n]['lenient'][0]:.0f} ({totals[n]['strict'][0]:.0f} strictly) by {n}" for n in ways)
     said.append(
         f"One vector for each of {len(report['domains'])} domains, one grid of strengths: of "

@@ -22,10 +22,11 @@ def sections(report: Report) -> list[Section]:
 
 def _lambda_section(domains: Mapping[str, Any], way: str) -> Section:
     rows = [
-        [domain, *(f"{found['chosen'][level]:g}" for level in LEVELS), *map(percent, _at(found, "expert"))]
+        [domain, *(f"{found['chosen'][level]:g}" for level in LEVELS), *map(percent, _at_expert(found))]
         for domain, found in domains.items()
     ]
-    heads = ("domain", *(f"lambda for {level}" for level in LEVELS), *(f"{level} %, at the last" for level in LEVELS))
+    heads = ("domain", *(f"lambda for {level}" for level in LEVELS))
+    heads += tuple(f"{level} % at the lambda for experts" for level in LEVELS)
     label = "Share of test questions by level along lambda: lines are the likeliest answers, dots the sampled ones."
     curves = {domain: found["rows"] for domain, found in domains.items()}
     return Section(_titled("Lambda", way), heads, rows, plot=plots.by_lambda(curves, LEVELS), label=label)
@@ -35,8 +36,8 @@ def _titled(title: str, way: str) -> str:
     return f"{title}, {way} vectors" if way else title
 
 
-def _at(found: Mapping[str, Any], level: str) -> list[float]:
-    return next(row["likeliest"] for row in found["rows"] if row["lambda"] == found["chosen"][level])
+def _at_expert(found: Mapping[str, Any]) -> list[float]:
+    return next(row["likeliest"] for row in found["rows"] if row["lambda"] == found["chosen"]["expert"])
 
 
 def _span(values: Sequence[float], form: str = ".0f", unit: float = 1.0) -> str:
@@ -87,7 +88,7 @@ def _other_section(report: Report) -> Section:
     label = "Change of expert answers in points: rows are the questions' domains, columns the vectors'."
     rails = list(next(iter(found["plain"]["rails"].values())))
     rows = [
-        [name, domain, ", ".join(f"{found[kind]['settings'][domain][d]:.2f}" for d in domains)]
+        [name, domain, ", ".join(f"{found[kind]['settings'][domain].get(d, 0.0):.2f}" for d in domains)]
         + [points(found[kind]["matrix"][i][domains.index(domain)]) for i in range(len(domains))]
         + [_span(found[kind]["rails"][domain][rail], "+.1f", 100) for rail in rails]
         for kind, name in names.items()
@@ -142,9 +143,12 @@ def _time_section(report: Report) -> Section:
         rows += [[what, way, f"{own[key]:.{1 if own[key] > 1 else 4}f}"] for key, what in labels.items()]
         setup, one = own["vector_seconds"] + own["search_seconds"], own["choice_seconds"] + own["merge_seconds"]
         lines[f"{way} vectors, one search, choices"] = setup, one
+        even = (
+            "never breaks even" if own["break_even"] is None else f"break-even at {own['break_even']:.1f} combinations"
+        )
         said.append(
-            f"{way.capitalize()} vectors: {own['settings']} settings searched; break-even at {own['break_even']:.1f} "
-            f"combinations; all {k} take {setup + k * one:.0f} seconds, and {k * joint:.0f} by joint training."
+            f"{way.capitalize()} vectors: {own['settings']} settings searched; {even}; all {k} take "
+            f"{setup + k * one:.0f} seconds, and {k * joint:.0f} by joint training."
         )
     label = "Seconds in all by the number of combinations, at one learning rate for either way."
     return Section("Time", ("what", "vectors", "seconds"), rows, (0, 1), said, plots.by_count(joint, lines, k), label)

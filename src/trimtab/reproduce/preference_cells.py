@@ -30,7 +30,6 @@ from trimtab.reproduce.preference_systems import (
     Systems,
     flipped_names,
     plus_names,
-    random_like,
 )
 from trimtab.runtime import Dose
 from trimtab.train import train
@@ -39,7 +38,7 @@ from trimtab.train.rewards import reinforce, task_reward
 from trimtab.train.vectors import cosine_of_sides, learn_weights
 from trimtab.tune import tune
 from trimtab.types import WHERE
-from trimtab.weights.delta import difference
+from trimtab.weights.delta import difference, random_like
 from trimtab.weights.live import applied
 from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
 
@@ -304,7 +303,7 @@ class PreferenceBench:
         names = plus_names(self.recipe) if what == "positive-only" else self.recipe.two
         knobs = {own: self.systems.load(name, rates, seed) for own, name in zip(self.recipe.two, names, strict=True)}
         if what == "random":
-            knobs = {name: random_like(knob, seed + i) for i, (name, knob) in enumerate(knobs.items())}
+            knobs = {name: random_like(knob, seed=seed + i) for i, (name, knob) in enumerate(knobs.items())}
         table: list[Tried] = []
         base = self._rails(self.bench.base, "validation")
         for strengths in product(self.recipe.composed, repeat=2):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from trimtab.artifact import DeltaKnob
-from trimtab.artifact.parts import Part
 from trimtab.errors import TrainError
 from trimtab.reproduce.preference_recipe import Recipe
 from trimtab.train import Loss
 from trimtab.train.soup import soup
+from trimtab.weights.delta import random_like
 
 LOSSES: Mapping[str, Loss] = {"joint-dpo": "dpo", "dpo-safe-first": "dpo", "bfpo": "bfpo"}
 """Baselines that are one training on both preferences, and their losses."""
@@ -85,7 +83,7 @@ class Systems:
         if name == "norm-matched":
             return {o: v.norm() / o.norm() for o, v in zip(only, vectors, strict=True)}
         assert name == "random", name
-        return {random_like(vectors[0] + vectors[1], seed): 1.0}
+        return {random_like(vectors[0] + vectors[1], seed=seed): 1.0}
 
     def file(self, name: str, rate: float, seed: int) -> Path:
         """Return where what was trained under a name at a rate is kept."""
@@ -104,14 +102,3 @@ class Systems:
         if knob is None:
             raise TrainError(f"{name} could not be trained with the pairs of seed {seed}.")
         return knob
-
-
-def random_like(knob: DeltaKnob, seed: int) -> DeltaKnob:
-    """Return a difference of random entries whose norm is the knob's in every tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Part] = {}
-    for name in knob.parts:
-        like = knob.dense(name)
-        noise = torch.randn(like.shape, generator=generator)
-        drawn[name] = noise * (like.norm() / noise.norm())
-    return DeltaKnob("random", "random", drawn)

@@ -63,7 +63,10 @@ def difference(
     shell = DeltaKnob(name, method, {"weight": torch.zeros(1)}, gain, provenance=dict(provenance or {}))
     if is_adapter(plus) or (minus is not None and is_adapter(minus)):
         knob = replace(shell, parts=_adapters(plus, minus, STORED[dtype]))
-        knob = knob.with_(diagnostics={"norms": knob.norms()})
+        norms = knob.norms()
+        if not any(norms.values()):
+            raise OptionError("The adapters change no weight, or both change it alike: there is no difference.")
+        knob = knob.with_(diagnostics={"norms": norms})
         if out is None:
             return knob
         knob.save(out)
@@ -88,6 +91,17 @@ def difference(
     entries = [Entry(f"dense/{n}", STORED[dtype], pair.plus.shapes[n], make) for n, make in made.items()]
     write_large(out, entries, replace(shell, diagnostics=diagnostics).header())
     return DeltaKnob.load(out)
+
+
+def random_like(knob: DeltaKnob, *, seed: int = 0) -> DeltaKnob:
+    """Return a control: a dense knob of random normal entries that is as long as `knob` in every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Part] = {}
+    for name in knob.parts:
+        like = knob.dense(name).float()
+        noise = torch.randn(like.shape, generator=generator)
+        drawn[name] = noise * (like.norm() / noise.norm())
+    return DeltaKnob("random", "random", drawn)
 
 
 class _Pair:
