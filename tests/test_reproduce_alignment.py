@@ -345,8 +345,6 @@ def test_the_protocol_runs_on_a_random_model_and_goes_on_where_it_was(
     assert report == json.loads((out / "report.json").read_text())
     recipe = load_recipe(tmp_path / "small.toml")
     assert report["steps"] == step_count(recipe, recipe.quick)
-        load_recipe(tmp_path / "small.toml"), load_recipe(tmp_path / "small.toml").quick
-    )
     assert {row["domain"] for row in report["stage"]} == set(DOMAINS)
     assert report["combinations"]["totals"]["anchored vectors"]["combinations"] == 27
     assert (out / "knobs" / "vector-anchored-avoidance-legal.knob.safetensors").is_file()

@@ -23,7 +23,7 @@ from trimtab.artifact.large import Entry, write_large
 from trimtab.artifact.parts import LowRank
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
 from trimtab.weights import delta
-from trimtab.weights.delta import difference
+from trimtab.weights.delta import difference, random_like
 from trimtab.weights.live import applied
 from trimtab.weights.lowrank import EXACT, compress, effective_rank, relative_error, truncate
 
@@ -60,6 +60,18 @@ def test_a_difference_holds_what_changed_and_nothing_else() -> None:
         assert torch.equal(knob.dense(name), wanted)
         assert knob.diagnostics["norms"][name] == pytest.approx(float(wanted.norm()))
     assert knob.diagnostics["unchanged"] == len(list(lm.named_parameters())) - len(names)
+
+
+def test_a_random_control_is_as_long_in_every_weight_and_another_for_another_seed() -> None:
+    base = model("llama")
+    knob = difference(moved(base, 1), base, name="k")
+    control = random_like(knob, seed=0)
+    assert control.norms() == pytest.approx(knob.norms(), rel=1e-5)
+    name = next(iter(knob.parts))
+    assert torch.equal(control.dense(name), random_like(knob, seed=0).dense(name))
+    assert not torch.equal(control.dense(name), random_like(knob, seed=1).dense(name))
+    cosine = torch.cosine_similarity(control.dense(name).flatten(), knob.dense(name).flatten(), dim=0)
+    assert abs(float(cosine)) < 0.2
 
 
 def test_labels_swapped_twice_give_the_same_knob_and_once_its_negative() -> None:
@@ -217,6 +229,8 @@ def test_one_adapter_is_the_difference_to_its_base(tmp_path: Path) -> None:
     lm, (plus, _) = adapters(tmp_path)
     knob, dense = difference(plus, name="p"), difference(merged(lm, plus), lm, name="p")
     assert all(torch.allclose(knob.dense(name), dense.dense(name), atol=1e-6) for name in dense.parts)
+    with pytest.raises(OptionError, match="hold the same adapter"):
+        difference(plus, plus, name="k")
     with pytest.raises(OptionError, match="the other is not"):
         difference(plus, lm, name="p")
 

@@ -63,10 +63,7 @@ def difference(
     shell = DeltaKnob(name, method, {"weight": torch.zeros(1)}, gain, provenance=dict(provenance or {}))
     if is_adapter(plus) or (minus is not None and is_adapter(minus)):
         knob = replace(shell, parts=_adapters(plus, minus, STORED[dtype]))
-        norms = knob.norms()
-        if not any(norms.values()):
-            raise OptionError("The adapters change no weight, or both change it alike: there is no difference.")
-        knob = knob.with_(diagnostics={"norms": norms})
+        knob = knob.with_(diagnostics={"norms": knob.norms()})
         if out is None:
             return knob
         knob.save(out)
@@ -179,6 +176,8 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
     assert not isinstance(minus, torch.nn.Module)
     first = read_adapter(plus)
     second = read_adapter(minus) if minus is not None else {}
+    if first.keys() == second.keys() and all(map(torch.equal, *(_sides(parts) for parts in (first, second)))):
+        raise OptionError(f"{plus} and {minus} hold the same adapter: there is no difference.")
     parts: dict[str, Part] = {}
     for name in sorted({*first, *second}):
         own = [(sign, part[name]) for sign, part in ((1.0, first), (-1.0, second)) if name in part]
@@ -190,6 +189,10 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
         if not all(bool(side.isfinite().all()) for side in parts[name]):
             raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
     return parts
+
+
+def _sides(parts: Mapping[str, LowRank]) -> list[Tensor]:
+    return [side for name in sorted(parts) for side in parts[name]]
 
 
 def _some(names: list[str]) -> str:
