@@ -607,6 +607,14 @@ def test_a_panel_is_written_with_the_knobs_that_have_no_file(planted: Planted, t
         found.save(tmp_path / "panel.json", {"no": "x"})
 
 
+def test_knobs_whose_names_make_one_file_name_are_written_apart(planted: Planted, tmp_path: Path) -> None:
+    knobs: dict[str, Any] = {"a/b": planted.knobs["yes"], "a_b": planted.knobs["are"]}
+    found = composed(planted, knobs=knobs, tasks={"y": planted.tasks["y"]}, search="grid", grid=[0, 0.5])
+    found.save(tmp_path / "panel.json")
+    rack = load_panel(tmp_path / "panel.json").rack
+    assert {name: knob.kind for name, knob in rack.items()} == {name: knob.kind for name, knob in knobs.items()}
+
+
 @pytest.fixture(scope="module")
 def saved(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Composed", "Goal", "Tried", "choose_setting", "compose", "pareto_front"]
 
-TRIALS = 60
-
 
 @dataclass(frozen=True, eq=False)
 class Composed:
@@ -55,9 +53,14 @@ class Composed:
         path, places = Path(path), dict(files or {})
         for name in places:
             _ = self.panel.rack[name]
+        written: set[str] = set()
         for name, knob in self.panel.rack.items():
             if name not in places:
-                places[name] = path.parent / f"{path.stem}.{name.replace('/', '_')}.knob.safetensors"
+                plain = name.replace("/", "_")
+                while plain in written:  # "a/b" beside "a_b"
+                    plain += "_"
+                written.add(plain)
+                places[name] = path.parent / f"{path.stem}.{plain}.knob.safetensors"
                 knob.save(places[name])
         save_panel(path, {name: (places[name], strength) for name, strength in self.panel.setting.items()})
 

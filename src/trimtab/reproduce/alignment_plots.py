@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.evals.page import COLOURS, GREY
+from trimtab.reproduce.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,16 +16,9 @@ if TYPE_CHECKING:
 LEVEL_COLOURS = (COLOURS[1], GREY, COLOURS[0])
 
 
-def _new(width: float, height: float, columns: int, *, share: bool = False) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
-
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    return drawn, list(np.atleast_1d(drawn.subplots(1, columns, squeeze=False, sharey=share)[0]))
-
-
 def by_lambda(curves: Mapping[str, Sequence[Mapping[str, Any]]], levels: Sequence[str]) -> Figure:
     """Draw the share of questions at each level over lambda: likeliest answers as lines, sampled answers as dots."""
-    drawn, axes = _new(11, 4.2, len(curves), share=True)
+    drawn, axes = new_figure(11, 4.2, len(curves), share=True)
     for axis, (domain, rows) in zip(axes, curves.items(), strict=True):
         at = [row["lambda"] for row in rows]
         for i, level in enumerate(levels):
@@ -45,7 +39,7 @@ def by_combination(rows: Sequence[Mapping[str, Any]], domains: Sequence[str], le
     """Draw the accuracy of the worst domain for every combination of three domains; a frame marks what is reached."""
     if len(domains) != 3:
         return None
-    drawn, axes = _new(10.5, 3.9, len(levels), share=True)
+    drawn, axes = new_figure(10.5, 3.9, len(levels), share=True)
     image: Any = None
     for axis, first in zip(axes, levels, strict=True):
         grid = np.zeros((len(levels), len(levels)))
@@ -68,7 +62,7 @@ def by_combination(rows: Sequence[Mapping[str, Any]], domains: Sequence[str], le
 
 def by_domain(matrices: Mapping[str, np.ndarray], domains: Sequence[str]) -> Figure:
     """Draw by how many points each vector (columns) raises the expert share of each domain (rows)."""
-    drawn, axes = _new(9.5, 3.9, len(matrices), share=True)
+    drawn, axes = new_figure(9.5, 3.9, len(matrices), share=True)
     image: Any = None
     for axis, (kind, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(100 * matrix, cmap="RdBu", vmin=-100, vmax=100)
@@ -87,7 +81,7 @@ def by_count(joint: float, lines: Mapping[str, tuple[float, float]], most: int) 
 
     `lines` are seconds beforehand, and for each combination, by name.
     """
-    drawn, axes = _new(7.5, 4.0, 1)
+    drawn, axes = new_figure(7.5, 4.0, 1)
     ends = [int(1.2 * setup / (joint - one)) for setup, one in lines.values() if joint > one]
     most = min(max([most, *ends]), 10 * most)
     at = np.arange(1, most + 1)
@@ -102,7 +96,7 @@ def by_count(joint: float, lines: Mapping[str, tuple[float, float]], most: int) 
 
 def by_length(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
     """Draw how much longer an answer takes after a prompt than with the vector, over the prompt's tokens."""
-    drawn, axes = _new(10, 4.2, 2, share=True)
+    drawn, axes = new_figure(10, 4.2, 2, share=True)
     for axis, what in zip(axes, ("equal", "own"), strict=True):
         for cached, colour, mark in ((False, COLOURS[1], "o"), (True, COLOURS[2], "s")):
             own = [row for row in rows if row["prefix"] == cached]

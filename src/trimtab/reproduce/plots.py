@@ -20,12 +20,12 @@ _KINDS = {"base": "bare model", "steer": "steered", "examples": "shown examples"
 _MARKS = ("o", "s", "^", "D", "v")
 
 
-def new_figure(width: float, height: float, columns: int) -> tuple[Figure, list[Any]]:
-    """Return a figure of so many inches, and its panels side by side."""
+def new_figure(width: float, height: float, columns: int, *, share: bool = False) -> tuple[Figure, list[Any]]:
+    """Return a figure of so many inches, and its panels side by side; `share` gives them one vertical axis."""
     from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 
     drawn = Figure(figsize=(width, height), layout="constrained")
-    return drawn, list(np.atleast_1d(drawn.subplots(1, columns, squeeze=False)[0]))
+    return drawn, list(np.atleast_1d(drawn.subplots(1, columns, squeeze=False, sharey=share)[0]))
 
 
 def by_system(tables: Mapping[str, Mapping[str, Sequence[Row]]]) -> Figure:

@@ -37,7 +37,6 @@ from trimtab.train.labels import relabel
 from trimtab.train.rewards import reinforce, task_reward
 from trimtab.train.vectors import cosine_of_sides, learn_weights
 from trimtab.tune import tune
-from trimtab.types import WHERE
 from trimtab.weights.delta import difference, random_like
 from trimtab.weights.live import applied
 from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
@@ -211,7 +210,7 @@ class PreferenceBench:
                     self.bench.held_out(domain, "validation"),
                     task=self.bench.task(domain.task, "validation", self.sizes.validation),
                     guardrails=self.bench.guardrails("validation"),
-                    where=WHERE[:3],
+                    where=("all", "prompt", "context"),
                     budget=self.recipe.budget,
                     dose_response=False,
                     batch_size=self.sizes.batch_size,
