@@ -61,6 +61,24 @@ def test_a_preference_vector_moves_the_margin_both_ways_and_at_zero_not_at_all(r
     assert set(knob.diagnostics["training"]) == {"plus", "minus"}
 
 
+def test_anchors_keep_margins_where_they_are_while_the_pairs_move() -> None:
+    lm, words = model(), tokenizer()
+    still = Pairs.from_records([{"prompt": f"{i} is blue. Go", "chosen": "yes", "rejected": "no"} for i in range(6)])
+    before = pair_margins(lm, words, still, [{}])[0].margin
+    moved: dict[str, float] = {}
+    for name, anchors in (("free", None), ("anchored", still), ("turned", still.swapped())):
+        knob = learn_weights(lm, words, PAIRS, **FAST | {"anchors": anchors, "epochs": 20, "patience": 50})
+        own, other = (pair_margins(lm, words, pairs, [{knob: 1}])[0].margin for pairs in (HELD, still))
+        moved[name] = float(abs(other - before).mean())
+        assert float(own.mean()) > float(pair_margins(lm, words, HELD, [{}])[0].margin.mean()) + 0.5
+    assert moved["anchored"] < moved["free"] / 2
+    assert moved["turned"] < moved["free"] / 2  # which answer is chosen plays no part
+    with pytest.raises(PairsError, match="2 of 3 anchors ask what the pairs ask too"):
+        made(anchors=Pairs([*PAIRS[:2], HELD[0]]))
+    with pytest.raises(PairsError, match="There are no anchors"):
+        made(anchors=Pairs(()))
+
+
 def test_the_vector_is_theta_plus_minus_theta_minus() -> None:
     lm, words = model(), tokenizer()
     knob = made()

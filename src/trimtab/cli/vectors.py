@@ -31,7 +31,17 @@ TRAINED = (
     "checkpoint",
 )
 """Options that go to `trimtab.learn_weights` under their own names."""
-OWN = ("validation", "learning_rates", "betas", "lora_rank", "all_weights", "epochs", "patience", "batch_size")
+OWN = (
+    "validation",
+    "anchor",
+    "learning_rates",
+    "betas",
+    "lora_rank",
+    "all_weights",
+    "epochs",
+    "patience",
+    "batch_size",
+)
 SOURCES = ("plus", "minus", "stored_as", "gain")
 
 
@@ -39,6 +49,13 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of weight knobs."""
     train = parser.add_argument_group("what is trained, for preference-vector and alignment-vector")
     train.add_argument("--validation", metavar="PAIRS", help="held-out pairs (default: three tenths of PAIRS)")
+    train.add_argument(
+        "--anchor",
+        metavar="PAIRS",
+        action="append",
+        default=[],
+        help="pairs whose margin is to stay as it is, as of topics that the knob must leave alone; repeatable",
+    )
     train.add_argument("--lora-rank", type=int, metavar="N", help="rank of the adapter that is trained (default 16)")
     train.add_argument("--all-weights", action="store_true", default=None, help="train all weights: a dense knob")
     train.add_argument(
@@ -93,6 +110,7 @@ def run(args: Namespace, terminal: Terminal, out: Path, name: str) -> None:
 
 def _trained(args: Namespace, terminal: Terminal, name: str) -> DeltaKnob:
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
+    anchors = [load_pairs(source, split="train", duplicates=args.duplicates) for source in args.anchor]
     held = load_pairs(args.validation, split="validation", duplicates=args.duplicates) if args.validation else None
     with terminal.working("Preparing"):
         from trimtab.train.loops import load_trainers
@@ -108,7 +126,15 @@ def _trained(args: Namespace, terminal: Terminal, name: str) -> DeltaKnob:
         working = terminal.working(f"Training on {len(pairs)} pairs ({args.method})", counted=True)
         with options.resumable(args.checkpoint), working as progress:
             made = learn_weights(
-                model, tokenizer, pairs, method=args.method, name=name, validation=held, progress=progress, **chosen
+                model,
+                tokenizer,
+                pairs,
+                method=args.method,
+                name=name,
+                validation=held,
+                anchors=sum(anchors[1:], anchors[0]) if anchors else None,
+                progress=progress,
+                **chosen,
             )
     return made if args.gain is None else made.with_(gain=args.gain)
 

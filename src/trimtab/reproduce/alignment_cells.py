@@ -44,8 +44,7 @@ def _learned(bench: LevelBench, domain: str, kind: str, rates: Sequence[float]) 
     held = bench.data.pairs(source, "validation", sizes.validation_pairs)
     if kind == "anchored-avoidance":
         pairs, held = pairs.swapped(), held.swapped()
-    if kind != "plain":
-        pairs += bench.data.anchors([s for d, s in recipe.domains.items() if d != domain], sizes.anchors)
+    others = [s for d, s in recipe.domains.items() if d != domain]
     knob = learn_weights(
         bench.model,
         bench.tokenizer,
@@ -53,6 +52,7 @@ def _learned(bench: LevelBench, domain: str, kind: str, rates: Sequence[float]) 
         method="alignment-vector",
         name=domain,
         validation=held,
+        anchors=None if kind == "plain" else bench.data.anchors(others, sizes.anchors),
         lora_rank=recipe.lora_rank,
         learning_rates=rates,
         betas=[recipe.beta],

@@ -40,7 +40,7 @@ class Sizes:
     pairs: int = 100
     """Questions of a domain that are learned from; each gives three pairs."""
     anchors: int = 75
-    """Questions of each other domain that hold an anchored vector: a pair of theirs is learned in both directions."""
+    """Questions of each other domain that hold an anchored vector, a pair of levels of each."""
     validation_pairs: int = 24
     """Questions whose pairs stop a training."""
     validation: int = 40
@@ -213,16 +213,13 @@ class LevelData:
         )
 
     def anchors(self, sources: Sequence[str], n: int) -> Pairs:
-        """Draw a pair of levels from each of `n` training questions, and give it in both directions.
-
-        The loss of DPO over both is least where the margin between the two answers is that of the reference.
-        """
+        """Draw a pair of levels from each of `n` training questions."""
         random, made = Random(self._seed), list[Pair]()
         for source in sources:
             for question in self.questions(source, "train", n):
                 one, other = random.sample(question.answers, 2)
                 prompt = (Message("user", question.prompt),)
-                made += [Pair(prompt, one, other, {}), Pair(prompt, other, one, {})]
+                made.append(Pair(prompt, one, other, {}))
         return Pairs(made)
 
     def task(self, source: str, split: HeldOut, n: int) -> AnyTask:

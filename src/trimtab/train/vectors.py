@@ -41,6 +41,7 @@ def learn_weights(
     method: WeightMethod = "preference-vector",
     name: str = "knob",
     validation: Pairs | None = None,
+    anchors: Pairs | None = None,
     lora_rank: int | None = RANK,
     learning_rates: Sequence[float] | None = None,
     betas: Sequence[float] | None = None,
@@ -63,6 +64,10 @@ def learn_weights(
     nothing lost; such a knob can have another strength in every row of a batch. None trains all weights in float32, and
     the knob is dense, stored in `dtype` (float32, bfloat16, float16), rounded after subtraction.
 
+    `anchors` are pairs on which nothing should change, as of topics that the knob must leave alone. Every training gets
+    them as they are and swapped: the loss of DPO over both is least where the margin is that of `model`. Which answer
+    is the chosen one plays no part.
+
     `validation`, `learning_rates`, `betas`, `epochs`, `patience`, `batch_size`, `seed`: see `trimtab.train.train`; None
     stands for `LEARNING_RATES`, or with all weights for those of `train`, and for `BETAS`. `diagnostics` holds the
     records of the trainings, the norms by weight and, of a preference vector, the cosine of theta+ - theta and
@@ -70,13 +75,14 @@ def learn_weights(
     and their number.
 
     `checkpoint` is a folder that keeps finished trainings, and the finished settings of the one that is under way: the
-    same call goes on there after it was stopped or killed. Raises what `train` raises, and `TrainError` where training
-    changed no weight.
+    same call goes on there after it was stopped or killed. Raises what `train` raises, `PairsError` for anchors whose
+    prompts are learned from too, and `TrainError` where training changed no weight.
     """
     if method not in TRAINED:
         raise unknown_name("method", str(method), get_args(WeightMethod))
     if not isinstance(pairs, Pairs) or not len(pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs, and at least one; got {pairs!r}. Pass Pairs.from_records(...).")
+    held_still = _both_ways(anchors, pairs)
     if dtype not in STORED:
         raise unknown_name("dtype", str(dtype), STORED)
     rates = (GRIDS["dpo"][0] if lora_rank is None else LEARNING_RATES) if learning_rates is None else learning_rates
@@ -87,6 +93,7 @@ def learn_weights(
         "betas": list(BETAS if betas is None else betas),
         **run,
         "dtype": dtype,
+        **({} if anchors is None else {"anchors": anchors.hash()}),
     }
     held = {} if validation is None else {"plus": validation, "minus": validation.swapped()}
     total = len(set(rates)) * len(set(options["betas"])) + (method == "preference-vector")
@@ -113,7 +120,7 @@ def learn_weights(
         def trained() -> Trained:
             settings: dict[str, Any] = {"validation": held.get(label), "lora_rank": lora_rank, **run}
             settings |= {"learning_rates": rates, "betas": betas, "checkpoint": own, "progress": advance}
-            return train(base, tokenizer, used, **settings)
+            return train(base, tokenizer, used + held_still, **settings)
 
         record = kept.step(f"{label} record", lambda: trained().record)
         tensors = kept.tensors(label, lambda: _parts(trained(), base).tensors())
@@ -136,6 +143,20 @@ def learn_weights(
         provenance=learned_from(model, tokenizer, pairs, TRAINED[method], options, licence),
         diagnostics=diagnostics,
     )
+
+
+def _both_ways(anchors: Pairs | None, pairs: Pairs) -> Pairs:
+    if anchors is None:
+        return Pairs(())
+    if not len(anchors):
+        raise PairsError("There are no anchors. Pass one pair or more, or none at all.")
+    prompts = {pair.prompt for pair in pairs}
+    both = sum(pair.prompt in prompts for pair in anchors)
+    if both:
+        raise PairsError(
+            f"{both} of {len(anchors)} anchors ask what the pairs ask too: nothing can change and stay there."
+        )
+    return anchors + anchors.swapped()
 
 
 def _parts(trained: Trained, base: PreTrainedModel) -> DeltaKnob:
