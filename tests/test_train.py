@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_never_the_best_setting(monkey
         spoiled = arguments[4].learning_rate == 1e-3
         return replace(history, validation_losses=[float("nan")] * 3) if spoiled else history
 
-    monkeypatch.setattr("trimtab.train.fit", lost)
+    monkeypatch.setattr("trimtab.train.bench.fit", lost)
     options = FAST | {"learning_rates": (1e-3, 3e-3), "betas": (0.1,), "score": lambda _: -1.0}
     record = train(model(), tokenizer(), PAIRS, **options).record
     assert [row["score"] for row in record["table"]] == [None, -1.0]

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import LowRank
 from trimtab.checkpoint import Checkpoint, describe_model, versions
 from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, unknown_name
-from trimtab.evals.cost import Cost, measured
-from trimtab.evals.likelihood import pair_margins, render_texts
 from trimtab.pairs import Pairs
-from trimtab.train.labels import bfpo_targets, relabel
-from trimtab.train.loops import History, Loss, Rows, Settings, fit, load_trainers, lora, merge
+from trimtab.train.bench import Bench
+from trimtab.train.labels import relabel
+from trimtab.train.loops import Loss, load_trainers
 from trimtab.types import check_seed
-from trimtab.weights.source import read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,8 +38,6 @@ GRIDS: Mapping[Loss, tuple[tuple[float, ...], tuple[float, ...]]] = {
 Small models, and adapters, want rates ten to a hundred times larger."""
 GAMMA_RATIO = 0.5
 """SimPO's gamma over its beta where none is given."""
-MIN_IMPROVEMENT = 0.01
-"""Nats per pair: a validation loss that falls by less has stopped falling."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,7 @@ def train(
             | {"pairs": used.hash(), "validation": held.hash(), "scored by": scored_by if score else None}
         ),
     )
-    bench = _Bench(model, tokenizer, used, held, loss, options, score)
+    bench = Bench(model, tokenizer, used, held, loss, options, score)
     table, made = _search(bench, grid, kept, progress)
     row = table[_best(table)]
     _warn_of_nothing(model, made, row)
@@ -141,21 +132,27 @@ def train(
         "options": options | {"learning_rates": [r for r, _ in grid], "betas": [b for _, b in grid]},
         "pairs": {"count": len(used), "hash": used.hash()},
         "validation": {"count": len(held), "hash": held.hash(), "held_out_of_pairs": validation is None},
-        "chosen": {"learning_rate": row["learning_rate"], "beta": row["beta"]},
         "chosen_by": "score" if score else "validation loss" if loss == "sft" else "preference",
         "scored_by": scored_by if score else None,
+        "trainable_parameters": bench.trainable,
+        "versions": versions(),
+    }
+    return Trained(made, record | _told(table, row), bench.adapters.get(made))
+
+
+def _told(table: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a record that says what was tried, what was chosen, and what it took."""
+    return {
+        "chosen": {"learning_rate": row["learning_rate"], "beta": row["beta"]},
         "tied": sum(other["score"] == row["score"] for other in table),
         "table": table,
         "run": {"seconds": row["seconds"], "peak_bytes": row["peak_bytes"]},
         "grid": _cost(table),
-        "trainable_parameters": bench.trainable,
-        "versions": versions(),
     }
-    return Trained(made, record, bench.adapters.get(made))
 
 
 def _search(
-    bench: _Bench, grid: Sequence[tuple[float, float]], kept: Checkpoint, progress: Callable[[int, int], None]
+    bench: Bench, grid: Sequence[tuple[float, float]], kept: Checkpoint, progress: Callable[[int, int], None]
 ) -> tuple[list[dict[str, Any]], PreTrainedModel]:
     """Run every setting of the grid that is not kept; return the table and the model of its best row."""
     table: list[dict[str, Any]] = []
@@ -280,95 +277,3 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not all(parameter.is_floating_point() for parameter in model.parameters()):
         raise OptionError("Quantised weights cannot be trained. Load the model in float32, bfloat16 or float16.")
-
-
-class _Bench:
-    """One training job: the rendered texts, and how a setting of the grid is run on a copy of the model."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pairs: Pairs,
-        validation: Pairs,
-        loss: Loss,
-        options: Mapping[str, Any],
-        score: Callable[[PreTrainedModel], float] | None,
-    ) -> None:
-        self._model, self._tokenizer, self._validation = model, tokenizer, validation
-        self.loss: Loss = loss
-        self._options, self._score = options, score
-        self._rows = (self._render(pairs), self._render(validation))
-        self.trainable = 0
-        self.adapters: WeakKeyDictionary[PreTrainedModel, Mapping[str, LowRank]] = WeakKeyDictionary()
-
-    def _render(self, pairs: Pairs) -> Rows:
-        prompts = [pair.prompt for pair in pairs]
-        chosen = render_texts(self._tokenizer, prompts, [pair.chosen for pair in pairs])
-        rejected = render_texts(self._tokenizer, prompts, [pair.rejected for pair in pairs])
-        limit = Adapter(self._model).context_length
-        for number, texts in enumerate(zip(chosen, rejected, strict=True), 1):
-            longest = max(len(text.ids) for text in texts)
-            if limit is not None and longest > limit:
-                raise PairsError(
-                    f"Pair {number} is {longest} tokens long when rendered; this model's context holds {limit}. "
-                    "Leave long pairs out: nothing is cut."
-                )
-        if self.loss not in ("dpo", "bfpo"):
-            return Rows(chosen, rejected)
-        before = pair_margins(self._model, self._tokenizer, pairs, [{}])[0]
-        targets = bfpo_targets(pairs) if self.loss == "bfpo" else None
-        return Rows(chosen, rejected, (before.chosen, before.rejected), targets)
-
-    def run(self, rate: float, beta: float) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Train at one setting; return the model and its row of the table."""
-        made, history, cost = self.fit(rate, beta)
-        begun = time.perf_counter()
-        margin = pair_margins(made, self._tokenizer, self._validation, [{}])[0].margin
-        preferred = float(np.mean(margin > 0))
-        best = min(history.validation_losses, key=lambda value: value if math.isfinite(value) else math.inf)
-        finite = math.isfinite(best) and bool(np.isfinite(margin).all())
-        own = -best if self.loss == "sft" else preferred
-        score = None if not finite else own if self._score is None else float(self._score(made))
-        row = {
-            "learning_rate": rate,
-            "beta": beta,
-            "score": score,
-            "preference": preferred,
-            "margin": float(margin.mean()) if finite else None,
-            "validation_losses": [value if math.isfinite(value) else None for value in history.validation_losses],
-            "evaluated_at": history.evaluated_at,
-            "best_step": history.best_step,
-            "steps": history.steps,
-            "first_loss": history.first_loss if math.isfinite(history.first_loss) else None,
-            "starting_loss": history.starting_loss if math.isfinite(history.starting_loss) else None,
-            "seconds": cost.seconds,
-            "scoring_seconds": time.perf_counter() - begun,
-            "peak_bytes": cost.peak_bytes,
-        }
-        return made, row
-
-    def fit(self, rate: float, beta: float) -> tuple[PreTrainedModel, History, Cost]:
-        """Train at one setting; return the model, how it came about, and what it cost."""
-        o = self._options
-        gamma = o.get("gamma_ratio", 0.0) * beta
-        settings = Settings(self.loss, rate, beta, gamma, o["epochs"], o["patience"], o["batch_size"], o["seed"])
-        with measured() as cost, tempfile.TemporaryDirectory(prefix="trimtab-train-") as folder:
-            made, history = self._fit(settings, Path(folder))
-        return made, history, cost
-
-    def _fit(self, settings: Settings, folder: Path) -> tuple[PreTrainedModel, History]:
-        student = copy.deepcopy(self._model)
-        torch.nn.Module.float(student).train().requires_grad_(True)
-        rank = self._options["lora_rank"]
-        if rank is not None:
-            student = lora(student, rank, settings.seed)
-        self.trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        history = fit(student, self._tokenizer, *self._rows, settings, folder, min_improvement=MIN_IMPROVEMENT)
-        # A copy that no trainer has touched takes the weights: trainers patch the model that they are given.
-        made = copy.deepcopy(self._model)
-        if rank is not None:
-            student.save_pretrained(folder / "adapter")
-            self.adapters[made] = read_adapter(folder / "adapter")
-        made.load_state_dict(merge(student) if rank is not None else student.state_dict())
-        return made, history
