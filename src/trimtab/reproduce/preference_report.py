@@ -203,14 +203,13 @@ def _systems_section(report: Report, model: str, on: str) -> Section:
     rows: list[list[str]] = []
     for row in report["systems"][model]:
         if "missing" in row:
-            rows.append([row["system"], *[""] * (2 * len(names) + 4)])
+            rows.append([row["system"], *[""] * (len(names) + 4)])
             continue
-        cells = [_interval(row["scores"][name]) for name in names] + [percent(row["right"][name]) for name in names]
+        cells = [_interval(row["scores"][name]) for name in names]
         rail = f"{row['worst_guardrail']} {points(row['worst_guardrail_change'])}"
-        more = ["" if row["system"] == "base" else rail, f"{row['kl']:.3f}", percent(row["broken"])]
+        more = ["" if row["system"] == "base" else rail, _kl(row["kl"]), percent(row["broken"])]
         rows.append([row["system"], *cells, _interval(row["refused"]), *more])
-    heads = ["system", *names, *(f"{name} pairs" for name in names)]
-    heads += ["benign refused", "worst guardrail", "KL", "broken"]
+    heads = ["system", *names, "benign refused", "worst guardrail", "KL", "broken"]
     shown = [row for row in report["systems"][model] if "scores" in row and not row["system"].startswith("only ")]
     label = "Every system by its scores on the two preferences, with 95 % intervals."
     texts: list[str] = []
@@ -229,7 +228,7 @@ def _scale_sections(report: Report, model: str, on: str) -> list[Section]:
             *(percent(row["scores"][name]) for name in two),
             *(percent(row["guardrails"][rail]) for rail in rails),
             percent(row["broken"]),
-            f"{row['kl']:.3f}",
+            _kl(row["kl"]),
         ]
         for row in found
     ]
@@ -245,7 +244,7 @@ def _equal_section(report: Report, model: str, on: str) -> Section:
         for way, told in ways.items():
             for limit, at in told["at"].items():
                 scores = _interval(tuple(bootstrap_mean(np.array(at["scores"]))))
-                rows.append([name, way, limit, f"{at['strength']:.2f}", scores, f"{at['kl']:.3f}"])
+                rows.append([name, way, limit, f"{at['strength']:.2f}", scores, _kl(at["kl"])])
     curves = {name: {way: told["curve"] for way, told in ways.items()} for name, ways in found.items()}
     label = "Validation scores over the side effect, of weight and steering knobs from the same pairs."
     heads = ["preference", "knob", "KL at most", "strength", "test score", "KL on test guardrails"]
@@ -269,7 +268,7 @@ def _training_sections(report: Report, model: str, on: str) -> list[Section]:
             row["name"],
             f"{row['rate']:g}",
             percent(row["score"]),
-            points(-row["drop"]),
+            points(0.0 - row["drop"]),  # 0 has no sign here
             f"{row['norm']:.2f}",
             f"{row['cosine']:.3f}" if "cosine" in row else "",
             "" if row["seconds"] is None else f"{row['seconds']:.0f}",
@@ -284,6 +283,11 @@ def _training_sections(report: Report, model: str, on: str) -> list[Section]:
         Section(f"How the vectors lie to each other{on}", heads, rows, texts=[text]),
         Section(f"Training{on}", what, trained, texts=[said]),
     ]
+
+
+def _kl(value: float) -> str:
+    """Return nats per token; far below a thousandth they are no side effect."""
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def _interval(values: Sequence[float]) -> str:
