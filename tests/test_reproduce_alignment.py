@@ -55,6 +55,7 @@ def test_the_recipe_holds_the_papers_lambdas_and_every_level_is_asked_for() -> N
         ("plain = [-1.0, -0.7, -0.5, -0.25, 0.0,", "plain = [-1.0,", "rise and hold 0"),
         ("anchored = [", "ankered = [", "needs the strengths of anchored"),
         ("data_seed = 70", "budget = -1", "budget is finite"),
+        ("data_seed = 70", "lora_rank = 0", "lora_rank counts from 1"),
         ("shots = [0,", "shots = [-1,", "shots count from 0"),
         ("learning_rates = [1e-4,", "learning_rates = [0.0,", "learning_rates must be positive"),
         ("[instructions.medical]", "[instructions.dental]", "instructions.medical needs sentences"),

@@ -21,6 +21,7 @@ from trimtab.reproduce.preference import (
     first_steps,
     last_steps,
     load_recipe,
+    reproduce,
     second_steps,
 )
 from trimtab.reproduce.preference_cells import PreferenceBench
@@ -28,6 +29,7 @@ from trimtab.reproduce.preference_claims import Found, claims
 from trimtab.reproduce.preference_recipe import Recipe, Sizes
 from trimtab.reproduce.preference_report import NOTES, build, sections
 from trimtab.reproduce.preference_systems import flipped_names, plus_names, systems, trained_names
+from trimtab.reproduce.recipe import Domain
 from trimtab.reproduce.steps import Key
 
 pytest.importorskip("trl", reason="reproducing needs the train extra")
@@ -72,6 +74,21 @@ def test_a_recipe_of_one_preference_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('title = "Own"\nmodels = ["prefworld"]\n')
     with pytest.raises(OptionError, match="two preferences at least"):
         load_recipe(tmp_path / "own.toml")
+
+
+def test_a_preference_that_is_called_as_a_baseline_is_refused(tmp_path: Path) -> None:
+    one = '[preferences.NAME]\npairs = "prefworld:math"\ntask = "prefworld:math"\n'
+    text = 'title = "Own"\nmodels = ["prefworld"]\nguardrails = ["prefworld:facts"]\n'
+    (tmp_path / "own.toml").write_text(text + one.replace("NAME", "helpful") + one.replace("NAME", "bfpo"))
+    with pytest.raises(OptionError, match="cannot be called 'bfpo'"):
+        load_recipe(tmp_path / "own.toml")
+
+
+def test_a_source_that_is_not_there_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
+    two = dict(list(RECIPE.preferences.items())[:2])
+    wrong = replace(RECIPE, preferences=two | {"third": Domain("prefworld:math", "prefworld:maths")})
+    with pytest.raises(TrimtabError, match="Did you mean 'math'"):
+        reproduce(wrong, out=tmp_path, models=["missing"])
 
 
 def test_rates_are_chosen_among_those_that_keep_the_budget() -> None:

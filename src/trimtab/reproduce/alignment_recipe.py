@@ -163,6 +163,8 @@ def load_recipe(name: str | Path) -> Recipe:
     for key, value in {**limits, "budget": recipe.budget}.items():
         if not 0 <= value < math.inf:
             raise OptionError(f"{place}: {key} is finite and not negative; got {value:g}.")
+    if recipe.lora_rank < 1:
+        raise OptionError(f"{place}: lora_rank counts from 1: vectors are adapters; got {recipe.lora_rank}.")
     if not recipe.shots or min(recipe.shots) < 0:
         raise OptionError(f"{place}: shots count from 0; got {list(recipe.shots)}.")
     for sizes in (recipe.sizes, recipe.quick):

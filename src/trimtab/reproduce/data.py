@@ -12,7 +12,7 @@ from trimtab.evals.benchmarks import BENCHMARKS, load_benchmark
 from trimtab.evals.tasks import AnyTask, Task
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
-from trimtab.reproduce.recipe import Recipe, Sizes
+from trimtab.reproduce.recipe import Domain
 from trimtab.types import Pair
 
 Split = Literal["validation", "test"]
@@ -65,12 +65,12 @@ class Data:
         return load_benchmark(name, self._root / file, split=split, n=n, seed=self._seed)
 
 
-def check_sources(recipe: Recipe, sizes: Iterable[Sizes], data: Data) -> None:
-    """Raise for a source that is not known, or that holds fewer pairs than the recipe learns from."""
-    most = max(max(size.pairs, size.many_pairs, *size.counts) for size in sizes)
-    for source in (*recipe.guardrails, *(domain.task for domain in recipe.domains.values())):
+def check_sources(guardrails: Iterable[str], domains: Iterable[Domain], most: int, data: Data) -> None:
+    """Raise for a source that is not known, or that holds fewer pairs than the `most` that are learned from."""
+    for source in guardrails:
         data.questions(source, "test", 1)
-    for domain in recipe.domains.values():
+    for domain in domains:
+        data.questions(domain.task, "test", 1)
         data.training_pairs(domain.pairs, 1 if domain.pairs.startswith(WORLD) else most, seed=0)
 
 

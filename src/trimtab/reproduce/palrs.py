@@ -120,7 +120,8 @@ def measure(
     for source in _sources(recipe):
         if not source.startswith(WORLD):
             find_file(data, source)
-    check_sources(recipe, sizes.values(), Data(data, recipe.data_seed))
+    most = max(max(size.pairs, size.many_pairs, *size.counts) for size in sizes.values())
+    check_sources(recipe.guardrails, recipe.domains.values(), most, Data(data, recipe.data_seed))
     about = {"recipe": asdict(replace(recipe, models=())), "sizes": {m: asdict(size) for m, size in sizes.items()}}
     job = begin_job(out, "palrs", about, sizes, recipe.dtype, data, _sources(recipe))
     (out / "knobs").mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.errors import TrainError
 from trimtab.reproduce import preference_cells as cells
 from trimtab.reproduce.bench import Bench
+from trimtab.reproduce.data import Data, check_sources
 from trimtab.reproduce.document import Report, write
 from trimtab.reproduce.preference_recipe import Recipe, Sizes, load_recipe
 from trimtab.reproduce.preference_report import NOTES, build, sections
@@ -169,6 +170,8 @@ def reproduce(
     check_call(names, workers)
     sizes = recipe.quick if quick else recipe.sizes
     refuse_strangers(folder)
+    sample = Data(Path(data), recipe.data_seed)
+    check_sources(recipe.guardrails, recipe.preferences.values(), sizes.pairs, sample)
     kept = len(list(folder.glob("steps/step-*.json")))
     measured = replace(recipe, models=(), sizes=Sizes(), quick=Sizes())
     about = {"recipe": asdict(measured), "sizes": asdict(sizes)}

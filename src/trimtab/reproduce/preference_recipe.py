@@ -88,11 +88,17 @@ class Recipe(BenchRecipe):
         return first, second
 
 
+RESERVED = {"base", "random", "flipped", "positive-only", "norm-matched", "joint-dpo", "dpo-safe-first", "bfpo", "both"}
+
+
 def load_recipe(name: str | Path) -> Recipe:
     """Read a recipe of Preference Vectors: one that comes with the package, or a TOML file; raises `OptionError`."""
     recipe, place = read_recipe(Recipe, name), str(name)
     if not recipe.models or len(recipe.preferences) < 2:
         raise OptionError(f"{place}: a recipe needs models, and two preferences at least.")
+    for name in recipe.preferences:
+        if name in RESERVED or name.startswith("reward-") or name.endswith((" plus", " flipped")):
+            raise OptionError(f"{place}: a preference cannot be called {name!r}, which is a baseline's name.")
     if not recipe.guardrails:
         raise OptionError(f"{place}: side effects are measured on guardrails; name one at least.")
     for sizes in (recipe.sizes, recipe.quick):
