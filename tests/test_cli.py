@@ -452,6 +452,12 @@ def test_a_panel_stands_where_it_says_and_may_be_turned(run: Run, model: Path, f
     assert run(*words).records[0]["knobs"] == load_panel("panel.json").setting == {"m": 0.25, "c": -1.0}
     assert run(*words, "--knob", KNOB, "--set", "m=1,math=2").records[0]["knobs"] == {"m": 1.0, "math": 2.0}
     assert "names its knobs itself" in run("generate", model, "Hi", "--knob", "x=panel.json").err
+    shown = run("inspect", "panel.json", "--json").records[0]["knobs"]
+    assert [(row["name"], row["strength"], row["kind"]) for row in shown] == [
+        ("m", 0.25, "steering"),
+        ("c", -1.0, "steering"),
+    ]
+    assert run("inspect", "panel.json").out.splitlines()[0] == "panel.json, a panel"
 
 
 def test_a_file_with_an_equals_sign_in_its_name_is_a_file(run: Run, model: Path, files: Path) -> None:
@@ -771,7 +777,7 @@ MISTAKES = [
     ("generate MODEL Hi --input task.jsonl", "Pass prompts as arguments or with --input, not both."),
     ("generate MODEL --input bad.jsonl", "bad.jsonl, line 1 has no prompt; it has nothing_useful."),
     ("generate MODEL \udcff", "Prompt 1 is not Unicode text"),
-    ("inspect panel.json", "is not a knob; if it is a panel, inspect the knob files it names."),
+    ("inspect panel.json", "'panel.json' is not a panel; a panel is"),
     ("inspect none", "There is no file 'none'; expected a knob file."),
     ("demo --out KNOB", "is a file; pass a folder."),
     ("--jason", "Unrecognized arguments: --jason. See trimtab --help."),

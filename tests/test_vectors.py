@@ -73,10 +73,24 @@ def test_anchors_keep_margins_where_they_are_while_the_pairs_move() -> None:
         assert float(own.mean()) > float(pair_margins(lm, words, HELD, [{}])[0].margin.mean()) + 0.5
     assert moved["anchored"] < moved["free"] / 2
     assert moved["turned"] < moved["free"] / 2  # which answer is chosen plays no part
-    with pytest.raises(PairsError, match="2 of 3 anchors ask what the pairs ask too"):
+    with pytest.raises(PairsError, match="3 of 3 anchors ask what pairs ask too"):
         made(anchors=Pairs([*PAIRS[:2], HELD[0]]))
-    with pytest.raises(PairsError, match="There are no anchors"):
-        made(anchors=Pairs(()))
+    with pytest.raises(PairsError, match="6 of 12 anchors are given twice"):
+        made(anchors=still + still)
+    for wrong in (Pairs(()), "prefworld:legal"):
+        with pytest.raises(PairsError, match="Anchors are Pairs, and at least one"):
+            made(anchors=wrong)
+
+
+def test_an_anchor_is_not_held_out_nor_counted_as_preferred() -> None:
+    still = Pairs.from_records([{"prompt": f"{i} is blue. Go", "chosen": "yes", "rejected": "no"} for i in range(6)])
+    knob = made(anchors=still, validation=None, epochs=1)
+    record = knob.diagnostics["training"]["plus"]
+    assert record["validation"]["count"] == 2  # three tenths of six, none of the anchors' twelve
+    assert record["pairs"]["count"] == 4 + 12
+    assert knob.provenance["pairs_count"] == 6
+    assert knob.provenance["options"]["anchors"]["count"] == 6
+    assert f"6, sha256 {still.hash()}" in knob.card()
 
 
 def test_the_vector_is_theta_plus_minus_theta_minus() -> None:

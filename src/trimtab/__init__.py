@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trimtab.artifact import Knob, Rack
+    from trimtab.artifact import Knob, Rack, load_knob
     from trimtab.compose import compose
     from trimtab.generate import generate
     from trimtab.learn import learn
@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from trimtab.train.vectors import learn_weights
     from trimtab.tune import tune
 
-__all__ = ["Knob", "Pairs", "Rack", "compose", "generate", "learn", "learn_weights", "load", "steer", "tune"]
+__all__ = [
+    "Knob",
+    "Pairs",
+    "Rack",
+    "compose",
+    "generate",
+    "learn",
+    "learn_weights",
+    "load",
+    "load_knob",
+    "steer",
+    "tune",
+]
 
 # Loaded when asked for, so that `trimtab --help` does not wait for torch.
 _HOME = {
@@ -30,6 +42,7 @@ _HOME = {
     "learn": "learn",
     "learn_weights": "train.vectors",
     "load": "render",
+    "load_knob": "artifact",
     "steer": "runtime",
     "tune": "tune",
 }

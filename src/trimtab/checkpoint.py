@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 JOB = "job.json"
+MOST_DIFFERENCES = 6
+"""Points of difference that a message names."""
 SAMPLE = 2**16
 """Values of a tensor that a digest looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
 
@@ -236,7 +238,7 @@ def _open(folder: Path, job: dict[str, Any]) -> str:
         if stored is None:
             write_atomically(folder / JOB, json.dumps({"trimtab": "checkpoint", "job": job}, indent=1).encode())
         elif stored != job:
-            raise OptionError(f"Checkpoint {str(folder)!r} holds another job: {_difference(stored, job)}. {_WAY_OUT}")
+            raise OptionError(f"Checkpoint {str(folder)!r} holds another job: {_told(stored, job)}. {_WAY_OUT}")
     except OSError as error:
         _unwritable(folder, error)
     return _sha256(json.dumps(job, sort_keys=True))
@@ -258,16 +260,24 @@ def _stored_job(folder: Path) -> dict[str, Any] | None:
     return cast(dict[str, Any], job) if fields.get("trimtab") == "checkpoint" and isinstance(job, dict) else None
 
 
-def _difference(stored: Mapping[str, Any], job: Mapping[str, Any]) -> str:
-    """Say in which points two jobs differ, as in "layers ([0, 1] there, [0] here)"."""
-    said: list[str] = []
+def _told(stored: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Say in which points two jobs differ; of two kinds of work that is all there is to say."""
+    kinds = [of.get("work") for of in (stored, job)]
+    if kinds[0] != kinds[1]:
+        return f"work ({kinds[0]} there, {kinds[1]} here)"
+    said = list(_differences(stored, job))
+    return ", ".join(said[:MOST_DIFFERENCES]) + (f", and {n} more" if (n := len(said) - MOST_DIFFERENCES) > 0 else "")
+
+
+def _differences(stored: Mapping[str, Any], job: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Yield the points in which two jobs differ, as in "layers ([0, 1] there, [0] here)"."""
     for name in dict.fromkeys([*stored, *job]):
         there, here = stored.get(name), job.get(name)
-        if isinstance(there, Mapping) and isinstance(here, Mapping) and there != here:
-            said.append(f"{name}: {_difference(cast(Mapping[str, Any], there), cast(Mapping[str, Any], here))}")
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            inner = cast(Mapping[str, Any], there), cast(Mapping[str, Any], here)
+            yield from _differences(*inner, f"{place}{name}: ")
         elif there != here:
-            said.append(f"{name} ({_short(there)} there, {_short(here)} here)")
-    return ", ".join(said)
+            yield f"{place}{name} ({_short(there)} there, {_short(here)} here)"
 
 
 def _short(value: object) -> str:

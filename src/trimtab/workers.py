@@ -28,6 +28,14 @@ def open_pool(count: int, initializer: Callable[..., None], arguments: tuple[Any
     return ProcessPoolExecutor(count, context, initializer=_begin, initargs=begin)
 
 
+def end_pool(pool: ProcessPoolExecutor) -> None:
+    """End the workers at once, whatever they are doing."""
+    workers = list((pool._processes or {}).values())  # pyright: ignore[reportPrivateUsage]  # public from Python 3.14
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.terminate()
+
+
 def _begin(parent: int, initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)

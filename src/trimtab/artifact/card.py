@@ -55,9 +55,20 @@ def describe_delta(knob: DeltaKnob) -> str:
         "safe range": describe_safe_range(knob),
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
         "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
+        "anchors": _anchors(known),
         **{key: known.get(key) for key in ("paper", "licence", "created", "tool")},
     }
     return _card(lines, knob.diagnostics)
+
+
+def _anchors(known: Mapping[str, object]) -> str | None:
+    """Return what the pairs were that a training held still; a foreign file may hold anything there."""
+    options = known.get("options")
+    told = cast(Mapping[str, object], options).get("anchors") if isinstance(options, Mapping) else None
+    if not isinstance(told, Mapping):
+        return None
+    held = cast(Mapping[str, object], told)
+    return f"{held.get('count')}, sha256 {held.get('hash')}"
 
 
 def _card(lines: Mapping[str, object], diagnostics: Mapping[str, object]) -> str:

@@ -159,6 +159,8 @@ class DeltaKnob:
         Two parts `b1 a1` and `b2 a2` are `[b1 b2] [a1; a2]`: ranks add up, and nothing is left out. (Adding the a's and
         the b's apart, as PEFT's combination "linear" does, is another matrix.)
         """
+        if not isinstance(other, DeltaKnob):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return NotImplemented
         parts: dict[str, Part] = {}
         for name in {**self.parts, **other.parts}:
             own = [scaled(k.parts[name], k.gain) for k in (self, other) if name in k.parts]
@@ -173,7 +175,7 @@ class DeltaKnob:
         return DeltaKnob(f"{self.name}+{other.name}"[:100], "sum", parts, provenance={**shared, "parts": told})
 
     def __sub__(self, other: DeltaKnob) -> DeltaKnob:
-        return self + -other
+        return replace(self + -other, name=f"{self.name}-{other.name}"[:100])
 
     def described(self) -> list[dict[str, Any]]:
         """Return name, shape and rank (None where dense) of every part."""

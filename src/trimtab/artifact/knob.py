@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.artifact.card import describe
 from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
 from trimtab.artifact.identity import IDENTITY, check_identity, said
+from trimtab.artifact.large import stored_kind
 from trimtab.errors import KnobError, brief, unknown_name
 from trimtab.ops import unit
 from trimtab.types import WHERE, Site, Where, check_strength, check_where, is_knob_name
@@ -156,6 +157,8 @@ class Knob:
 
     def __add__(self, other: Knob) -> Knob:
         """Return the knob whose strength 1 is strength 1 of both; they must act on the same tokens of one layer."""
+        if not isinstance(other, Knob):  # pyright: ignore[reportUnnecessaryIsInstance]
+            return NotImplemented
         _check_alike(self, other)
         norm = self.norms[self.site.layer]
         vector = self.addend(1.0).double() + other.addend(1.0).double()
@@ -173,7 +176,7 @@ class Knob:
         )
 
     def __sub__(self, other: Knob) -> Knob:
-        return self + -other
+        return replace(self + -other, name=f"{self.name}-{other.name}"[:100])
 
     # File and model
 
@@ -203,9 +206,11 @@ class Knob:
     def load(path: str | Path) -> Knob:
         """Read a knob file, which runs no code.
 
-        Raises `KnobError` that names what is wrong with a damaged or foreign file.
+        Raises `KnobError` that names what is wrong with a damaged or foreign file, or with a knob of another kind.
         """
         try:
+            if stored_kind(path) == "delta":
+                raise KnobError("it is a difference of weights. Load knobs of any kind with trimtab.load_knob.")
             return _from_file(read_file(path))
         except KnobError as error:
             raise KnobError(f"Cannot load a knob from {brief(str(path), 240)}: {error}") from None

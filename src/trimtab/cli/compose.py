@@ -99,6 +99,9 @@ def run(args: Namespace, terminal: Terminal) -> None:
         raise OptionError(f"--max-new-tokens is 1 or more; got {args.max_new_tokens}.")
     if not args.prefer and not args.target:
         raise OptionError("There is no goal. Pass --prefer TASK, or --target TASK=SCORE.")
+    both = {text.partition("=")[0] for text in args.prefer} & {text.rpartition("=")[0] for text in args.target}
+    if both:
+        raise OptionError(f"{min(both)} has a weight and a target. Leave its --prefer out.")
     weighed, aimed = [_wanted(text, 1.0) for text in args.prefer], [_wanted(text, None) for text in args.target]
     floors = parse_setting(",".join(args.floor))
     with terminal.working("Preparing"):

@@ -1,14 +1,14 @@
-"""Show what a knob is, where it comes from, and what learning and tuning measured."""
+"""Show what a knob is, where it comes from, and what learning and tuning measured; of a panel, which knobs it turns."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.options import input_file
-from trimtab.cli.tables import sites_text, tuning_text
+from trimtab.cli.tables import columns, sites_text, tuning_text
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import OptionError
 
 if TYPE_CHECKING:
     from trimtab.artifact import AnyKnob
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("knob", metavar="FILE", help="a knob file")
+    parser.add_argument("knob", metavar="FILE", help="a knob file, or a panel")
 
 
 def run(args: Namespace, terminal: Terminal) -> None:
     """Print the knob's card and its tables."""
     path = input_file(args.knob, "a knob file")
     if path.suffix == ".json":
-        raise OptionError(f"{args.knob!r} is not a knob; if it is a panel, inspect the knob files it names.")
+        _show_panel(path, terminal)
+        return
     with terminal.working("Reading"):
         from trimtab.artifact import Knob, load_knob
 
@@ -40,6 +41,20 @@ def run(args: Namespace, terminal: Terminal) -> None:
         tables = (tuning_text(knob.tuning, "weights", knob.where, knob.gain),)
         own = {"weights": knob.described()}
     terminal.result(_record(knob) | own, "\n\n".join(filter(None, [knob.card(), *tables])))
+
+
+def _show_panel(path: Path, terminal: Terminal) -> None:
+    with terminal.working("Reading"):
+        from trimtab.artifact import load_panel
+
+        panel = load_panel(path)
+    knobs = [
+        {"name": name, "strength": panel.setting[name], "kind": knob.kind, "method": knob.method}
+        for name, knob in panel.rack.items()
+    ]
+    heads = ("knob", "strength", "kind", "method")
+    table = columns(heads, [[row["name"], f"{row['strength']:g}", row["kind"], row["method"]] for row in knobs])
+    terminal.result({"panel": str(path), "knobs": knobs}, f"{path}, a panel\n\n{table}")
 
 
 def _record(knob: AnyKnob) -> dict[str, Any]:

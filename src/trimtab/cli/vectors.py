@@ -175,6 +175,7 @@ def _record(knob: DeltaKnob, out: Path, seconds: float) -> dict[str, Any]:
         "weights": knob.described(),
         "norm": knob.norm(),
         "pairs": knob.provenance.get("pairs_count"),
+        "anchors": knob.provenance.get("options", {}).get("anchors"),
         "cosine_plus_minus": knob.diagnostics.get("cosine_plus_minus"),
         "training": knob.diagnostics.get("training"),
         "seconds": seconds,
@@ -187,13 +188,15 @@ def _text(knob: DeltaKnob, args: Namespace, out: Path, seconds: float) -> str:
     stopped = {
         f"theta{'+' if side == 'plus' else '-'}": (
             f"learning rate {record['chosen']['learning_rate']:g}, beta {record['chosen']['beta']:g}; "
-            f"{_preferred(record):.0%} of validation pairs preferred"
+            f"{_preferred(record):.0%} of validation pairs preferred" + _tied(record)
         )
         for side, record in training.items()
     }
     cosine = knob.diagnostics.get("cosine_plus_minus")
     ranks = sorted({part["rank"] or 0 for part in knob.described()})
     pairs = f" from {knob.provenance['pairs_count']} pairs" if training else ""
+    if anchors := knob.provenance.get("options", {}).get("anchors"):
+        pairs += f" and {anchors['count']} anchors"
     file = shlex.quote(str(out))
     head = f"{'Learned' if training else 'Made'} {knob.name} ({knob.method}){pairs} in {seconds:.1f} s."
     return f"{head}\n" + facts(
@@ -205,6 +208,11 @@ def _text(knob: DeltaKnob, args: Namespace, out: Path, seconds: float) -> str:
             "next": f'trimtab generate {shlex.quote(args.model)} "..." --knob {file} --strength 1',
         }
     )
+
+
+def _tied(record: dict[str, Any]) -> str:
+    """Say where the share decided nothing: of answers of unequal length the shorter is the likelier at any rate."""
+    return f" (a tie of {record['tied']} settings: the mildest is taken)" if record["tied"] > 1 else ""
 
 
 def _preferred(record: dict[str, Any]) -> float:

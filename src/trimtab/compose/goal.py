@@ -189,7 +189,8 @@ def nothing_left(table: Sequence[Tried], goal: Goal) -> str:
     said = ", ".join(f"{name} by {amount:.3g}" for name, amount in missed.items())
     return (
         f"None of the {len(table)} settings that were measured keeps the budgets and floors. The closest, "
-        f"{format_setting(closest.setting)}, misses {said}. Allow smaller strengths, more items, or a larger budget."
+        f"{format_setting(closest.setting)}, misses {said}. Allow smaller strengths, more items, "
+        f"{'a lower floor, ' if goal.floors else ''}or a larger budget."
     )
 
 

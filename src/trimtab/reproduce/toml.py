@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -100,6 +101,8 @@ def _value(hint: Any, value: object, place: str) -> Any:
         }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"{place} is a finite number; got {value}.")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise OptionError(f"{place} is {'a number' if hint in (int, float) else hint.__name__}; got {brief(value)}.")
     return value

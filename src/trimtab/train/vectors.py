@@ -82,7 +82,10 @@ def learn_weights(
         raise unknown_name("method", str(method), get_args(WeightMethod))
     if not isinstance(pairs, Pairs) or not len(pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs, and at least one; got {pairs!r}. Pass Pairs.from_records(...).")
-    held_still = _both_ways(anchors, pairs)
+    used = pairs
+    if anchors is not None and validation is None:  # an anchor is neither held out nor counted as preferred
+        used, validation = pairs.split(seed=seed)
+    still = _both_ways(anchors, pairs, validation)
     if dtype not in STORED:
         raise unknown_name("dtype", str(dtype), STORED)
     rates = (GRIDS["dpo"][0] if lora_rank is None else LEARNING_RATES) if learning_rates is None else learning_rates
@@ -93,7 +96,7 @@ def learn_weights(
         "betas": list(BETAS if betas is None else betas),
         **run,
         "dtype": dtype,
-        **({} if anchors is None else {"anchors": anchors.hash()}),
+        **({} if anchors is None else {"anchors": {"count": len(anchors), "hash": anchors.hash()}}),
     }
     held = {} if validation is None else {"plus": validation, "minus": validation.swapped()}
     total = len(set(rates)) * len(set(options["betas"])) + (method == "preference-vector")
@@ -111,7 +114,7 @@ def learn_weights(
     )
     begun = time.perf_counter()
 
-    def side(label: str, used: Pairs, rates: Sequence[float], betas: Sequence[float]) -> tuple[DeltaKnob, Any]:
+    def side(label: str, own_pairs: Pairs, rates: Sequence[float], betas: Sequence[float]) -> tuple[DeltaKnob, Any]:
         """Train one side, or take it from the checkpoint; return its difference to the base and its record."""
         own = None if checkpoint is None else Path(checkpoint) / label
         base = model if lora_rank is not None or model.dtype == torch.float32 else copy.deepcopy(model).float()
@@ -120,7 +123,7 @@ def learn_weights(
         def trained() -> Trained:
             settings: dict[str, Any] = {"validation": held.get(label), "lora_rank": lora_rank, **run}
             settings |= {"learning_rates": rates, "betas": betas, "checkpoint": own, "progress": advance}
-            return train(base, tokenizer, used + held_still, **settings)
+            return train(base, tokenizer, own_pairs + still, **settings)
 
         record = kept.step(f"{label} record", lambda: trained().record)
         tensors = kept.tensors(label, lambda: _parts(trained(), base).tensors())
@@ -128,11 +131,11 @@ def learn_weights(
             remove(own)
         return DeltaKnob(name, method, parts_of(tensors)), record
 
-    plus, record = side("plus", pairs, rates, options["betas"])
+    plus, record = side("plus", used, rates, options["betas"])
     knob, records, diagnostics = plus, {"plus": record}, dict[str, Any]()
     if method == "preference-vector":
         chosen = record["chosen"]
-        minus, records["minus"] = side("minus", pairs.swapped(), [chosen["learning_rate"]], [chosen["beta"]])
+        minus, records["minus"] = side("minus", used.swapped(), [chosen["learning_rate"]], [chosen["beta"]])
         knob = plus - minus
         diagnostics["cosine_plus_minus"] = cosine_of_sides(plus, minus, knob)
     diagnostics |= {"norms": knob.norms(), "training": records, "seconds": time.perf_counter() - begun}
@@ -145,17 +148,19 @@ def learn_weights(
     )
 
 
-def _both_ways(anchors: Pairs | None, pairs: Pairs) -> Pairs:
+def _both_ways(anchors: Pairs | None, *others: Pairs | None) -> Pairs:
+    """Return the anchors as they are and swapped; raise for what cannot be held still."""
     if anchors is None:
         return Pairs(())
-    if not len(anchors):
-        raise PairsError("There are no anchors. Pass one pair or more, or none at all.")
-    prompts = {pair.prompt for pair in pairs}
+    if not isinstance(anchors, Pairs) or not len(anchors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PairsError(f"Anchors are Pairs, and at least one; got {anchors!r}.")
+    twice = len(anchors) - len({(pair.prompt, pair.chosen, pair.rejected) for pair in anchors})
+    if twice:
+        raise PairsError(f"{twice} of {len(anchors)} anchors are given twice, and would count twice. Give each once.")
+    prompts = {pair.prompt for pairs in others if pairs is not None for pair in pairs}
     both = sum(pair.prompt in prompts for pair in anchors)
     if both:
-        raise PairsError(
-            f"{both} of {len(anchors)} anchors ask what the pairs ask too: nothing can change and stay there."
-        )
+        raise PairsError(f"{both} of {len(anchors)} anchors ask what pairs ask too; leave them out of one of the two.")
     return anchors + anchors.swapped()
 
 
