@@ -114,5 +114,5 @@ def by_length(rows: Sequence[Mapping[str, Any]], real: float) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("seconds over those with the vector")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend(frameon=False, loc="upper left")
+    axes[0].legend(frameon=False, loc="lower right")
     return drawn

@@ -22,11 +22,10 @@ def sections(report: Report) -> list[Section]:
 
 def _lambda_section(domains: Mapping[str, Any], way: str) -> Section:
     rows = [
-        [domain, *(f"{found['chosen'][level]:g}" for level in LEVELS), *map(percent, _at_expert(found))]
+        [domain, *(f"{found['chosen'][level]:g}" for level in LEVELS), *_at_expert(found)]
         for domain, found in domains.items()
     ]
-    heads = ("domain", *(f"lambda for {level}" for level in LEVELS))
-    heads += tuple(f"{level} % at the lambda for experts" for level in LEVELS)
+    heads = ("domain", *(f"lambda for {level}" for level in LEVELS), "expert % at the last", "sampled expert %")
     label = "Share of test questions by level along lambda: lines are the likeliest answers, dots the sampled ones."
     curves = {domain: found["rows"] for domain, found in domains.items()}
     return Section(_titled("Lambda", way), heads, rows, plot=plots.by_lambda(curves, LEVELS), label=label)
@@ -36,8 +35,10 @@ def _titled(title: str, way: str) -> str:
     return f"{title}, {way} vectors" if way else title
 
 
-def _at_expert(found: Mapping[str, Any]) -> list[float]:
-    return next(row["likeliest"] for row in found["rows"] if row["lambda"] == found["chosen"]["expert"])
+def _at_expert(found: Mapping[str, Any]) -> list[str]:
+    """Return the shares of expert answers, likeliest and sampled, at the lambda that was chosen for them."""
+    row = next(row for row in found["rows"] if row["lambda"] == found["chosen"]["expert"])
+    return [percent(row[what][-1]) if row[what] else "" for what in ("likeliest", "sampled")]
 
 
 def _span(values: Sequence[float], form: str = ".0f", unit: float = 1.0) -> str:
