@@ -698,7 +698,7 @@ def test_the_verb_writes_a_panel_and_a_report_that_other_verbs_take(
         ("--prefer y.jsonl=much", "number of 'y.jsonl' must be a number"),
         ("--target y.jsonl", "--target takes TASK=SCORE"),
         ("--target y.jsonl=2", "The target of 'y' is a score, from 0 to 1; got 2."),
-        ("--prefer y.jsonl --target y.jsonl=1", "names of their own; got y, y"),
+        ("--prefer y.jsonl --target y.jsonl=1", "y.jsonl has a weight and a target. Leave its --prefer out."),
         ("--prefer y.jsonl --floor z=1", "Unknown preference or guardrail 'z'. Known: y."),
         ("--prefer y.jsonl --floor z", "A knob setting is written"),
         ("--prefer y.jsonl --bounds yes=1", "--bounds takes NAME=LOW,HIGH"),

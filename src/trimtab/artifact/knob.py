@@ -15,7 +15,6 @@ from torch import Tensor
 from trimtab.artifact.card import describe
 from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
 from trimtab.artifact.identity import IDENTITY, check_identity, said
-from trimtab.artifact.large import stored_kind
 from trimtab.errors import KnobError, brief, unknown_name
 from trimtab.ops import unit
 from trimtab.types import WHERE, Site, Where, check_strength, check_where, is_knob_name
@@ -209,8 +208,6 @@ class Knob:
         Raises `KnobError` that names what is wrong with a damaged or foreign file, or with a knob of another kind.
         """
         try:
-            if stored_kind(path) == "delta":
-                raise KnobError("it is a difference of weights. Load knobs of any kind with trimtab.load_knob.")
             return _from_file(read_file(path))
         except KnobError as error:
             raise KnobError(f"Cannot load a knob from {brief(str(path), 240)}: {error}") from None
@@ -239,9 +236,10 @@ class Knob:
 
 def _from_file(file: KnobFile) -> Knob:
     header = file.header
-    kind, where, operation = (text_field(header, name) for name in ("kind", "where", "operation"))
+    kind = text_field(header, "kind")
     if kind != "steering":
-        raise KnobError(f"it is a knob of kind {brief(kind)}; this reads 'steering'.")
+        raise KnobError(f"it is a knob of kind {brief(kind)}; trimtab.load_knob reads every kind there is.")
+    where, operation = (text_field(header, name) for name in ("where", "operation"))
     if where not in WHERE or operation not in OPERATIONS:
         raise KnobError(f"its header is wrong: where={brief(where)}, operation={brief(operation)}.")
     missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS)
