@@ -150,7 +150,7 @@ def invented(*, fall: float = 0.0, flat: bool = False, lack: str = "", control: 
     def told(up: float, refused: float = 0.1, **others: float) -> dict[str, Any]:
         scores = {name: share(others.get(name, 0.4 + up)) for name in names}
         rails = {rail: share(0.9) for rail in ("facts", "copying")}
-        record = {"scores": scores, "right": scores, "refused": share(refused), "broken": 0.0, "kl": 0.01}
+        record = {"scores": scores, "refused": share(refused), "broken": 0.0, "kl": 0.01}
         return {**record, "guardrails": rails, "ready_seconds": [0.1, 0.2], "knobs": 2}
 
     records: dict[Key, Any] = {}

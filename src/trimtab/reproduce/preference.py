@@ -61,7 +61,7 @@ class Runner(StepRunner):
         if kind == "equal":
             return bench.equal(rest[0], rates)
         if kind == "geometry":
-            return bench.geometry(rates)
+            return bench.systems.geometry(rates)
         return {"grid": bench.grid, "scale": bench.scale}[kind](rates, int(rest[0]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,6 @@ from trimtab.train.vectors import cosine_of_sides, learn_weights
 from trimtab.tune import tune
 from trimtab.weights.delta import difference, random_like
 from trimtab.weights.live import applied
-from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,11 +225,14 @@ class PreferenceBench:
         """Return what validation says of a setting: the mean score of the preferences `goal`, and guardrails lost."""
         system = System(self.bench.model, setting)
         scores = [self._sampled(system, name, "validation", self.sizes.validation, seed)[0] for name in goal]
+        lost = self._lost(self._rails(system, "validation"))
+        return {"score": float(np.mean(scores)), "drop": max(lost.values()), "kl": self.bench.kl(system, "validation")}
+
+    def _lost(self, rails: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Return which share of its validation items each guardrail loses against the model as it is."""
         if self._base_rails is None:
             self._base_rails = self._rails(self.bench.base, "validation")
-        rails, before = self._rails(system, "validation"), self._base_rails
-        drop = max(float(np.mean(before[name]) - np.mean(rails[name])) for name in rails)
-        return {"score": float(np.mean(scores)), "drop": drop, "kl": self.bench.kl(system, "validation")}
+        return {name: float(np.mean(self._base_rails[name]) - np.mean(scores)) for name, scores in rails.items()}
 
     def _sampled(
         self, system: System, name: str, split: Split, n: int, seed: int
@@ -254,10 +256,6 @@ class PreferenceBench:
             "broken": float(np.mean([values[2] for values in found.values()])),
             "guardrails": self._rails(system, "test"),
             "kl": self.bench.kl(system),
-            "right": {
-                name: (self.bench.margins(system, domain) > 0).astype(float).tolist()
-                for name, domain in self.recipe.preferences.items()
-            },
         }
 
     def test(self, name: str, rates: Rates, seed: int) -> Record:
@@ -304,19 +302,17 @@ class PreferenceBench:
         if what == "random":
             knobs = {name: random_like(knob, seed=seed + i) for i, (name, knob) in enumerate(knobs.items())}
         table: list[Tried] = []
-        base = self._rails(self.bench.base, "validation")
         for strengths in product(self.recipe.composed, repeat=2):
             system = System(self.bench.model, dict(zip(knobs.values(), strengths, strict=True)))
             found = {n: self._sampled(system, n, "validation", self.sizes.validation, seed) for n in knobs}
             rails = self._rails(system, "validation")
-            excess = {n: float(np.mean(base[n]) - np.mean(rails[n])) - self.recipe.budget for n in rails}
             table.append(
                 Tried(
                     dict(zip(knobs, strengths, strict=True)),
                     {n: np.array(values[0]) for n, values in found.items()},
                     {n: np.array(values) for n, values in rails.items()},
                     kl=self.bench.kl(system, "validation"),
-                    excess=excess,
+                    excess={name: lost - self.recipe.budget for name, lost in self._lost(rails).items()},
                 )
             )
         chosen = choose_setting(table, Goal(weights=dict.fromkeys(knobs, 1.0), rule="worst"), mildest=False)
@@ -347,21 +343,3 @@ class PreferenceBench:
                     "scores": self._sampled(system, name, "test", self.sizes.sampled, 0)[0],
                 }
         return found
-
-    def geometry(self, rates: Rates) -> Record:
-        """Return how the vectors lie to each other: cosines over all weights, sign conflicts, task interference."""
-        names = list(self.recipe.preferences)
-        knobs = [self.systems.load(name, rates, 0) for name in names]
-        labels = sorted(set.intersection(*(set(knob.parts) for knob in knobs)))
-        deltas = [[knob.dense(label) for label in labels] for knob in knobs]
-        flat = [torch.cat([delta.flatten() for delta in own]) for own in deltas]
-        matrices = [i for i, delta in enumerate(deltas[0]) if delta.dim() == 2]
-        interference = [singular_task_interference([own[i] for own in deltas[:2]]) for i in matrices]
-        return {
-            "names": names,
-            "cosines": cosine_matrix(deltas).tolist(),
-            "sign_conflicts": [[sign_conflict(a, b) for b in flat] for a in flat],
-            "interference": float(np.mean([one.raw for one in interference])),
-            "interference_normed": float(np.mean([one.normed for one in interference])),
-            "norms": {name: knob.norm() for name, knob in zip(names, knobs, strict=True)},
-        }

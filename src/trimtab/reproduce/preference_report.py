@@ -86,7 +86,6 @@ def _systems(f: Found, model: str) -> list[dict[str, Any]]:
             {
                 "system": system,
                 "scores": {name: _mean(f.scores(model, system, name)) for name in names},
-                "right": {name: float(np.mean([test["right"][name] for test in tests])) for name in names},
                 "refused": _mean(f.refused(model, system)),
                 "worst_guardrail": worst,
                 "worst_guardrail_change": rails[worst],

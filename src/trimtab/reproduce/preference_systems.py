@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from trimtab.artifact import DeltaKnob
 from trimtab.errors import TrainError
@@ -11,6 +15,7 @@ from trimtab.reproduce.preference_recipe import Recipe
 from trimtab.train import Loss
 from trimtab.train.soup import soup
 from trimtab.weights.delta import random_like
+from trimtab.weights.merge import cosine_matrix, sign_conflict, singular_task_interference
 
 LOSSES: Mapping[str, Loss] = {"joint-dpo": "dpo", "dpo-safe-first": "dpo", "bfpo": "bfpo"}
 """Baselines that are one training on both preferences, and their losses."""
@@ -102,3 +107,21 @@ class Systems:
         if knob is None:
             raise TrainError(f"{name} could not be trained with the pairs of seed {seed}.")
         return knob
+
+    def geometry(self, rates: Rates) -> dict[str, Any]:
+        """Return how the vectors lie to each other: cosines over all weights, sign conflicts, task interference."""
+        names = list(self.recipe.preferences)
+        knobs = [self.load(name, rates, 0) for name in names]
+        labels = sorted(set.intersection(*(set(knob.parts) for knob in knobs)))
+        deltas = [[knob.dense(label) for label in labels] for knob in knobs]
+        flat = [torch.cat([delta.flatten() for delta in own]) for own in deltas]
+        matrices = [i for i, delta in enumerate(deltas[0]) if delta.dim() == 2]
+        interference = [singular_task_interference([own[i] for own in deltas[:2]]) for i in matrices]
+        return {
+            "names": names,
+            "cosines": cosine_matrix(deltas).tolist(),
+            "sign_conflicts": [[sign_conflict(a, b) for b in flat] for a in flat],
+            "interference": float(np.mean([one.raw for one in interference])),
+            "interference_normed": float(np.mean([one.normed for one in interference])),
+            "norms": {name: knob.norm() for name, knob in zip(names, knobs, strict=True)},
+        }
