@@ -21,11 +21,11 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.capture import Evidence
 from trimtab.errors import AdapterError, KnobError, OptionError, PairsError, TrimtabWarning, UnknownName
-from trimtab.learn import layers_between, learn
+from trimtab.learn import learn
 from trimtab.ops import alpha_from_palrs, cosine, describe_site
 from trimtab.pairs import Pairs
 from trimtab.runtime import steer
-from trimtab.selection import rank_sites
+from trimtab.selection import layers_between, rank_sites
 from trimtab.types import Message, Pair, Site
 
 SLOT = Site(1, "post_instruction[-1]")
@@ -424,6 +424,7 @@ EXERCISED: dict[str, Any] = {
     "selection": "max_relative_norm",
     "site": "2/demonstrated",
     "scale": "mean_chosen_norm",
+    "loss": "sft",
     "where": "completion",
     "length_match": "regress",
     "options": {"seed": 4},
@@ -447,7 +448,8 @@ def test_every_option_changes_the_knob_or_its_provenance(
     option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def outcome(**options: Any) -> tuple[object, ...]:
-        knob = learn(model, tokenizer, uneven()[::3], **{"method": "random", **options})
+        method = "cold-kernel" if option == "loss" else "random"
+        knob = learn(model, tokenizer, uneven()[::3], **{"method": method, **options})
         known = {key: value for key, value in knob.provenance.items() if key != "created"}
         return knob.name, knob.method, sorted(knob.vectors), knob.site, knob.gain, knob.where, known
 

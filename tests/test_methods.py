@@ -15,6 +15,7 @@ from trimtab.ops import cosine, split_half_cosine
 pytestmark = pytest.mark.quick
 N, S, D = 60, 3, 24
 EVIDENCE = [name for name in METHODS if name != "random"]
+DIFFERENCES = [name for name in EVIDENCE if METHODS[name].evidence == "activations"]
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -60,14 +61,39 @@ def test_inputs_are_left_alone_and_runs_repeat(method: Method) -> None:
 
 
 def test_sites_do_not_see_each_other(method: Method) -> None:
+    if method.name == "icv":  # one component over all layers: see the test below
+        return
     chosen, rejected = planted(noise(0, S, D))
     alone = [method.run(chosen[:, :1], rejected[:, :1], {}), method.run(chosen, rejected, {})[:1]]
     torch.testing.assert_close(*alone)
 
 
+def test_icv_is_the_first_component_of_all_sites_laid_end_to_end() -> None:
+    chosen, rejected = planted(noise(0, S, D))
+    flat = run("icv", chosen.reshape(N, 1, S * D), rejected.reshape(N, 1, S * D))
+    torch.testing.assert_close(run("icv", chosen, rejected).reshape(1, -1), flat)
+    torch.testing.assert_close(flat, run("pca", chosen.reshape(N, 1, S * D), rejected.reshape(N, 1, S * D)))
+    assert not torch.allclose(run("icv", chosen, rejected), run("pca", chosen, rejected), rtol=1e-3)
+
+
+def test_cold_kernel_is_minus_the_mean_gradient_whatever_the_kernel() -> None:
+    gradients, activations = noise(0, N, S, D), noise(1, N, S, D)
+    for kernel in ("unit", "cosine", "softmax", "linear"):
+        torch.testing.assert_close(
+            run("cold-kernel", gradients, activations, kernel=kernel), -gradients.double().mean(0)
+        )
+    with pytest.raises(UnknownName, match=r"Unknown kernel 'wat'\. Known: cosine, linear, softmax, unit"):
+        run("cold-kernel", gradients, activations, kernel="wat")
+    with pytest.raises(OptionError, match="temperature of a softmax kernel is above 0; got -1"):
+        run("cold-kernel", gradients, activations, temperature=-1.0)
+    with pytest.raises(OptionError, match="'kernel' of method cold-kernel is text; got 1"):
+        run("cold-kernel", gradients, activations, kernel=1)
+
+
 def test_alike_answers_give_a_zero_vector(method: Method) -> None:
     same = noise(0, N, S, D)
-    assert torch.equal(method.run(same, same.clone(), {}), torch.zeros(S, D, dtype=torch.float64))
+    first = torch.zeros_like(same) if method.evidence == "gradients" else same.clone()  # then there is no gradient
+    assert torch.equal(method.run(first, same, {}), torch.zeros(S, D, dtype=torch.float64))
 
 
 def test_unknown_option_is_an_error_listing_known_ones(method: Method) -> None:
@@ -82,7 +108,7 @@ def test_wrong_shapes_are_an_error_that_names_them(method: Method, shapes: tuple
         method.run(torch.zeros(shapes[0]), torch.zeros(shapes[1]), {})
 
 
-@pytest.mark.parametrize("name", EVIDENCE)
+@pytest.mark.parametrize("name", DIFFERENCES)
 def test_planted_direction_is_recovered_with_its_length(name: str) -> None:
     delta = noise(0, S, D)
     vectors = run(name, *planted(delta))
@@ -91,7 +117,7 @@ def test_planted_direction_is_recovered_with_its_length(name: str) -> None:
         assert found.norm().item() == pytest.approx(truth.norm().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("name", EVIDENCE)
+@pytest.mark.parametrize("name", DIFFERENCES)
 def test_swapped_answers_turn_the_vector_around(name: str) -> None:
     chosen, rejected = planted(noise(0, S, D))
     torch.testing.assert_close(run(name, rejected, chosen), -run(name, chosen, rejected))

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimtab.adapter import Adapter
+import torch
+from torch import Tensor
+
 from trimtab.artifact import Knob
-from trimtab.capture import capture
+from trimtab.capture import Evidence, capture, capture_gradients
 from trimtab.checkpoint import learned_from
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
-from trimtab.methods import METHODS, TRAINED, Method
+from trimtab.losses import Loss, LossFn, read_loss
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, lengths_vary, regress_out_lengths
 from trimtab.pairs import Pairs
+from trimtab.plans import Plan, Selection, make_plan
 from trimtab.render import Renderer
 from trimtab.selection import doubts, rank_sites
-from trimtab.texts import FORMATS, Format, expand_positions
+from trimtab.texts import Format
 from trimtab.types import Site, Where, check_seed, check_where
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Selection = Literal["eq3_cosine", "max_relative_norm", "probe_auc", "fixed"]
 Scale = Literal["raw", "mean_chosen_norm", "mean_residual_norm"]
 LengthMatch = Literal["off", "bucket", "regress"]
+
+STEP = 0.2
+"""Alpha at strength 1 of a gradient before tuning: how long a gradient is depends on the loss's scale."""
 
 
 def learn(
@@ -44,7 +47,8 @@ def learn(
     last: float = 0.8,
     selection: Selection | None = None,
     site: Site | str | None = None,
-    scale: Scale = "raw",
+    scale: Scale | None = None,
+    loss: str | LossFn | Loss | None = None,
     where: Where = "all",
     length_match: LengthMatch = "off",
     options: Mapping[str, object] | None = None,
@@ -61,13 +65,18 @@ def learn(
     better than any rule that sees these pairs only. None stands for what the method's paper does.
 
     `format`, `positions`, `token_budget`, `checkpoint`: see `trimtab.capture.capture`. Without a chat template the
-    answers are read after their prompts, with a warning. `layers`: the candidates; None keeps those that lie between
-    `first` and `last` as fractions of the depth, which by default leaves out the last fifth. `selection`: "eq3_cosine"
-    (Eq. 3 of PaLRS as we read it: the difference most aligned with the mean chosen activation; mind the warning about
-    norms), "max_relative_norm", "probe_auc" (held-out separation of the answers), or "fixed", which takes `site`.
+    answers are read after their prompts, with a warning. Methods whose evidence is gradients read those of `loss`, by
+    default "dpo" (see `trimtab.losses.read_loss`), at one or several of `trimtab.capture.GRADIENT_POSITIONS`. `layers`:
+    the candidates; None keeps those that lie between `first` and `last` as fractions of the depth, which by default
+    leaves out the last fifth. `selection`: "eq3_cosine" (Eq. 3 of PaLRS as we read it: the difference most aligned with
+    the mean chosen activation; mind the warning about norms), "max_relative_norm", "probe_auc" (held-out separation of
+    the answers), "first_order" (of gradients, and of them alone: how fast the mean loss falls with alpha), or "fixed",
+    which takes `site`.
 
-    `scale` is what strength 1 means before tuning: "raw" (the vector as it is), "mean_chosen_norm" (Eq. 4 of PaLRS:
-    strength is the paper's alpha) or "mean_residual_norm" (strength is our alpha). `where` is stored in the knob.
+    `scale` is what strength 1 means before tuning: "raw" (the vector as it is; of gradients COLD-Steer's eta of 1,
+    which may be far too little or too much), "mean_chosen_norm" (Eq. 4 of PaLRS: strength is the paper's alpha) or
+    "mean_residual_norm" (strength is our alpha). None is "raw", and of gradients an alpha of `STEP`. `where` is stored
+    in the knob.
     `length_match`: "bucket" keeps the pairs whose answers are about equally long, "regress" removes what a straight
     line in length explains. `options` go to the method, `seed` to whatever is drawn.
     `progress` is called with the number of texts that were read and that of all.
@@ -77,45 +86,48 @@ def learn(
     """
     if not isinstance(pairs, Pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs; got {type(pairs).__name__}. Pass Pairs.from_records(...).")
-    plan = _plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
+    plan = make_plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
     _check_options(scale, where, length_match, seed)
     own = {**plan.method.defaults, **({"seed": seed} if "seed" in plan.method.defaults else {})}
     own.update(plan.method.check({} if options is None else options))
+    asked = read_loss("dpo" if loss is None else loss)
 
     used = _equally_long(tokenizer, pairs) if length_match == "bucket" else pairs
-    evidence = capture(
-        model,
-        tokenizer,
-        used,
-        positions=plan.positions,
-        layers=plan.layers,
-        format=plan.format,
-        token_budget=token_budget,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-    chosen, rejected = evidence.chosen, evidence.rejected  # [N, S, D]
-    if length_match == "regress":
-        chosen, rejected = regress_out_lengths(chosen, rejected, evidence.lengths)
-    vectors = dict(zip(evidence.sites, plan.method.run(chosen, rejected, own), strict=True))
-    statistics = {s: describe_site(chosen[:, i], rejected[:, i], seed=seed) for i, s in enumerate(evidence.sites)}
+    reading: dict[str, Any] = {
+        "layers": plan.layers,
+        "token_budget": token_budget,
+        "checkpoint": checkpoint,
+        "progress": progress,
+    }
+    if loss is not None and not plan.gradients:
+        raise OptionError(f"A loss is of methods whose evidence is gradients; got loss={loss!r} for {method}.")
+    if plan.gradients:
+        _check_gradients(scale, length_match)
+        evidence, vectors, statistics = _from_gradients(model, tokenizer, used, plan, asked, own, seed, reading)
+    else:
+        evidence, vectors, statistics = _from_activations(
+            model, tokenizer, used, plan, length_match, own, seed, reading
+        )
     ranking = rank_sites(statistics, plan.selection, plan.site)
     best = ranking[0].site
 
-    lengths, width = evidence.lengths.double().mean(dim=0).tolist(), chosen.shape[-1]
+    lengths, width = evidence.lengths.double().mean(dim=0).tolist(), evidence.chosen.shape[-1]
     notes = [*plan.notes, *_doubts(statistics[best], plan.selection, width, length_match, evidence.lengths)]
     for note in notes:
         warnings.warn(note, TrimtabWarning, stacklevel=2)
     settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}
     settings |= {"first": first, "last": last, "selection": plan.selection, "scale": scale, "where": where}
     settings |= {"length_match": length_match, "seed": seed, "token_budget": token_budget, **own}
+    settings |= {"loss": str(asked) if plan.gradients else None}
     return Knob(
         name=name,
         method=method,
         vectors=vectors,
         norms=evidence.norms,
         site=best,
-        gain=_gain(scale, float(vectors[best].norm()), statistics[best]["mu_plus_norm"], evidence.norms[best.layer]),
+        gain=STEP
+        if plan.gradients and scale is None
+        else _gain(scale, float(vectors[best].norm()), statistics[best]["mu_plus_norm"], evidence.norms[best.layer]),
         where=where,
         provenance=learned_from(model, tokenizer, used, plan.method.paper, settings, licence),
         diagnostics={
@@ -133,123 +145,65 @@ def learn(
     )
 
 
-# What to read
+# Evidence
+
+Found = tuple[Evidence, dict[Site, Tensor], dict[Site, dict[str, float | None]]]
+"""What was read, the vector and the diagnostics of every site."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    method: Method
-    format: Format
-    positions: tuple[str, ...]
-    layers: tuple[int, ...]
-    selection: str
-    site: Site | None
-    notes: tuple[str, ...]
-
-
-def _plan(
+def _from_activations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    method: str,
-    format: Format | None,
-    positions: Sequence[str] | str | None,
-    layers: Sequence[int] | None,
-    first: float,
-    last: float,
-    selection: str | None,
-    site: Site | str | None,
-) -> _Plan:
-    """Settle everything the caller left open by the method, the template and the model."""
-    if method not in METHODS:
-        if method in TRAINED:
-            raise OptionError(f"{method} trains weights: use trimtab.learn_weights(..., method={method!r}).")
-        raise unknown_name("method", method, METHODS)
-    adapter, renderer, entry = Adapter(model), Renderer(tokenizer), METHODS[method]
-    fixed = _fixed_site(adapter, site)
-    rule = _rule(entry, selection, fixed)
-    asked = (positions,) if isinstance(positions, str) else tuple(positions) if positions is not None else None
-    if asked is None and fixed is not None:
-        asked = (fixed.position,)
-    notes: list[str] = []
-    if format is None:
-        format = _format_for(asked) or entry.format
-        if format == "response_as_user" and not renderer.has_template:
-            format = "question_response"
-            notes.append(
-                "This tokenizer has no chat template, so answers are read after their prompts "
-                "(format='question_response')."
-            )
-    if asked is None:
-        asked = (entry.position or _default_position(renderer, format),)
-    kept = layers_between(adapter.n_layers, first, last) if layers is None else [adapter.layer(i) for i in layers]
-    if fixed is not None and layers is None:
-        kept = [*kept, fixed.layer]
-    names = expand_positions(renderer, asked, format)
-    if fixed is not None and (fixed.layer not in kept or fixed.position not in names):
-        raise unknown_name(
-            "site", str(fixed), (str(Site(layer, name)) for layer in sorted(set(kept)) for name in names)
-        )
-    return _Plan(entry, format, names, tuple(sorted(set(kept))), rule, fixed, tuple(notes))
+    pairs: Pairs,
+    plan: Plan,
+    length_match: str,
+    own: Mapping[str, object],
+    seed: int,
+    reading: Mapping[str, Any],
+) -> Found:
+    evidence = capture(model, tokenizer, pairs, positions=plan.positions, format=plan.format, **reading)
+    chosen, rejected = evidence.chosen, evidence.rejected  # [N, S, D]
+    if length_match == "regress":
+        chosen, rejected = regress_out_lengths(chosen, rejected, evidence.lengths)
+    vectors = dict(zip(evidence.sites, plan.method.run(chosen, rejected, own), strict=True))
+    statistics = {s: describe_site(chosen[:, i], rejected[:, i], seed=seed) for i, s in enumerate(evidence.sites)}
+    return evidence, vectors, statistics
 
 
-def _fixed_site(adapter: Adapter, site: Site | str | None) -> Site | None:
-    if site is None:
-        return None
-    parsed = Site.parse(site) if isinstance(site, str) else site
-    return Site(adapter.layer(parsed.layer), parsed.position)
+def _from_gradients(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    plan: Plan,
+    loss: Loss,
+    own: Mapping[str, object],
+    seed: int,
+    reading: Mapping[str, Any],
+) -> Found:
+    """Describe the sites by minus the pairs' gradients, in place of differences; lengths and norms are as ever."""
+    found = capture_gradients(model, tokenizer, pairs, loss=loss, positions=plan.positions, **reading)
+    again = {name: reading[name] for name in ("layers", "token_budget")}
+    evidence = capture(model, tokenizer, pairs, positions=("response_mean",), format="question_response", **again)
+    vectors = dict(zip(found.sites, plan.method.run(found.gradients, found.activations, own), strict=True))
+    none = torch.zeros_like(found.gradients[:, 0])
+    statistics: dict[Site, dict[str, float | None]] = {}
+    for i, site in enumerate(found.sites):
+        described = describe_site(-found.gradients[:, i], none, seed=seed)
+        described["first_order"] = (described["r_norm"] or 0.0) * evidence.norms[site.layer]
+        statistics[site] = described
+    return evidence, vectors, statistics
 
 
-def _rule(method: Method, selection: str | None, site: Site | None) -> str:
-    rule = selection or (method.selection if site is None else "fixed")
-    if rule == "validation":
-        raise OptionError(
-            "Choosing a site by validation needs data that learning has not seen: learn with another rule, then pass "
-            "the knob and held-out pairs to trimtab.tune."
-        )
-    if rule not in get_args(Selection):
-        raise unknown_name("selection", rule, get_args(Selection))
-    if (rule == "fixed") != (site is not None):
-        got = f"selection={rule!r} and site={None if site is None else str(site)!r}"
-        raise OptionError(f"A site goes with selection='fixed', and selection='fixed' needs a site; got {got}.")
-    return rule
+def _check_gradients(scale: str | None, length_match: str) -> None:
+    if scale == "mean_chosen_norm":
+        raise OptionError("scale='mean_chosen_norm' is of methods that read answers; of gradients take raw, or none.")
+    if length_match == "regress":
+        raise OptionError("length_match='regress' is of methods that read answers; of gradients take 'bucket'.")
 
 
-def _format_for(positions: Sequence[str] | None) -> Format | None:
-    """Return the format in which the positions exist, if they exist in one only."""
-    groups = {position.partition("[")[0] for position in positions or ()}
-    if "post_instruction" in groups:
-        return "response_as_user"
-    return "question_response" if "response_end" in groups else None
-
-
-def _default_position(renderer: Renderer, format: Format) -> str:
-    if format not in FORMATS:
-        raise unknown_name("format", format, FORMATS)
-    if format == "response_as_user":
-        return "post_instruction"
-    return "response_end" if renderer.closing_count() else "last"
-
-
-def layers_between(n_layers: int, first: float, last: float) -> list[int]:
-    """Return the layers that lie between two fractions of the depth; layer i reaches from i/n to (i + 1)/n.
-
-    >>> layers_between(10, 0.0, 0.8)
-    [0, 1, 2, 3, 4, 5, 6, 7]
-    """
-    if not 0.0 <= first < last <= 1.0:
-        raise OptionError(f"Layers lie between fractions 0 <= first < last <= 1; got first={first}, last={last}.")
-    slack = 1e-9  # 0.8 * 10 is not exactly 8
-    kept = [i for i in range(n_layers) if first * n_layers <= i + slack and i + 1 <= last * n_layers + slack]
-    if not kept:
-        raise OptionError(
-            f"No layer of {n_layers} lies between first={first} and last={last}; widen them, or pass layers=[...]."
-        )
-    return kept
-
-
-def _check_options(scale: str, where: str, length_match: str, seed: int) -> None:
+def _check_options(scale: str | None, where: str, length_match: str, seed: int) -> None:
     for what, got, known in (
-        ("scale", scale, get_args(Scale)),
+        ("scale", "raw" if scale is None else scale, get_args(Scale)),
         ("length_match", length_match, get_args(LengthMatch)),
     ):
         if got not in known:
@@ -289,7 +243,7 @@ def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float
     return kept
 
 
-def _gain(scale: str, vector_norm: float, chosen_norm: float | None, residual_norm: float) -> float:
-    if scale == "raw":
+def _gain(scale: str | None, vector_norm: float, chosen_norm: float | None, residual_norm: float) -> float:
+    if scale in (None, "raw"):
         return alpha_from_multiplier(1.0, vector_norm, residual_norm)
     return alpha_from_palrs(1.0, chosen_norm or 0.0, residual_norm) if scale == "mean_chosen_norm" else 1.0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 from trimtab.errors import OptionError, PairsError, unknown_name
+from trimtab.losses import Loss
 from trimtab.pairs import Pairs
 from trimtab.render import Rendered, Renderer
 
@@ -113,6 +114,41 @@ def _reads(text: Rendered, names: Sequence[str]) -> dict[int, slice]:
     return reads
 
 
+class Answer(NamedTuple):
+    """A rendered prompt with an answer: `ids`, of which `start` and later belong to the answer."""
+
+    ids: list[int]
+    start: int
+    side: int
+    pair: int
+
+
+class Item(NamedTuple):
+    """The answers of one pair that a loss looks at, and what it wants of each."""
+
+    pair: int
+    texts: list[Answer]
+    shares: tuple[float, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(len(text.ids) for text in self.texts)
+
+
+def render_items(renderer: Renderer, pairs: Pairs, loss: Loss) -> list[Item]:
+    """Render the answers of every pair that a loss looks at, with the tokens that count for it."""
+    items: list[Item] = []
+    for n, pair in enumerate(pairs):
+        texts: list[Answer] = []
+        for side, answer in enumerate(loss.texts(pair, n + 1)):
+            full = renderer.full(pair.prompt, answer)
+            ids = full.ids if loss.closing else full.ids[: full.response_end]
+            texts.append(Answer(ids, full.response_start, side, n))
+        items.append(Item(n, texts, loss.shares(pair, n + 1)))
+    return items
+
+
 def _other_questions(pairs: Pairs) -> list[str]:
     """Return for each pair the question of the next pair, around the end, that asks something else."""
     asked = [pair.prompt[-1].content for pair in pairs]
@@ -124,11 +160,11 @@ def _other_questions(pairs: Pairs) -> list[str]:
     return others
 
 
-def check_context(limit: int | None, texts: Sequence[Text]) -> None:
+def check_context(limit: int | None, texts: Sequence[Text] | Sequence[Answer]) -> None:
     """Raise `PairsError` where a text is longer than the model's context of `limit` tokens."""
     longest = max(texts, key=lambda text: len(text.ids))
     if limit is not None and len(longest.ids) > limit:
-        answer = ("chosen", "rejected")[longest.side]
+        answer = ("chosen", "rejected")[longest.side] if longest.side < 2 else f"option {longest.side + 1} as"
         long = len({text.pair for text in texts if len(text.ids) > limit})
         raise PairsError(
             f"Pair {longest.pair + 1} is {len(longest.ids)} tokens long when rendered with its {answer} answer; this "

@@ -1,9 +1,9 @@
 """Learn a knob from preference pairs: a direction in seconds, or a difference of weights by training.
 
-Directions (palrs, diffmean, pca): every candidate site (layers x positions) is read and kept; `trimtab tune` chooses
-among them on held-out pairs. Weights: preference-vector trains with DPO on the pairs and on the pairs swapped and
-subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is not given is as
-the method's paper has it.
+Directions (palrs, diffmean, pca, icv, cold-kernel): every candidate site (layers x positions) is read and kept; `trimtab
+tune` chooses among them on held-out pairs. Weights: preference-vector trains with DPO on the pairs and on the pairs
+swapped and subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is not
+given is as the method's paper has it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ LEARN = (
     "selection",
     "site",
     "scale",
+    "loss",
     "where",
     "length_match",
     "seed",
@@ -57,7 +58,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the knob")
     parser.add_argument(
         "--method",
-        help="palrs, diffmean, pca or random, a control; preference-vector or alignment-vector (default palrs)",
+        help="palrs, diffmean, pca, icv, cold-kernel or random, a control; preference-vector or alignment-vector "
+        "(default palrs)",
     )
     parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot, with - for spaces)")
     reading = parser.add_argument_group("what is read")
@@ -73,13 +75,20 @@ def add_options(parser: ArgumentParser) -> None:
     reading.add_argument("--first", type=float, metavar="X", help="first depth, as a fraction (default 0.0)")
     reading.add_argument("--last", type=float, metavar="X", help="last depth, as a fraction (default 0.8)")
     reading.add_argument("--token-budget", type=int, metavar="N", help="tokens of a batch (default 8192)")
+    reading.add_argument(
+        "--loss",
+        metavar="LOSS",
+        help="of gradients: dpo, sft, negative-sft, simpo, distribution; dpo where none is given",
+    )
     reading.add_argument("--length-match", metavar="RULE", help="off, bucket or regress (default off)")
     reading.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")
     options.add_checkpoint(parser)
     choice = parser.add_argument_group("what is chosen before tuning")
-    choice.add_argument("--selection", help="eq3_cosine, max_relative_norm, probe_auc or fixed")
+    choice.add_argument("--selection", help="eq3_cosine, max_relative_norm, probe_auc, first_order or fixed")
     choice.add_argument("--site", help="take this one, as in 4/last")
-    choice.add_argument("--scale", help="raw, mean_chosen_norm or mean_residual_norm (default raw)")
+    choice.add_argument(
+        "--scale", help="raw, mean_chosen_norm or mean_residual_norm; where none is given raw, of gradients alpha 0.2"
+    )
     choice.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default all)")
     choice.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
     choice.add_argument("--seed", type=int, metavar="N", help="of whatever is drawn (default 0)")

@@ -10,10 +10,14 @@ from typing import Literal
 from torch import Tensor
 
 from trimtab.errors import OptionError, unknown_name
+from trimtab.methods.cold_kernel import cold_kernel
 from trimtab.methods.diffmean import diffmean
+from trimtab.methods.icv import icv
 from trimtab.methods.palrs import palrs
 from trimtab.methods.pca import pca
 from trimtab.methods.random import random
+
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,17 @@ class Method:
 
     name: str
     function: Callable[..., Tensor]
-    """`(chosen [N, S, D], rejected [N, S, D], *, options) -> vectors [S, D]`; keyword-only parameters are options."""
+    """`(chosen [N, S, D], rejected [N, S, D], *, options) -> vectors [S, D]`; keyword-only parameters are options.
+
+    Where the evidence is gradients, it takes `(gradients [N, S, D], activations [N, S, D], *, options)`.
+    """
     paper: str
     summary: str
     format: Literal["response_as_user", "question_response"]
     position: str
     """Position that is read; "" leaves it to the format and the template."""
     selection: str
+    evidence: Literal["activations", "gradients"] = "activations"
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -43,9 +51,10 @@ class Method:
         for name, value in options.items():
             if name not in self.defaults:
                 raise unknown_name(f"option of method {self.name}", name, self.defaults)
-            if type(value) is not type(self.defaults[name]):
-                wanted = "true or false" if isinstance(self.defaults[name], bool) else "a whole number"
-                raise OptionError(f"Option {name!r} of method {self.name} is {wanted}; got {value!r}.")
+            wanted, got = type(self.defaults[name]), type(value)
+            if got is not wanted and (got, wanted) != (int, float):
+                said = KINDS[wanted]
+                raise OptionError(f"Option {name!r} of method {self.name} is {said}; got {value!r}.")
         return options
 
     def run(self, chosen: Tensor, rejected: Tensor, options: Mapping[str, object]) -> Tensor:
@@ -86,6 +95,25 @@ METHODS: dict[str, Method] = {
         "question_response",
         "last",
         "max_relative_norm",
+    ),
+    "icv": Method(
+        "icv",
+        icv,
+        "arXiv:2311.06668",
+        "first principal component of the pairs' differences over all layers together (ICV)",
+        "question_response",
+        "last",
+        "max_relative_norm",
+    ),
+    "cold-kernel": Method(
+        "cold-kernel",
+        cold_kernel,
+        "arXiv:2603.06495",
+        "minus the mean gradient of a loss at the prompt's last token (COLD-Kernel)",
+        "question_response",
+        "last_prompt",
+        "first_order",
+        "gradients",
     ),
     "random": Method(
         "random",

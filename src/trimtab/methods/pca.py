@@ -22,14 +22,15 @@ def pca(chosen: Tensor, rejected: Tensor, *, center: bool = False) -> Tensor:
     `center=False`; repeng's `pca_diff`, its default, for `center=True`. All theirs have length 1, and repeng's sign is
     that of most pairs, which is the mean difference's unless a few pairs differ far the other way.
     """
-    return torch.stack([_component((c.double() - r.double()), center) for c, r in _by_site(chosen, rejected)])
+    return torch.stack([component((c.double() - r.double()), center=center) for c, r in _by_site(chosen, rejected)])
 
 
 def _by_site(chosen: Tensor, rejected: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(chosen.unbind(dim=1), rejected.unbind(dim=1), strict=True))
 
 
-def _component(differences: Tensor, center: bool) -> Tensor:
+def component(differences: Tensor, *, center: bool) -> Tensor:
+    """Return the first principal component of `[N, D]` about zero, or about the mean, as long as the mean along it."""
     mean = differences.mean(dim=0)
     rows = differences - mean if center else differences  # [N, D]
     if len(rows) <= rows.shape[1]:  # the smaller of the two Gram matrices has the same leading component

@@ -183,12 +183,7 @@ class _Run:
         with self.adapter.read(self.layers) as reading:
             self.adapter.run_to(max(self.layers), **inputs)
         width = padded.input_ids.shape[1]
-        held = tuple(reading.acts[self.layers[0]].shape[:2])
-        if held != (len(batch), width):
-            raise AdapterError(
-                f"The blocks hold {held[0]} rows of {held[1]} tokens where the texts have {len(batch)} of {width}, so "
-                "that positions are not known: this model adds tokens of its own, or turns rows into columns."
-            )
+        check_blocks(tuple(reading.acts[self.layers[0]].shape[:2]), len(batch), width)
         offsets = [width - len(text.ids) if self.padding == "left" else 0 for text in batch]
         reads = [(b, _shift(span, offsets[b])) for b, text in enumerate(batch) for span in text.reads.values()]
         kept = _kept(reads, width)
@@ -197,6 +192,15 @@ class _Run:
             "means": torch.stack([_means(reading.acts[layer], kept) for layer in self.layers]),
             "norms": torch.stack([_norms(reading.acts[layer], counted) for layer in self.layers]),
         }
+
+
+def check_blocks(held: tuple[int, ...], rows: int, tokens: int) -> None:
+    """Raise `AdapterError` where a model holds other rows or tokens than it was given."""
+    if held != (rows, tokens):
+        raise AdapterError(
+            f"The blocks hold {held[0]} rows of {held[1]} tokens where the texts have {rows} of {tokens}, so "
+            "that positions are not known: this model adds tokens of its own, or turns rows into columns."
+        )
 
 
 def _kept(spans: Sequence[tuple[int, slice]], width: int) -> _Kept:
