@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import AnyKnob, Knob, Rack
+from trimtab.artifact import AnyKnob, DeltaKnob, Rack
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.ops import Batch
 from trimtab.render import Renderer
@@ -253,7 +253,7 @@ def _doses(
     knobs: AnySetting | Sequence[AnySetting] | None, count: int, rack: Rack | None, where: Where | None
 ) -> list[dict[AnyKnob, float]]:
     """Look up every prompt's knobs, and move them to `where`; a knob in several rows stays one knob."""
-    moved: dict[Knob, Knob] = {}
+    moved: dict[AnyKnob, AnyKnob] = {}
     doses: list[dict[AnyKnob, float]] = []
     for setting in _per_prompt(knobs, count):
         dose: dict[AnyKnob, float] = {}
@@ -267,7 +267,7 @@ def _doses(
             else:
                 raise OptionError(f"Knob {key!r} is set by name, and there is no rack. Pass rack=Rack({key}=...).")
             for knob, number in found.items():
-                if where is not None and isinstance(knob, Knob):
+                if where is not None and not isinstance(knob, DeltaKnob):
                     knob = moved.setdefault(knob, knob.with_(where=where))
                 dose[knob] = dose.get(knob, 0.0) + number
         doses.append(dose)

@@ -7,11 +7,9 @@ a KV cache agree; padding is never steered; nothing is left on the model.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -19,44 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter, CallInfo
-from trimtab.artifact import AnyKnob, DeltaKnob, Knob
-from trimtab.errors import AdapterError, KnobError, OptionError, brief
-from trimtab.positions import EVERY_TOKEN, Follower, Masks, RowDose
-from trimtab.types import LATER, Markers, Where, check_strength
+from trimtab.addends import Dose, LayerTable, ablate, build_tables, check_dose, named, row_doses, turned_weights
+from trimtab.artifact import AnyKnob, DeltaKnob, LookaheadKnob
+from trimtab.errors import AdapterError, OptionError, brief
+from trimtab.lookahead import Stream
+from trimtab.positions import EVERY_TOKEN, Follower, Masks
+from trimtab.types import Markers, Where
 from trimtab.weights.live import applied
 from trimtab.weights.rows import row_addends
-
-Dose = Mapping[AnyKnob, float] | Mapping[Knob, float] | Mapping[DeltaKnob, float]
-"""Knobs with their strengths."""
-
-
-@dataclass
-class _Ablation:
-    """h - s (h . u) u on the tokens of `where`."""
-
-    where: Where
-    direction: Tensor  # [D] float32, unit
-    strength: Tensor  # [] or [B, 1] float32
-
-
-@dataclass
-class _Layer:
-    """What happens at one layer. Addends are `[D]` where every row has the same, else `[B, 1, D]`."""
-
-    adds: dict[Where, Tensor] = field(default_factory=dict[Where, Tensor])
-    later: Tensor | None = None  # the addends of "all" and "completion" in one
-    ablations: list[_Ablation] = field(default_factory=list[_Ablation])
-
-    def wheres(self) -> set[Where]:
-        return {*self.adds, *(ablation.where for ablation in self.ablations)}
-
-    def repeat(self, times: int) -> _Layer:
-        """Give each row to `times` neighbours, as beam search and `num_return_sequences` lay them out."""
-        return _Layer(
-            {where: addend.repeat_interleave(times, 0) for where, addend in self.adds.items()},
-            None if self.later is None else self.later.repeat_interleave(times, 0),
-            [_Ablation(a.where, a.direction, a.strength.repeat_interleave(times, 0)) for a in self.ablations],
-        )
 
 
 class Steering:
@@ -77,9 +45,11 @@ class Steering:
         self._thread = threading.get_ident()
         self._level, self._active = 0, {0: self._thread}  # alone on the model, until it is counted among others
         self._rows: int | None = None
-        self._tables: dict[int, _Layer] = {}
-        self._expanded: tuple[int, dict[int, _Layer]] = (1, {})
+        self._tables: dict[int, LayerTable] = {}
+        self._expanded: tuple[int, dict[int, LayerTable]] = (1, {})
         self._masks: Masks = {}
+        self._streams: dict[LookaheadKnob, Stream] = {}
+        self._moving: dict[LookaheadKnob, Stream] = {}  # of this call
         self._call = 0, 0  # rows and tokens
         self._ended = False
         self._unmasked = False  # every token of this call takes the addends of "all" and "completion", whole
@@ -97,24 +67,35 @@ class Steering:
         if not isinstance(settings, Mapping | Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {brief(settings)}.")
         uniform = isinstance(settings, Mapping)
-        rows = [_check_dose(row) for row in ([settings] if isinstance(settings, Mapping) else settings)]
+        rows = [check_dose(row) for row in ([settings] if isinstance(settings, Mapping) else settings)]
         if not rows:
             raise OptionError("Got no knob settings; pass one mapping for all rows, or one per row of the batch.")
         if not uniform and self._lengths is not None and len(self._lengths) != len(rows):
             raise OptionError(f"Got {len(rows)} knob settings but {len(self._lengths)} prompt lengths.")
         self._rows = None if uniform else len(rows)
-        self._turn_weights([_turned_weights(row) for row in rows])
-        vectors = [{knob: s for knob, s in row.items() if isinstance(knob, Knob)} for row in rows]
-        self._tables = _build(self._adapter, vectors, uniform)
+        self._turn_weights([turned_weights(row) for row in rows])
+        self._tables = build_tables(self._adapter, rows, uniform)
+        self._open_streams()
         self._expanded = (1, self._tables)
         wheres = frozenset[Where]().union(*(layer.wheres() for layer in self._tables.values()))
-        doses = _row_doses(self._adapter, rows)
+        doses = row_doses(self._adapter, rows)
         follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache, self._level, self._active)
         if self._tables or self._check_cache:  # at strength 0 no block is touched, but a steered cache is a mistake
             functions = {layer: partial(self._apply, layer) for layer in self._tables}
             if functions:
                 self._hooks.enter_context(self._adapter.steered())
-            self._hooks.enter_context(self._adapter.write(functions, partial(self._before, follower), follower.keep))
+            self._hooks.enter_context(
+                self._adapter.write(functions, partial(self._before, follower), partial(self._after, follower))
+            )
+
+    def _open_streams(self) -> None:
+        """Prepare a second stream for each lookahead knob that is turned."""
+        self._streams = {}
+        for knob in dict.fromkeys(move.knob for table in self._tables.values() for move in table.moves):
+            apart = min(self._tables) < knob.top or len(self._active) > 1
+            stream = Stream(self._adapter, knob, level=self._level, apart=apart)
+            self._hooks.enter_context(stream.ready())
+            self._streams[knob] = stream
 
     def _turn_weights(self, rows: list[dict[DeltaKnob, float]]) -> None:
         """Put dense knobs into the weights, for all rows alike, and hang low-rank ones beside them, row by row."""
@@ -128,7 +109,7 @@ class Steering:
         if uneven is not None:
             raise OptionError(
                 "Dense weight knobs change the model for every row, and two rows of this batch differ: "
-                f"{_named(dense[0])} and {_named(uneven)}. Compress them (trimtab.weights.compress) for a strength per "
+                f"{named(dense[0])} and {named(uneven)}. Compress them (trimtab.weights.compress) for a strength per "
                 "row, or run one setting at a time."
             )
         self._hooks.enter_context(self._adapter.steered())
@@ -173,6 +154,21 @@ class Steering:
         self._call, self._unmasked = (call.batch, call.tokens), masks == EVERY_TOKEN
         dtype = self._adapter.dtype
         self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
+        # Past the prompt a knob that steers it is done with; others have to follow every token from the first on.
+        gone = {knob for knob in self._streams if knob.where in ("prompt", "context") and knob.where not in masks}
+        self._moving = {knob: stream for knob, stream in self._streams.items() if knob not in gone}
+        for knob, stream in self._moving.items():
+            if stream.leans_on_the_model and len(self._active) > 1:
+                raise AdapterError(
+                    f"Another steer() acts inside the one of the lookahead knob {knob.name!r}, whose scaled step is "
+                    "compared with the model's own stream. Enter the other one first, or use backend='exact'."
+                )
+            stream.begin(call)
+
+    def _after(self, follower: Follower, cache: object) -> None:
+        follower.keep(cache)
+        for stream in self._moving.values():
+            stream.keep(cache)
 
     def _match_rows(self, batch: int) -> None:
         """Repeat the rows' addends if the model runs a multiple of them."""
@@ -195,21 +191,25 @@ class Steering:
                 f"{self._call[0]} of {self._call[1]}, so that their positions are not known: this model adds tokens of "
                 "its own, turns rows into columns, or goes on with its states wrongly."
             )
-        table = self._expanded[1][layer]
+        table, steered = self._expanded[1][layer], hidden
         for ablation in table.ablations:
             if ablation.where in self._masks:
-                hidden = _ablate(hidden, ablation, self._masks[ablation.where])
+                steered = ablate(steered, ablation, self._masks[ablation.where])
         if self._unmasked:
-            return hidden if table.later is None else hidden + table.later.to(hidden)
-        for where, addend in table.adds.items():
-            if where not in self._masks:
-                continue
-            mask = self._masks[where]
-            if mask is None:
-                hidden = hidden + addend.to(hidden)
-            else:
-                hidden = torch.addcmul(hidden, mask.to(hidden), addend.to(hidden))
-        return hidden
+            steered = steered if table.later is None else steered + table.later.to(steered)
+        else:
+            for where, addend in table.adds.items():
+                if where in self._masks:
+                    steered = _add(steered, addend.to(steered), self._masks[where])
+        for move in table.moves:
+            if move.knob in self._moving and move.knob.where in self._masks:
+                moved = move.alpha * self._moving[move.knob].displacement(layer, hidden)
+                steered = _add(steered, moved.to(steered), self._masks[move.knob.where])
+        return steered
+
+
+def _add(hidden: Tensor, addend: Tensor, mask: Tensor | None) -> Tensor:
+    return hidden + addend if mask is None else torch.addcmul(hidden, mask.to(hidden), addend)
 
 
 _ACTIVE: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
@@ -262,11 +262,16 @@ def steer(
 
 
 def batches_of(doses: Sequence[Dose]) -> list[list[int]]:
-    """Group the numbers of rows that one batch can serve: all of them, unless dense weight knobs are turned unlike."""
-    groups: dict[frozenset[tuple[DeltaKnob, float]], list[int]] = {}
+    """Group the numbers of rows that one batch can serve, at no cost to rows that other knobs steer.
+
+    Dense weight knobs change the model for all rows, and lookahead knobs run a second stream beside all of them: rows
+    share a batch where they turn the former alike and turn the same of the latter.
+    """
+    groups: dict[frozenset[tuple[AnyKnob, float]], list[int]] = {}
     for number, dose in enumerate(doses):
-        dense = ((knob, s) for knob, s in _turned_weights(dose).items() if not knob.low_rank)
-        groups.setdefault(frozenset(dense), []).append(number)
+        dense = [(knob, s) for knob, s in turned_weights(dose).items() if not knob.low_rank]
+        beside = [(knob, 1.0) for knob, s in dose.items() if isinstance(knob, LookaheadKnob) and knob.alpha(s)]
+        groups.setdefault(frozenset([*dense, *beside]), []).append(number)
     return list(groups.values())
 
 
@@ -290,102 +295,3 @@ def _check_markers(markers: Markers, vocabulary: int | None) -> Markers:
 
 def _are_ids(ids: object) -> bool:
     return isinstance(ids, Sequence) and len(ids) > 0 and all(type(i) is int for i in ids)
-
-
-def _check_dose(dose: Dose) -> dict[AnyKnob, float]:
-    if not isinstance(dose, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {brief(dose)} for a row.")
-    for knob in dose:
-        if not isinstance(knob, AnyKnob):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f"steer() takes knobs, not {knob!r}. Resolve names with Rack.resolve(setting).")
-    return {knob: check_strength(value, f"strength of {knob.name!r}") for knob, value in dose.items()}
-
-
-def _turned_weights(row: Dose) -> dict[DeltaKnob, float]:
-    """Return the weight knobs of a row with their strengths, those that do nothing left out."""
-    return {knob: s for knob, s in row.items() if isinstance(knob, DeltaKnob) and knob.alpha(s)}
-
-
-def _build(adapter: Adapter, rows: Sequence[Mapping[Knob, float]], uniform: bool) -> dict[int, _Layer]:
-    """Sum what the knobs do at each layer; knobs at strength 0 in every row, and their layers, are left out."""
-    layers = {knob: _fitting_layer(adapter, knob) for row in rows for knob in row}
-    tables: dict[int, _Layer] = {}
-    for (layer, where), addend in _sum_addends(rows, layers).items():
-        addend = (addend[0] if uniform else addend[:, None]).to(adapter.device(layer))
-        tables.setdefault(layer, _Layer()).adds[where] = addend
-    for knob, layer in sorted(layers.items(), key=lambda item: item[0].name):
-        strengths = [row.get(knob, 0.0) for row in rows]
-        if knob.operation == "ablate" and any(strengths):
-            device = adapter.device(layer)
-            strength = torch.tensor(strengths[0] if uniform else [[s] for s in strengths], device=device)
-            if not bool(strength.isfinite().all()):
-                raise OptionError(f"A strength is too large for float32; got {[*map(_named, rows)]}.")
-            ablation = _Ablation(knob.where, knob.direction.to(device), strength)
-            tables.setdefault(layer, _Layer()).ablations.append(ablation)
-    for table in tables.values():
-        later = [table.adds[where] for where in ("all", "completion") if where in table.adds]
-        table.later = torch.stack(later).sum(0).to(adapter.dtype) if later else None
-        table.adds = {where: addend.to(adapter.dtype) for where, addend in table.adds.items()}
-        if not all(bool(addend.isfinite().all()) for addend in table.adds.values()):
-            raise OptionError(f"A strength is too large for {adapter.dtype}; got {[*map(_named, rows)]}.")
-    return tables
-
-
-def _sum_addends(rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, int]) -> dict[tuple[int, Where], Tensor]:
-    """Sum each row's addends in its own order, `[B, D]` float32 per layer and `where`: neighbours change no bit."""
-    sums: dict[tuple[int, Where], dict[int, Tensor]] = {}
-    for b, row in enumerate(rows):
-        for knob, strength in row.items():
-            if strength != 0 and knob.operation == "add":
-                group = sums.setdefault((layers[knob], knob.where), {})
-                addend = knob.addend(strength)
-                group[b] = group[b] + addend if b in group else addend
-    return {
-        key: torch.stack([group.get(b, torch.zeros_like(next(iter(group.values())))) for b in range(len(rows))])
-        for key, group in sums.items()
-    }
-
-
-def _row_doses(adapter: Adapter, rows: Sequence[Mapping[AnyKnob, float]]) -> list[RowDose]:
-    """Tell what is done to each row from anything else, by the vectors themselves: names may be used again."""
-    digests: dict[tuple[AnyKnob, float], bytes] = {}
-    for knob, strength in {turned for row in rows for turned in row.items() if turned[1]}:
-        if isinstance(knob, DeltaKnob):
-            said, content = f"weights {knob.alpha(strength)!r}", knob.digest.encode()
-        else:
-            vector = knob.addend(strength) if knob.operation == "add" else knob.direction * strength
-            said = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}"
-            content = vector.numpy().tobytes()
-        digests[knob, strength] = hashlib.sha256(said.encode() + content).digest()
-    doses: list[RowDose] = []
-    for row in rows:
-        active = [turned for turned in row.items() if turned[1]]
-        digest = hashlib.sha256(b"".join(sorted(digests[turned] for turned in active))).hexdigest() if active else ""
-        doses.append(RowDose(digest, all(knob.where in LATER for knob, _ in active)))
-    return doses
-
-
-def _named(row: Mapping[AnyKnob, float] | Mapping[Knob, float] | Mapping[DeltaKnob, float]) -> dict[str, float]:
-    return {knob.name: strength for knob, strength in row.items()}
-
-
-def _fitting_layer(adapter: Adapter, knob: Knob) -> int:
-    """Return the layer a knob writes to, after checking that its vector has the model's width."""
-    width = int(knob.direction.shape[-1])
-    if width != adapter.hidden_size:
-        name = type(adapter.model).__name__
-        raise KnobError(
-            f"Knob {knob.name!r} has width {width}; this {name} has hidden size {adapter.hidden_size}. "
-            "Use a knob learned on this model."
-        )
-    return adapter.layer(knob.site.layer)
-
-
-def _ablate(hidden: Tensor, ablation: _Ablation, mask: Tensor | None) -> Tensor:
-    """Remove a share of the component along a direction, in float32."""
-    wide = hidden.float()
-    direction = ablation.direction.to(wide)
-    share = (ablation.strength.to(wide) * (wide @ direction))[..., None]  # [B, T, 1]
-    if mask is not None:
-        share = share * mask.to(share)
-    return (wide - share * direction).to(hidden.dtype)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import numpy as np
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import AnyKnob, DeltaKnob, Knob
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
 from trimtab.checkpoint import Checkpoint, describe_model, digest
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
 from trimtab.evals.choosing import choose
@@ -73,7 +73,8 @@ def tune(
 ) -> AnyK:
     """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
 
-    A weight knob has neither sites nor tokens: its gain alone is chosen, in multiples of the difference. `gains` are
+    A weight knob has neither sites nor tokens: its gain alone is chosen, in multiples of the difference. The sites of a
+    lookahead knob are its candidate layers, one of which is taken. `gains` are
     `GAINS` or, for weights, `WEIGHT_GAINS` where none are given.
 
     `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob. A candidate
@@ -249,18 +250,22 @@ def _job(
     return {
         "work": "tuning",
         **describe_model(model, tokenizer),
-        **(
-            {"knob's weights": knob.digest}
-            if isinstance(knob, DeltaKnob)
-            else {
-                "knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()),
-                "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
-            }
-        ),
+        **_content(knob),
         "operation": knob.operation,
         "pairs": pairs.hash(),
         "tasks": [what_is_asked(t) for t in tasks],
     }
+
+
+def _content(knob: AnyKnob) -> dict[str, Any]:
+    if isinstance(knob, DeltaKnob):
+        return {"knob's weights": knob.digest}
+    norms = {"knob's norms": {str(layer): norm for layer, norm in knob.norms.items()}}
+    if isinstance(knob, LookaheadKnob):
+        scales = {str(layer): scale for layer, scale in knob.scales.items()}
+        way = [knob.backend, knob.step, knob.per_token]
+        return {"knob's gradient": knob.digest, **norms, "knob's scales": scales, "knob's way": way}
+    return {"knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()), **norms}
 
 
 def _wheres(
@@ -348,11 +353,13 @@ def _rank(
     sites: list[Site | None] = [None]
     if isinstance(knob, Knob):
         sites = [site for site, vector in knob.vectors.items() if float(vector.norm()) > 0]
+    elif isinstance(knob, LookaheadKnob):
+        sites = [*knob.sites]
     spots = list(product(sites, wheres, gains))
     if not spots:
         raise TuneError(f"Every vector of {knob.name!r} is zero: its pairs do not differ at any site that was read.")
     # A knob copies its vectors: one each is enough.
-    lone = {site: knob if site is None else cast(Knob, knob).pruned(site) for site in sites}
+    lone = {site: knob if isinstance(knob, DeltaKnob) else knob.pruned(site) for site in sites}
     settings: list[Dose] = [{_at(lone[s], s, w, gain): 1.0} for s, w, gain in spots]
     base, *steered = pair_margins(model, tokenizer, pairs, [{}, *settings], answer_tokens=answer_tokens, kept=kept)
     found = [

@@ -3,6 +3,7 @@
 The only part that registers hooks, knows paths of layers, or looks into the outputs of blocks and the caches of models.
 """
 
+from trimtab.adapter.aside import cache_tensors, parameters_to, run_aside, second_cache, with_cache
 from trimtab.adapter.calls import CACHE_NAMES, CallInfo, Generating, generating, read_note, write_note
 from trimtab.adapter.stream import Adapter, Reading, WriteFn
 
@@ -13,7 +14,12 @@ __all__ = [
     "Generating",
     "Reading",
     "WriteFn",
+    "cache_tensors",
     "generating",
+    "parameters_to",
     "read_note",
+    "run_aside",
+    "second_cache",
+    "with_cache",
     "write_note",
 ]

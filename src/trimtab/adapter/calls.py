@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +19,7 @@ class CallInfo:
 
     `attention_mask` is `[B, total]` with 1 for real tokens, or the `[B, 1, T, total]` form that static caches use.
     `ids` are the tokens `[B, T]`, None where the model was given embeddings. `caching` says whether the caller handed
-    in a KV cache or asked for one; a default of the model does not count.
+    in a KV cache or asked for one; a default of the model does not count. `arguments` are all that the decoder is told.
     """
 
     batch: int
@@ -29,6 +29,7 @@ class CallInfo:
     ids: Tensor | None = None
     cache: Any = None
     caching: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
 
     def past(self, known: int | None = None) -> int:
         """Count the columns already in the KV cache, padding included; `known` serves caches that do not count."""
@@ -85,15 +86,15 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 _NOTE = "_trimtab_note"
 
 
-def read_note(cache: object) -> object:
-    """Return what `write_note` left on a KV cache, or None; a copy of the cache has it too."""
-    return getattr(cache, _NOTE, None)
+def read_note(cache: object, subject: str = "") -> object:
+    """Return what `write_note` left on a KV cache about a subject, or None; a copy of the cache has it too."""
+    return getattr(cache, _NOTE + subject, None)
 
 
-def write_note(cache: object, note: object) -> bool:
+def write_note(cache: object, note: object, subject: str = "") -> bool:
     """Leave a note on a KV cache; returns False where it takes none, as a list of states does."""
     try:
-        object.__setattr__(cache, _NOTE, note)
+        object.__setattr__(cache, _NOTE + subject, note)
     except (AttributeError, TypeError):
         return False
     return True
@@ -151,6 +152,7 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
         ids=ids if isinstance(ids, Tensor) else None,
         cache=cache,
         caching=cache is not None or named.get("use_cache") is True,
+        arguments=named,
     )
 
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapter.aside import Aside, Stop, aside_of, hidden_of, stop
 from trimtab.adapter.blocks import callers_of, find_blocks, module_list, refuse_virtual_tokens, stretch, text_config
 from trimtab.adapter.calls import (
     CallInfo,
@@ -39,10 +40,6 @@ _Around = list[tuple[nn.Module, OuterCall]]
 """The modules around the decoder that are being called, outermost first, and what each was told."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass early; never leaves `Adapter.run_to`."""
-
-
 @dataclass
 class Reading:
     """What `Adapter.read` saw in the latest forward: `acts[layer]` is `[B, T, D]`, detached, in the model's dtype."""
@@ -64,8 +61,9 @@ class Adapter:
         self.model = model
         self.path = layers_path if layers_path is not None else find_blocks(model)
         self.blocks: list[nn.Module] = list(module_list(model, self.path))
-        *self._around, self._decoder = callers_of(model, self.path)
-        config = text_config(model)
+        *self._around, self.decoder = callers_of(model, self.path)
+        self.text_config: Any = text_config(model)
+        config = self.text_config
         width = getattr(config, "hidden_size", None)
         if not isinstance(width, int):
             raise AdapterError(f"The configuration of {type(model).__name__} has no hidden_size; got {width!r}.")
@@ -102,6 +100,12 @@ class Adapter:
             return cast(Any, self.model).get_input_embeddings()
         except (AttributeError, NotImplementedError):  # a home-made model; one whose class does not say
             return None
+
+    @property
+    def decoder_path(self) -> str:
+        """What the names of the decoder's parameters begin with in the model, the dot included."""
+        path = next(name for name, module in self.model.named_modules() if module is self.decoder)
+        return f"{path}." if path else ""
 
     @property
     def n_layers(self) -> int:
@@ -179,24 +183,27 @@ class Adapter:
         `before` is called once per forward of the decoder, ahead of every function; `after` once it is through, with
         the KV cache that the decoder returns, if it returns one.
         """
-        resolved = {self.layer(index): function for index, function in functions.items()}
+        resolved, aside = (
+            {self.layer(index): function for index, function in functions.items()},
+            aside_of(self.blocks[0]),
+        )
         if len(resolved) != len(functions):
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
         with ExitStack() as exits, _compiled_code_sees_hooks():
             if before is not None:
                 around: _Around = []
                 for module in self._around:
-                    hook = _never_compiled(partial(_begin, around))
+                    hook = _never_compiled(partial(_begin, aside, around))
                     exits.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                    hook = _never_compiled(partial(_end, around))
+                    hook = _never_compiled(partial(_end, aside, around))
                     exits.callback(module.register_forward_hook(hook, always_call=True).remove)
-                hook = _never_compiled(partial(_announce, before, around))
-                exits.callback(self._decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                hook = _never_compiled(partial(_announce, aside, before, around))
+                exits.callback(self.decoder.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if after is not None:
-                hook = _never_compiled(partial(_hand_over, after))
-                exits.callback(self._decoder.register_forward_hook(hook).remove)
+                hook = _never_compiled(partial(_hand_over, aside, after))
+                exits.callback(self.decoder.register_forward_hook(hook).remove)
             for layer, function in resolved.items():
-                hook = partial(_replace, layer, self.hidden_size, function)
+                hook = partial(_replace, aside, layer, self.hidden_size, function)
                 # prepend: hooks that only look, ours or those behind output_hidden_states, see the new stream
                 exits.callback(self.blocks[layer].register_forward_hook(hook, prepend=True).remove)
             yield
@@ -217,10 +224,10 @@ class Adapter:
         """
         if "use_cache" in parameters(self.model):
             inputs.setdefault("use_cache", False)
-        handle = self.blocks[self.layer(layer)].register_forward_hook(_stop)
+        handle = self.blocks[self.layer(layer)].register_forward_hook(partial(stop, aside_of(self.blocks[0]), False))
         try:
             self.model(**inputs)
-        except _Stop:
+        except Stop:
             pass
         finally:
             handle.remove()
@@ -265,51 +272,48 @@ def _check_hooks_in_compiled_code() -> None:
         dynamo.reset()
 
 
-def _begin(around: _Around, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(aside: Aside, around: _Around, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if aside.on:
+        return
     around.append((module, outer_call(named_arguments(module, args, kwargs))))
 
 
-def _end(around: _Around, module: nn.Module, args: object, output: object) -> None:
-    if around and around[-1][0] is module:  # else another's hook ended this call before ours began it
+def _end(aside: Aside, around: _Around, module: nn.Module, args: object, output: object) -> None:
+    if not aside.on and around and around[-1][0] is module:  # else another's hook ended this call before ours began it
         around.pop()
 
 
 def _announce(
+    aside: Aside,
     before: Callable[[CallInfo], None],
     around: _Around,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
+    if aside.on:
+        return
     before(describe_call(named_arguments(module, args, kwargs), [call for _, call in around]))
 
 
-def _hand_over(after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:
+def _hand_over(aside: Aside, after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:
+    if aside.on:
+        return
     cache = returned_cache(output)
     if cache is not None:
         after(cache)
 
 
-def _hidden(output: object) -> Tensor:
-    """Return the hidden states of a block's output: a tensor in most models, the first of a tuple or list in others."""
-    hidden = cast(Sequence[object], output)[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        got = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(output).__name__
-        several = " (several residual streams side by side?)" if isinstance(hidden, Tensor) else ""
-        raise AdapterError(f"A decoder block must return hidden states [batch, tokens, width]; got {got}{several}.")
-    return hidden
-
-
 def _record(acts: dict[int, Tensor], layer: int, module: nn.Module, args: object, output: object) -> None:
-    acts[layer] = _hidden(output).detach()
+    acts[layer] = hidden_of(output).detach()
 
 
-def _stop(module: nn.Module, args: object, output: object) -> None:
-    raise _Stop
-
-
-def _replace(layer: int, width: int, function: WriteFn, module: nn.Module, args: object, output: object) -> object:
-    hidden = _hidden(output)
+def _replace(
+    aside: Aside, layer: int, width: int, function: WriteFn, module: nn.Module, args: object, output: object
+) -> object:
+    if aside.on:
+        return output
+    hidden = hidden_of(output)
     new = function(hidden)
     if new.shape != hidden.shape or hidden.shape[-1] != width:
         raise AdapterError(

@@ -1,9 +1,10 @@
-"""The knob file: directions, or weight differences, with gain and provenance in one safetensors file; racks, panels."""
+"""The knob file: directions, weight differences or gradients, with gain and provenance; racks and panels of knobs."""
 
 from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.file import FORMAT_VERSION
 from trimtab.artifact.identity import model_identity
 from trimtab.artifact.knob import Knob, Operation
+from trimtab.artifact.lookahead import LookaheadKnob
 from trimtab.artifact.parts import LowRank
 from trimtab.artifact.rack import AnyKnob, Panel, Rack, load_knob, load_panel, save_panel
 
@@ -12,6 +13,7 @@ __all__ = [
     "AnyKnob",
     "DeltaKnob",
     "Knob",
+    "LookaheadKnob",
     "LowRank",
     "Operation",
     "Panel",

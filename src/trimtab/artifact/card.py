@@ -12,6 +12,7 @@ from trimtab.ops import multiplier_from_alpha, palrs_from_alpha
 if TYPE_CHECKING:
     from trimtab.artifact.delta import DeltaKnob
     from trimtab.artifact.knob import Knob
+    from trimtab.artifact.lookahead import LookaheadKnob
 
 
 def describe(knob: Knob) -> str:
@@ -61,6 +62,34 @@ def describe_delta(knob: DeltaKnob) -> str:
     return _card(lines, knob.diagnostics)
 
 
+def describe_lookahead(knob: LookaheadKnob) -> str:
+    """Describe a lookahead knob in a few lines."""
+    known, made = knob.provenance, knob.described()
+    energy: object = knob.diagnostics.get("energy")
+    layers = ", ".join(map(str, knob.layers))
+    lines = {
+        "knob": f"{knob.name} ({knob.kind}, {knob.method})",
+        "layers": f"{layers}, of {len(knob.norms)} in layers {min(knob.norms)} to {max(knob.norms)}",
+        "strength 1": f"alpha {knob.gain:.4g}" + (" at every token alike" if knob.per_token else " on average"),
+        "where": f"lookahead at {knob.where} tokens",
+        "derivative": "exact, in forward mode" if knob.backend == "exact" else _step(knob),
+        "gradient": f"{made['weights']} weights, {made['values']} values"
+        + (f", of rank {made['rank']} at most" if made["rank"] else ""),
+        "energy kept": f"{energy:.2%}" if isinstance(energy, float) else None,
+        "safe range": describe_safe_range(knob),
+        **{IDENTITY[key]: known.get(key) for key in IDENTITY},
+        "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
+        "paper": known.get("paper"),
+        "options": _pairs(known.get("options")),
+        **{key: known.get(key) for key in ("licence", "created", "tool")},
+    }
+    return _card(lines, knob.diagnostics)
+
+
+def _step(knob: LookaheadKnob) -> str:
+    return "by a step of " + ("a length that the dtype resolves" if knob.step is None else f"{knob.step:g} times it")
+
+
 def _anchors(known: Mapping[str, object]) -> str | None:
     """Return what the pairs were that a training held still; a foreign file may hold anything there."""
     options = known.get("options")
@@ -79,7 +108,7 @@ def _card(lines: Mapping[str, object], diagnostics: Mapping[str, object]) -> str
     return "\n".join(rows)
 
 
-def describe_safe_range(knob: Knob | DeltaKnob) -> str:
+def describe_safe_range(knob: Knob | DeltaKnob | LookaheadKnob) -> str:
     """Say which strengths tuning found safe, and whether anything but broken answers could have spoken against them."""
     if knob.safe_range is None:
         return "not tuned"

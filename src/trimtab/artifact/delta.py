@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.artifact.card import describe_delta
 from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.knob import check_knob_name, safe_range_of
-from trimtab.artifact.large import DTYPES, Entry, LargeFile, write_large
-from trimtab.artifact.parts import LowRank, Part, check_part, joined, norm, parts_of, scaled
+from trimtab.artifact.large import LargeFile, entries_of, write_large
+from trimtab.artifact.parts import (
+    LowRank,
+    Part,
+    check_fit,
+    check_part,
+    digest_of,
+    joined,
+    labelled,
+    norm,
+    parts_of,
+    scaled,
+)
 from trimtab.errors import KnobError, brief
 from trimtab.types import Where, check_strength
 
@@ -27,10 +36,6 @@ if TYPE_CHECKING:
 
 FIELDS = frozenset("format_version sha256 kind name method gain provenance diagnostics tuning".split())
 """What the header of a delta's file holds: each of them, and nothing else."""
-ADDABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of weights to which a difference can be added."""
-SAMPLE = 2**14
-"""Values of a tensor that `digest` looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +110,7 @@ class DeltaKnob:
     @cached_property
     def digest(self) -> str:
         """The sha256 of names, shapes and some values of every part, which tells the knob's content from another's."""
-        state = hashlib.sha256()
-        for name, part in self.parts.items():
-            for tensor in part if isinstance(part, LowRank) else (part,):
-                flat = tensor.detach().reshape(-1)
-                some = flat[:: -(-len(flat) // SAMPLE) | 1].cpu().contiguous()  # an odd stride meets every column
-                state.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-                state.update(some.view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()
+        return digest_of(self.parts)
 
     # Other knobs from this one
 
@@ -192,17 +190,11 @@ class DeltaKnob:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all parts as a file labels them; see `parts_of`."""
-        return {
-            label: tensor
-            for name, part in self.parts.items()
-            for label, tensor in (
-                {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
-            ).items()
-        }
+        return labelled(self.parts)
 
     def save(self, path: str | Path) -> None:
         """Write the knob to one safetensors file, tensor by tensor, atomically; see `Knob.save`."""
-        write_large(path, list(_entries(self.tensors())), self.header())
+        write_large(path, entries_of(self.tensors()), self.header())
 
     def header(self) -> dict[str, Any]:
         """Return what a file holds beside the tensors."""
@@ -241,36 +233,7 @@ class DeltaKnob:
 
     def check_shapes(self, model: nn.Module) -> None:
         """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
-        known = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self.parts if name not in known]
-        if missing:
-            raise KnobError(
-                f"Knob {self.name!r} changes {len(self.parts)} weights; this {type(model).__name__} lacks "
-                f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model."
-            )
-        for name, part in self.parts.items():
-            own = known[name]
-            if own.dtype not in ADDABLE:
-                raise KnobError(
-                    f"Knob {self.name!r} changes {name!r}, which this {type(model).__name__} holds as {own.dtype}: "
-                    "nothing can be added to quantised weights. Load the model without quantisation."
-                )
-            if own.is_meta:
-                raise KnobError(
-                    f"Knob {self.name!r} changes {name!r}, which is off-loaded in this {type(model).__name__}, so that "
-                    "it cannot be changed. Load the model on one device."
-                )
-            if part.shape != own.shape:
-                raise KnobError(
-                    f"Knob {self.name!r} changes {name!r} in shape {list(part.shape)}; this {type(model).__name__} "
-                    f"has it in shape {list(own.shape)}. Use a knob made for this model."
-                )
-
-
-def _entries(tensors: Mapping[str, Tensor]) -> Iterator[Entry]:
-    for label, tensor in tensors.items():
-        kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
-        yield Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: [kept.reshape(-1)])
+        check_fit(self.name, self.parts, model)
 
 
 def _from_file(file: LargeFile) -> DeltaKnob:
@@ -282,7 +245,7 @@ def _from_file(file: LargeFile) -> DeltaKnob:
     if missing or unknown:
         wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
         raise KnobError(f"its header is wrong: it {wrong}.")
-    parts = parts_of(file)
+    parts = parts_of(file, "delta")
     try:
         return DeltaKnob(
             name=text_field(header, "name"),

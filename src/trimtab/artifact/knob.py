@@ -254,7 +254,7 @@ def _from_file(file: KnobFile) -> Knob:
             name=text_field(header, "name"),
             method=text_field(header, "method"),
             vectors={_site(name.removeprefix("vector/")): tensor for name, tensor in file.tensors.items()},
-            norms=_norms(object_field(header, "norms")),
+            norms=norms_of(object_field(header, "norms")),
             site=_site(text_field(header, "site")),
             gain=number(header["gain"], "gain"),
             where=where,
@@ -267,7 +267,8 @@ def _from_file(file: KnobFile) -> Knob:
         raise KnobError(f"its content is wrong: {error}") from None
 
 
-def _norms(stored: Mapping[str, object]) -> dict[int, float]:
+def norms_of(stored: Mapping[str, object]) -> dict[int, float]:
+    """Return a number for each layer, as a header holds them."""
     for layer in stored:
         if re.fullmatch(_LAYER, layer) is None:
             raise KnobError(f"A norm is that of a layer, 0 to 9999; got {brief(layer)}.")

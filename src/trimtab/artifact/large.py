@@ -35,6 +35,15 @@ class Entry(NamedTuple):
     make: Callable[[], Iterable[Tensor]]
 
 
+def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Return tensors in memory as entries of a file, in their dtype where a file can hold it, else in float32."""
+    entries: list[Entry] = []
+    for label, tensor in tensors.items():
+        kept = tensor if tensor.dtype in DTYPES.values() else tensor.float()
+        entries.append(Entry(label, kept.dtype, tuple(kept.shape), lambda kept=kept: [kept.reshape(-1)]))
+    return entries
+
+
 def write_large(path: str | Path, entries: Sequence[Entry], header: Mapping[str, Any]) -> None:
     """Write tensors one after another, and a header; a reader sees the old file or the whole new one.
 

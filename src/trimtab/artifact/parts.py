@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.errors import KnobError, brief
+
+ADDABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of weights to which a difference can be added."""
+SAMPLE = 2**14
+"""Values of a tensor that `digest_of` looks at: all of a small tensor, and this many, evenly spaced, of a large one."""
 
 
 class LowRank(NamedTuple):
@@ -79,8 +85,59 @@ def joined(one: Part, two: Part) -> Part:
     return first + second
 
 
-def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    """Return the parts that labelled tensors hold: `dense/NAME`, or `a/NAME` with `b/NAME`.
+def labelled(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """Return the tensors of parts as a file labels them; see `parts_of`."""
+    return {
+        label: tensor
+        for name, part in parts.items()
+        for label, tensor in (
+            {f"a/{name}": part.a, f"b/{name}": part.b} if isinstance(part, LowRank) else {f"dense/{name}": part}
+        ).items()
+    }
+
+
+def digest_of(parts: Mapping[str, Part]) -> str:
+    """Return the sha256 of names, shapes and some values of every part, which tells their content from another's."""
+    state = hashlib.sha256()
+    for name, part in parts.items():
+        for tensor in part if isinstance(part, LowRank) else (part,):
+            flat = tensor.detach().reshape(-1)
+            some = flat[:: -(-len(flat) // SAMPLE) | 1].cpu().contiguous()  # an odd stride meets every column
+            state.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+            state.update(some.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module) -> None:
+    """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in parts if name not in known]
+    if missing:
+        raise KnobError(
+            f"Knob {knob!r} changes {len(parts)} weights; this {type(model).__name__} lacks "
+            f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model."
+        )
+    for name, part in parts.items():
+        own = known[name]
+        if own.dtype not in ADDABLE:
+            raise KnobError(
+                f"Knob {knob!r} changes {name!r}, which this {type(model).__name__} holds as {own.dtype}: "
+                "nothing can be added to quantised weights. Load the model without quantisation."
+            )
+        if own.is_meta:
+            raise KnobError(
+                f"Knob {knob!r} changes {name!r}, which is off-loaded in this {type(model).__name__}, so that "
+                "it cannot be changed. Load the model on one device."
+            )
+        if part.shape != own.shape:
+            raise KnobError(
+                f"Knob {knob!r} changes {name!r} in shape {list(part.shape)}; this {type(model).__name__} "
+                f"has it in shape {list(own.shape)}. Use a knob made for this model."
+            )
+
+
+def parts_of(tensors: Mapping[str, Tensor], kind: str = "delta") -> dict[str, Part]:
+    """Return the parts that labelled tensors of a kind of knob hold: `dense/NAME`, or `a/NAME` with `b/NAME`.
 
     Raises `KnobError` for a label of another form, and for a difference that is there twice.
     """
@@ -94,5 +151,5 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
         elif side == "a" and f"b/{name}" in tensors:
             parts[name] = LowRank(tensors[label], tensors[f"b/{name}"])
         elif not (side == "b" and f"a/{name}" in tensors):
-            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind 'delta' has not.")
+            raise KnobError(f"it holds a tensor {brief(label)}, which a knob of kind {kind!r} has not.")
     return parts

@@ -12,6 +12,7 @@ from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.file import number, refuse_to_replace, save_bytes
 from trimtab.artifact.knob import Knob, check_knob_name
 from trimtab.artifact.large import stored_kind
+from trimtab.artifact.lookahead import LookaheadKnob
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json, read_bytes, reason
 from trimtab.types import Setting, check_strength
@@ -20,13 +21,14 @@ PANEL_LIMIT = 2**20
 """Longest panel that is read, in bytes."""
 
 
-AnyKnob = Knob | DeltaKnob
+AnyKnob = Knob | DeltaKnob | LookaheadKnob
 """A knob of any kind."""
 
 
 def load_knob(path: str | Path) -> AnyKnob:
     """Read a knob file of any kind; raises `KnobError` that names what is wrong with a damaged or foreign file."""
-    return DeltaKnob.load(path) if stored_kind(path) == "delta" else Knob.load(path)
+    kinds = {"delta": DeltaKnob, "lookahead": LookaheadKnob}
+    return kinds.get(stored_kind(path) or "", Knob).load(path)
 
 
 class Rack(Mapping[str, AnyKnob]):

@@ -26,7 +26,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         _show_panel(path, terminal)
         return
     with terminal.working("Reading"):
-        from trimtab.artifact import Knob, load_knob
+        from trimtab.artifact import DeltaKnob, Knob, load_knob
 
         knob = load_knob(path)
     if isinstance(knob, Knob):
@@ -37,9 +37,20 @@ def run(args: Namespace, terminal: Terminal) -> None:
             "sites": [str(site) for site in knob.vectors],
             "norms": {str(layer): norm for layer, norm in knob.norms.items()},
         }
-    else:
+    elif isinstance(knob, DeltaKnob):
         tables = (tuning_text(knob.tuning, "weights", knob.where, knob.gain),)
         own = {"weights": knob.described()}
+    else:
+        tables = (tuning_text(knob.tuning, knob.site, knob.where, knob.gain),)
+        own = {
+            "layers": list(knob.layers),
+            "backend": knob.backend,
+            "step": knob.step,
+            "per_token": knob.per_token,
+            "norms": {str(layer): norm for layer, norm in knob.norms.items()},
+            "scales": {str(layer): scale for layer, scale in knob.scales.items()},
+            "gradient": knob.described(),
+        }
     terminal.result(_record(knob) | own, "\n\n".join(filter(None, [knob.card(), *tables])))
 
 

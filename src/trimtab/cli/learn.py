@@ -1,9 +1,9 @@
 """Learn a knob from preference pairs: a direction in seconds, or a difference of weights by training.
 
-Directions (palrs, diffmean, pca, icv, cold-kernel): every candidate site (layers x positions) is read and kept; `trimtab
-tune` chooses among them on held-out pairs. Weights: preference-vector trains with DPO on the pairs and on the pairs
-swapped and subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is not
-given is as the method's paper has it.
+Directions (palrs, diffmean, pca, icv, cold-kernel): every candidate site (layers x positions) is read and kept;
+`trimtab tune` chooses among them on held-out pairs. Weights: preference-vector trains with DPO on the pairs and on the
+pairs swapped and subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is
+not given is as the method's paper has it.
 """
 
 from __future__ import annotations

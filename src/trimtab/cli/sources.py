@@ -72,7 +72,7 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
 
     `where` replaces the tokens that the knobs steer, and with them what tuning found of others.
     """
-    from trimtab.artifact import AnyKnob, Knob, Panel, Rack, load_knob, load_panel
+    from trimtab.artifact import AnyKnob, DeltaKnob, Panel, Rack, load_knob, load_panel
 
     tokens = None if where is None else check_where(where)
     if tokens is not None and not entries:
@@ -92,7 +92,7 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
         for key, (knob, strength) in added.items():
             if key in knobs:
                 raise two_named(key)
-            knobs[key] = knob.with_(where=tokens) if tokens and isinstance(knob, Knob) else knob
+            knobs[key] = knob if isinstance(knob, DeltaKnob) or not tokens else knob.with_(where=tokens)
             setting[key] = strength
     return Panel(Rack(**knobs), setting)
 

@@ -135,8 +135,8 @@ def _record(knob: AnyKnob, out: Path) -> dict[str, Any]:
 
 
 def _site(knob: AnyKnob) -> str | None:
-    """Return where a direction is added; weights have no site."""
-    return str(knob.site) if knob.kind == "steering" else None
+    """Return where the stream is moved; weights have no site."""
+    return None if knob.kind == "delta" else str(knob.site)
 
 
 def _text(knob: AnyKnob, args: Namespace, out: Path) -> str:

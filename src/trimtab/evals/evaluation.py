@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.artifact import AnyKnob, DeltaKnob
+from trimtab.artifact import AnyKnob, DeltaKnob, LookaheadKnob
 from trimtab.artifact.identity import model_identity
 from trimtab.checkpoint import digest, fingerprint, versions
 from trimtab.errors import OptionError
@@ -120,6 +120,9 @@ def describe_knob(knob: AnyKnob, strength: float) -> dict[str, Any]:
     }
     if isinstance(knob, DeltaKnob):
         return spec | {"weights_sha256": knob.digest, "weights": len(knob.parts)}
+    if isinstance(knob, LookaheadKnob):
+        reach = {"gradient_sha256": knob.digest, "layers": list(knob.layers), "backend": knob.backend}
+        return spec | reach | {"steered_of_neutral": STEERED_OF_NEUTRAL[knob.where]}
     return spec | {
         "vectors_sha256": digest((str(site), vector) for site, vector in knob.vectors.items()),
         "site": str(knob.site),

@@ -1,0 +1,342 @@
+"""The second stream of a lookahead knob (COLD-FD): how far a step down its gradient would move the residual stream.
+
+Paper: K. Sharma, S. Trivedi, arXiv:2603.06495. The decoder runs once more on the same tokens, up to the knob's layer
+and with a KV cache of its own, along the gradient: with the exact forward-mode derivative, or a small step away.
+Steering at that layer's output pollutes nothing below it, so that every token, generated ones too, can be steered.
+
+The gradient is never multiplied out: what it adds to a linear layer is the product of two thin matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trimtab.adapter import (
+    CACHE_NAMES,
+    Adapter,
+    CallInfo,
+    cache_tensors,
+    generating,
+    read_note,
+    run_aside,
+    second_cache,
+    with_cache,
+    write_note,
+)
+from trimtab.artifact import LookaheadKnob, LowRank
+from trimtab.errors import CacheError, KnobError, OptionError
+from trimtab.weights.rows import is_linear
+
+NOTE = "streams"
+USUAL, LEAST = 4.0, 16.0
+"""The step that is taken moves the stream by `USUAL` times the root of the dtype's resolution, as a share of its norm;
+steps that move it by less than `LEAST` times the resolution itself are refused: differences would be rounding."""
+
+
+def usual_share(dtype: torch.dtype) -> float:
+    """Return the share of the stream's norm by which a scaled step should move it, in a dtype.
+
+    Between rounding, which is the resolution over the share, and curvature, which grows with the share. The resolution
+    is float32's at best: models compute norms and softmax in it whatever their weights are.
+    """
+    return USUAL * resolution(dtype) ** 0.5
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Return the spacing of numbers near 1 in a dtype, or in float32 where that is wider."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+@dataclass
+class _State:
+    """What the streams of one knob know of the tokens in a KV cache; lies on that cache as a note."""
+
+    caches: list[Any]
+    tangents: list[Tensor | None] = field(default_factory=list["Tensor | None"])
+    columns: int = 0
+
+
+class Stream:
+    """Runs beside a model along one knob's gradient; `begin` before each call of the decoder, then `displacement`.
+
+    `apart`: the stream that the model computes is not the plain one below the knob's highest layer, since other knobs
+    act there, or this one does; a scaled step then needs a plain run of its own to be compared with. `level` tells this
+    stream's notes on KV caches from those of others. Raises `KnobError` for a knob that does not fit the model, and for
+    a step that the model's dtype cannot resolve; the message names one that works.
+    """
+
+    def __init__(self, adapter: Adapter, knob: LookaheadKnob, *, level: int = 0, apart: bool = False) -> None:
+        knob.check_shapes(adapter.model)
+        if knob.top >= adapter.n_layers:
+            raise KnobError(
+                f"Knob {knob.name!r} acts at layer {knob.top}; this {type(adapter.model).__name__} has "
+                f"{adapter.n_layers} layers. Use a knob made for this model."
+            )
+        self._adapter, self._knob = adapter, knob
+        self._exact = knob.backend == "exact"
+        self._apart = (apart or len(knob.layers) > 1) and not self._exact
+        top = knob.top
+        self._unit = knob.norms[top] / knob.scales[top]  # makes of G a gradient that moves the stream by its own norm
+        self._step = self._unit if self._exact else _resolved_step(adapter, knob)
+        self._along = False  # whether a run goes along the gradient
+        self._weights: dict[str, Tensor] = {}
+        self._hooks = self._prepare()
+        self._key = f"{level} {knob.digest} {knob.backend} {top} {self._step} {self._apart}"
+        self._found: dict[int, Tensor] = {}
+        self._plain: dict[int, Tensor] = {}
+        self._pending: _State | None = None
+
+    @property
+    def leans_on_the_model(self) -> bool:
+        """Whether the model's own stream is what a scaled step is compared with."""
+        return not self._exact and not self._apart
+
+    @contextmanager
+    def ready(self) -> Generator[None]:
+        """Hang on the model what the runs need; it does nothing to the model's own."""
+        with self._adapter.extend(self._hooks):
+            yield
+
+    def begin(self, call: CallInfo) -> None:
+        """Run beside a call that the decoder is about to make."""
+        notes = _notes(call.cache)
+        state = notes.get(self._key)
+        past = call.past(state.columns if state else None)
+        if past == 0:
+            self._refuse_moving_rows()
+            count = 2 if self._apart else 1
+            state = _State([second_cache(self._adapter, call) for _ in range(count)])
+        elif state is None or state.columns != past:
+            raise CacheError(
+                f"This call continues a KV cache of {past} tokens, of which the lookahead knob {self._knob.name!r} has "
+                f"seen {state.columns if state else 'none'}, and it has to follow every token. Pass the whole prompt, "
+                "inside steer()."
+            )
+        with _no_gradients():
+            self._found = self._along_gradient(call, state)
+            if self._apart:
+                self._plain = self._run(call, state.caches[1], {})
+        state.columns = past + call.tokens
+        self._pending = state
+        if call.cache is not None:
+            self._note(call.cache, {**notes, self._key: state})
+
+    def keep(self, cache: object) -> None:
+        """Remember the latest call's tokens as those of a cache which that call has made."""
+        notes = _notes(cache)
+        if self._pending is not None and notes.get(self._key) is not self._pending:
+            self._note(cache, {**notes, self._key: self._pending})
+        self._pending = None
+
+    def displacement(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return what alpha 1 adds at an active layer whose output is `hidden [B, T, D]`, as float32 of that shape."""
+        knob, found = self._knob, self._found[layer].float()
+        if self._exact:
+            moved = found / self._step
+        else:
+            plain = self._plain[layer] if self._apart else hidden
+            moved = (found - plain.float()) / self._step
+        if knob.per_token:
+            moved = moved / moved.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            return moved * -knob.norms[layer]
+        return moved * (-knob.norms[layer] / knob.scales[layer])
+
+    # One run
+
+    def _along_gradient(self, call: CallInfo, state: _State) -> dict[int, Tensor]:
+        """Return the derivatives along the gradient, times the step, or the stream a step away, `[B, T, D]` each."""
+        self._along = True
+        try:
+            if not self._exact:
+                weights = {name: self._own(name) + self._step * g for name, g in self._weights.items()}
+                return self._run(call, state.caches[0], weights)
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                _dual(state)
+                weights = {
+                    name: forward_ad.make_dual(self._own(name), self._step * g) for name, g in self._weights.items()
+                }
+                outputs = self._run(call, state.caches[0], weights)
+                _undual(state)
+                return {layer: _tangent(output) for layer, output in outputs.items()}
+        except (NotImplementedError, RuntimeError) as error:
+            if not self._exact or "forward" not in str(error):
+                raise
+            said, model = str(error).splitlines()[0][:160], type(self._adapter.model).__name__
+            raise KnobError(
+                f"A part of this {model} has no forward-mode derivative, which the exact back end of "
+                f"{self._knob.name!r} needs ({said}). Use backend='scaled', or load the model with "
+                "attn_implementation='eager' and, of experts, experts_implementation='eager'."
+            ) from error
+        finally:
+            self._along = False
+
+    def _run(self, call: CallInfo, cache: Any, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        own = next((key for key, value in call.arguments.items() if key in CACHE_NAMES and value is call.cache), None)
+        arguments = with_cache(call, cache, own or self._cache_name())
+        return run_aside(self._adapter, self._knob.layers, arguments, weights)
+
+    def _cache_name(self) -> str:
+        from inspect import signature
+
+        known = signature(self._adapter.decoder.forward).parameters
+        return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[0])
+
+    def _note(self, cache: object, notes: dict[str, _State]) -> None:
+        if not write_note(cache, notes, NOTE):
+            raise CacheError(
+                f"Cannot follow a KV cache of type {type(cache).__name__} from call to call, which the lookahead knob "
+                f"{self._knob.name!r} needs. Use use_cache=False."
+            )
+
+    def _refuse_moving_rows(self) -> None:
+        around = generating()
+        if around is not None and (around.beams or around.assisted):
+            what = "beam search, which moves rows" if around.beams else "guesses, which are taken back"
+            raise OptionError(f"Lookahead knobs cannot follow {what}. Sample, or decode greedily.")
+
+    # The gradient
+
+    def _own(self, name: str) -> Tensor:
+        return self._adapter.model.get_parameter(name).detach()
+
+    def _prepare(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """Return what each module's output gains along the gradient; gradients of other weights go to `_weights`."""
+        model, hooks = self._adapter.model, dict[str, Callable[[Tensor, Tensor], Tensor]]()
+        for name, part in self._knob.parts.items():
+            path, _, _ = name.rpartition(".")
+            module, own = model.get_submodule(path), self._own(name)
+            if not isinstance(part, LowRank):
+                self._weights[name] = part.to(own)
+                continue
+            factor = self._step**0.5  # on both sides: what is thin in float16 would vanish on one
+            a, b = (part.a.float() * factor).to(own), (part.b.float() * factor).to(own)
+            if is_linear(model, name):
+                a, b = (a, b) if isinstance(module, nn.Linear) else (b.T, a.T)
+                hooks[path] = partial(self._linear, a, b)
+            elif (scale := embedding_scale(module)) is not None:
+                hooks[path] = partial(self._embedding, a * scale, b)
+            else:
+                self._weights[name] = part.dense().to(own)
+        return hooks
+
+    def _linear(self, a: Tensor, b: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
+        if not self._along:
+            return output
+        plain = forward_ad.unpack_dual(inputs).primal if self._exact else inputs
+        return self._moved(output, plain @ a.T @ b.T)
+
+    def _embedding(self, a: Tensor, b: Tensor, ids: Tensor, output: Tensor) -> Tensor:
+        return self._moved(output, b[ids] @ a) if self._along else output
+
+    def _moved(self, output: Tensor, by: Tensor) -> Tensor:
+        if not self._exact:
+            return output + by
+        primal, tangent = forward_ad.unpack_dual(output)
+        return forward_ad.make_dual(primal, by if tangent is None else tangent + by)
+
+
+def _notes(cache: object) -> dict[str, _State]:
+    note = read_note(cache, NOTE)
+    return cast(dict[str, _State], note) if isinstance(note, dict) else {}
+
+
+def embedding_scale(module: nn.Module) -> float | None:
+    """Return by what an embedding multiplies its rows; None for what is no plain table of rows.
+
+    Some classes scale what they look up, as Gemma's does; what they are is found by asking for a row.
+    """
+    if not isinstance(module, nn.Embedding):
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    number = 1 if module.padding_idx == 0 and module.num_embeddings > 1 else 0
+    row = module.weight[number].detach().float()
+    try:
+        with torch.no_grad():
+            shown = module(torch.tensor([[number]], device=module.weight.device))
+    except (TypeError, AttributeError, IndexError, RuntimeError):  # one that wants masks, as OPT's positions do
+        return None
+    if not isinstance(shown, Tensor) or shown.numel() != row.numel() or not bool(row.any()):
+        return None
+    scale = float(shown.float().flatten() @ row / (row @ row))
+    near = torch.allclose(shown.float().flatten(), scale * row, rtol=0.02, atol=1e-6 * abs(scale))
+    return scale if near else None
+
+
+def _resolved_step(adapter: Adapter, knob: LookaheadKnob) -> float:
+    """Return the length of the scaled step in multiples of G; raises `KnobError` where it would drown in rounding."""
+    layers = knob.layers
+    share = {layer: knob.scales[layer] / knob.norms[layer] for layer in layers}  # of the norm, at step 1
+    dtype, weakest = adapter.dtype, min(layers, key=lambda layer: share[layer])
+    usual = usual_share(dtype) / share[knob.top]
+    if knob.step is None:
+        return usual
+    moved, least = knob.step * share[weakest], LEAST * resolution(dtype)
+    if moved < least:
+        raise KnobError(
+            f"A step of {knob.step:g} times the gradient of {knob.name!r} moves the stream at layer {weakest} by "
+            f"{moved:.2g} of its norm, which {str(dtype).removeprefix('torch.')} cannot resolve: of differences below "
+            f"{least:.2g} most is rounding. A step of {usual:.2g} works; so does backend='exact', which takes none."
+        )
+    return knob.step
+
+
+def _dual(state: _State) -> None:
+    """Put the derivatives back beside the cached keys and values; they do not outlive a level of forward mode."""
+    found = cache_tensors(state.caches[0])
+    for (put, tensor), tangent in zip(found, state.tangents, strict=False):
+        if tangent is not None:
+            put(forward_ad.make_dual(tensor, tangent))
+
+
+def _undual(state: _State) -> None:
+    state.tangents = []
+    for put, tensor in cache_tensors(state.caches[0]):
+        primal, tangent = forward_ad.unpack_dual(tensor)
+        put(primal)
+        state.tangents.append(tangent)
+
+
+def _tangent(output: Tensor) -> Tensor:
+    primal, tangent = forward_ad.unpack_dual(output)
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
+@contextmanager
+def _no_gradients() -> Generator[None]:
+    """Record nothing for a backward pass; inference mode, which knows no derivatives at all, is left meanwhile."""
+    with ExitStack() as exits:
+        exits.enter_context(torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext())
+        exits.enter_context(torch.no_grad())
+        yield
+
+
+def mean_lengths(
+    adapter: Adapter,
+    knob: LookaheadKnob,
+    batches: Sequence[tuple[Mapping[str, Tensor], Tensor]],
+) -> dict[int, float]:
+    """Return the mean norm of `J G` at every active layer, over the marked tokens of some batches.
+
+    A batch is the model's inputs, and a mask `[B, T]` of the tokens that count. The knob's own scales are a guess that
+    keeps numbers in range.
+    """
+    stream = Stream(adapter, knob, apart=True)
+    sums, count = dict.fromkeys(knob.layers, 0.0), 0
+    for inputs, counted in batches:
+        with stream.ready(), adapter.write({}, before=stream.begin):
+            adapter.run_to(0, **inputs)
+        for layer in knob.layers:
+            moved = stream.displacement(layer, torch.empty(0))[counted]
+            sums[layer] += float(moved.norm(dim=-1).sum()) * knob.scales[layer] / knob.norms[layer]
+        count += int(counted.sum())
+    return {layer: total / count for layer, total in sums.items()}
