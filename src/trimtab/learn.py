@@ -17,7 +17,7 @@ from trimtab.methods import METHODS, TRAINED, Method
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, lengths_vary, regress_out_lengths
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.selection import doubts, rank_sites
+from trimtab.selection import doubts, layers_between, rank_sites
 from trimtab.texts import FORMATS, Format, expand_positions
 from trimtab.types import Site, Where, check_seed, check_where
 
@@ -228,23 +228,6 @@ def _default_position(renderer: Renderer, format: Format) -> str:
     if format == "response_as_user":
         return "post_instruction"
     return "response_end" if renderer.closing_count() else "last"
-
-
-def layers_between(n_layers: int, first: float, last: float) -> list[int]:
-    """Return the layers that lie between two fractions of the depth; layer i reaches from i/n to (i + 1)/n.
-
-    >>> layers_between(10, 0.0, 0.8)
-    [0, 1, 2, 3, 4, 5, 6, 7]
-    """
-    if not 0.0 <= first < last <= 1.0:
-        raise OptionError(f"Layers lie between fractions 0 <= first < last <= 1; got first={first}, last={last}.")
-    slack = 1e-9  # 0.8 * 10 is not exactly 8
-    kept = [i for i in range(n_layers) if first * n_layers <= i + slack and i + 1 <= last * n_layers + slack]
-    if not kept:
-        raise OptionError(
-            f"No layer of {n_layers} lies between first={first} and last={last}; widen them, or pass layers=[...]."
-        )
-    return kept
 
 
 def _check_options(scale: str, where: str, length_match: str, seed: int) -> None:
