@@ -1,4 +1,4 @@
-"""Which candidate site a selection rule takes from the learning pairs alone, and what speaks against it."""
+"""Which layers are candidates, which site a selection rule takes from the pairs alone, and what speaks against it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ SCORES = {
 
 Statistics = Mapping[Site, Mapping[str, float | None]]
 """What `ops.describe_site` says of each candidate site."""
+
+
+def layers_between(n_layers: int, first: float, last: float) -> list[int]:
+    """Return the layers that lie between two fractions of the depth; layer i reaches from i/n to (i + 1)/n.
+
+    >>> layers_between(10, 0.0, 0.8)
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    if not 0.0 <= first < last <= 1.0:
+        raise OptionError(f"Layers lie between fractions 0 <= first < last <= 1; got first={first}, last={last}.")
+    slack = 1e-9  # 0.8 * 10 is not exactly 8
+    kept = [i for i in range(n_layers) if first * n_layers <= i + slack and i + 1 <= last * n_layers + slack]
+    if not kept:
+        raise OptionError(
+            f"No layer of {n_layers} lies between first={first} and last={last}; widen them, or pass layers=[...]."
+        )
+    return kept
 
 
 class Ranked(NamedTuple):
@@ -82,20 +99,3 @@ def doubts(
             "strengths in units of that norm are destructive. Choose another position."
         )
     return notes
-
-
-def layers_between(n_layers: int, first: float, last: float) -> list[int]:
-    """Return the layers that lie between two fractions of the depth; layer i reaches from i/n to (i + 1)/n.
-
-    >>> layers_between(10, 0.0, 0.8)
-    [0, 1, 2, 3, 4, 5, 6, 7]
-    """
-    if not 0.0 <= first < last <= 1.0:
-        raise OptionError(f"Layers lie between fractions 0 <= first < last <= 1; got first={first}, last={last}.")
-    slack = 1e-9  # 0.8 * 10 is not exactly 8
-    kept = [i for i in range(n_layers) if first * n_layers <= i + slack and i + 1 <= last * n_layers + slack]
-    if not kept:
-        raise OptionError(
-            f"No layer of {n_layers} lies between first={first} and last={last}; widen them, or pass layers=[...]."
-        )
-    return kept

@@ -113,7 +113,7 @@ def train(
         raise OptionError("A checkpoint keeps scores: say in scored_by, a text, what tells this score from others.")
     load_trainers()
     check_model(model)
-    used, held = _split(pairs, validation, seed)
+    used, held = split_pairs(pairs, validation, seed)
     if loss == "bfpo":
         used, held = relabel(used, "bfpo"), relabel(held, "bfpo")
     kept = Checkpoint(
@@ -245,7 +245,8 @@ def _check(options: Mapping[str, Any]) -> None:
             raise OptionError(f"{name} counts from 1; got {value!r}.")
 
 
-def _split(pairs: Pairs, validation: Pairs | None, seed: int) -> tuple[Pairs, Pairs]:
+def split_pairs(pairs: Pairs, validation: Pairs | None, seed: int) -> tuple[Pairs, Pairs]:
+    """Return the pairs to train on and those to validate on, three tenths of the prompts where none are given."""
     for given in (pairs, *([] if validation is None else [validation])):
         if not isinstance(given, Pairs) or not len(given):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PairsError(f"Training needs Pairs, and at least one; got {given!r}.")

@@ -18,7 +18,7 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import LowRank
 from trimtab.errors import PairsError
 from trimtab.evals.cost import Cost, measured
-from trimtab.evals.likelihood import pair_margins, render_texts
+from trimtab.evals.likelihood import Text, pair_margins, render_texts
 from trimtab.pairs import Pairs
 from trimtab.train.labels import bfpo_targets
 from trimtab.train.loops import History, Loss, Rows, Settings, fit, lora, merge
@@ -55,17 +55,7 @@ class Bench:
         self.adapters: WeakKeyDictionary[PreTrainedModel, Mapping[str, LowRank]] = WeakKeyDictionary()
 
     def _render(self, pairs: Pairs) -> Rows:
-        prompts = [pair.prompt for pair in pairs]
-        chosen = render_texts(self._tokenizer, prompts, [pair.chosen for pair in pairs])
-        rejected = render_texts(self._tokenizer, prompts, [pair.rejected for pair in pairs])
-        limit = Adapter(self._model).context_length
-        for number, texts in enumerate(zip(chosen, rejected, strict=True), 1):
-            longest = max(len(text.ids) for text in texts)
-            if limit is not None and longest > limit:
-                raise PairsError(
-                    f"Pair {number} is {longest} tokens long when rendered; this model's context holds {limit}. "
-                    "Leave long pairs out: nothing is cut."
-                )
+        chosen, rejected = render_sides(self._model, self._tokenizer, pairs)
         if self.loss not in ("dpo", "bfpo"):
             return Rows(chosen, rejected)
         before = pair_margins(self._model, self._tokenizer, pairs, [{}])[0]
@@ -124,3 +114,24 @@ class Bench:
             self.adapters[made] = read_adapter(folder / "adapter")
         made.load_state_dict(merge(student) if rank is not None else student.state_dict())
         return made, history
+
+
+def render_sides(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs
+) -> tuple[list[Text], list[Text]]:
+    """Render every pair with its chosen and with its rejected answer.
+
+    Raises `PairsError` for a pair that the model's context cannot hold.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    chosen = render_texts(tokenizer, prompts, [pair.chosen for pair in pairs])
+    rejected = render_texts(tokenizer, prompts, [pair.rejected for pair in pairs])
+    limit = Adapter(model).context_length
+    for number, texts in enumerate(zip(chosen, rejected, strict=True), 1):
+        longest = max(len(text.ids) for text in texts)
+        if limit is not None and longest > limit:
+            raise PairsError(
+                f"Pair {number} is {longest} tokens long when rendered; this model's context holds {limit}. "
+                "Leave long pairs out: nothing is cut."
+            )
+    return chosen, rejected
