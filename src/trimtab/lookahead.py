@@ -9,10 +9,11 @@ The gradient is never multiplied out: what it adds to a linear layer is the prod
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -83,6 +84,8 @@ class Stream:
             )
         self._adapter, self._knob = adapter, knob
         self._exact = knob.backend == "exact"
+        if self._exact:
+            _load_forward_mode()
         self._apart = (apart or len(knob.layers) > 1) and not self._exact
         top = knob.top
         self._unit = knob.norms[top] / knob.scales[top]  # makes of G a gradient that moves the stream by its own norm
@@ -270,6 +273,15 @@ def embedding_scale(module: nn.Module) -> float | None:
     scale = float(shown.float().flatten() @ row / (row @ row))
     near = torch.allclose(shown.float().flatten(), scale * row, rtol=0.02, atol=1e-6 * abs(scale))
     return scale if near else None
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Let torch load its rules for forward mode, with which it uses what it has deprecated itself, and says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _resolved_step(adapter: Adapter, knob: LookaheadKnob) -> float:

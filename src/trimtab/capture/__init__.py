@@ -9,6 +9,7 @@ from trimtab.capture.gradients import (
     GradientEvidence,
     capture_gradients,
     residual_norms,
+    trainable,
     weight_gradients,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "capture_gradients",
     "evaluating",
     "residual_norms",
+    "trainable",
     "weight_gradients",
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.artifact.knob import check_knob_name
-from trimtab.capture import capture
+from trimtab.capture import residual_norms
 from trimtab.checkpoint import Checkpoint, describe_model, learned_from
 from trimtab.errors import OptionError, TrainError, TrimtabWarning
 from trimtab.pairs import Pairs
@@ -108,7 +108,10 @@ def learn_vector(
             | {"pairs": pairs.hash(), "validation": told}
         ),
     )
-    norms = kept.step("norms", lambda: _norms(model, tokenizer, pairs, options["layers"]))
+    norms = kept.step(
+        "norms",
+        lambda: {str(i): norm for i, norm in residual_norms(model, tokenizer, pairs, options["layers"]).items()},
+    )
     with frozen(model):
         seen, unseen = (SteeredPairs(model, tokenizer, some, where) for some in (used, held))
         training = Training(seen, unseen, {int(layer): norm for layer, norm in norms.items()}, options, kept)
@@ -194,13 +197,3 @@ def _check(options: Mapping[str, Any]) -> None:
         raise OptionError(f"Beta lies between 0 and 1000, both excluded; got {beta!r}.")
     if not 0 <= decay < 1:
         raise OptionError(f"The weight decay lies between 0 and 1, 1 excluded; got {decay!r}.")
-
-
-def _norms(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Pairs, layers: Sequence[int]
-) -> dict[str, float]:
-    """Return the mean residual norm per layer over the answers' tokens; JSON has texts for keys."""
-    found = capture(
-        model, tokenizer, pairs, positions=("response_mean",), layers=layers, format="question_response"
-    ).norms
-    return {str(layer): norm for layer, norm in found.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from trimtab.adapter import Adapter, WriteFn
-from trimtab.capture import evaluating
+from trimtab.capture import evaluating, trainable
 from trimtab.checkpoint import Checkpoint
 from trimtab.evals.cost import measured
 from trimtab.evals.likelihood import Text
@@ -42,15 +42,8 @@ def frozen(model: PreTrainedModel) -> Generator[None]:
 
     Blocks below the one where something is added record nothing: nothing in them has a gradient.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad(), trainable(model, ()):
+        yield
 
 
 class SteeredPairs:
