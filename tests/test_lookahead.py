@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from trimtab.evals.tasks import Task
 from trimtab.generate import generate
 from trimtab.lookahead import LEAST, Stream, embedding_scale, resolution, usual_share
 from trimtab.pairs import Pairs
+from trimtab.prefworld import world
+from trimtab.render import Renderer, load
 from trimtab.runtime import batches_of, steer
 from trimtab.train.steps import GAIN, SHARE, learn_lookahead, learn_step
 from trimtab.tune import tune
@@ -362,6 +365,17 @@ def test_experts_run_one_by_one_have_an_exact_derivative(name: str, tokenizer: P
     assert bool(moved(model, {knob: 1.0}, 1).isfinite().all())
 
 
+def test_turning_the_sign_lowers_the_target_metric_on_the_bundled_world() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, tokenizer = load("prefworld")
+    learned, held = world.pairs("risk", 16), world.pairs("risk", 16, split="validation")
+    knob = learn_lookahead(model, tokenizer, learned, layers=[3])
+    plain, forward, back = (m.margin for m in pair_margins(model, tokenizer, held, [{}, {knob: 1.0}, {knob: -1.0}]))
+    assert float((forward - plain).mean()) > 0.5
+    assert float((back - plain).mean()) < -0.5
+
+
 # --- sizes, places, neighbours ----------------------------------------------------------------------------------------
 
 
@@ -371,8 +385,6 @@ def test_strength_is_relative_to_the_residual_norm_over_the_answers(
     knob = learn_lookahead(model, tokenizer, pairs(), layers=[0, 1, 2])
     assert knob.gain == GAIN
     assert knob.alpha(2) == 2 * GAIN
-    from trimtab.render import Renderer
-
     lengths = {layer: list[float]() for layer in knob.norms}
     for pair in pairs():
         for answer in (pair.chosen, pair.rejected):
@@ -617,6 +629,7 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
         ({"where": "wat"}, UnknownName, "Unknown where 'wat'"),
         ({"loss": "wat"}, UnknownName, "Unknown loss 'wat'"),
         ({"backend": "wat"}, UnknownName, "Unknown backend 'wat'"),
+        ({"step": 0.0}, OptionError, "number of gradients, above 0; got 0"),
     ],
 )
 def test_wrong_options_are_errors(
@@ -689,7 +702,7 @@ def test_one_step_is_minus_the_gradient_as_long_as_the_weights(
 ) -> None:
     step = learn_step(model, tokenizer, pairs(), rank=rank, name="step", seed=0, token_budget=100, licence="CC0")
     assert step.low_rank == (rank is not None)
-    assert step.gain == SHARE
+    assert step.gain == 1
     assert step.method == "one-step"
     length = math.hypot(*(float(model.get_parameter(name).detach().norm()) for name in step.parts))
     assert step.norm() == pytest.approx(SHARE * length, rel=1e-4)
@@ -699,7 +712,7 @@ def test_one_step_is_minus_the_gradient_as_long_as_the_weights(
         assert cosine(ours, -theirs) > 0.99, name
     base, steered = pair_margins(model, tokenizer, pairs(), [{}, {step: 0.5}])
     assert float((steered.margin - base.margin).mean()) > 0
-    eta = 0.5 * step.gain * step.diagnostics["step_norm"] / step.diagnostics["gradient_norm"]
+    eta = 0.5 * step.diagnostics["step_norm"] / step.diagnostics["gradient_norm"]
     if rank is None:  # the paper's eta makes the same model
         with torch.no_grad(), steer(model, {step: 0.5}):
             ours = model(input_ids=torch.tensor(TEXTS)).logits
@@ -707,5 +720,5 @@ def test_one_step_is_minus_the_gradient_as_long_as_the_weights(
         other = shifted(model, whole, eta)
         with torch.no_grad():
             for name in step.parts.keys() - whole.parts.keys():
-                other.get_parameter(name).add_(step.dense(name), alpha=0.5 * SHARE)
+                other.get_parameter(name).add_(step.dense(name), alpha=0.5)
             torch.testing.assert_close(other(input_ids=torch.tensor(TEXTS)).logits, ours, rtol=1e-3, atol=1e-3)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from trimtab.pairs import Pairs
     from trimtab.render import load
     from trimtab.runtime import steer
+    from trimtab.train.bipo import learn_vector
+    from trimtab.train.steps import learn_lookahead, learn_step
     from trimtab.train.vectors import learn_weights
     from trimtab.tune import tune
 
@@ -25,6 +27,9 @@ __all__ = [
     "compose",
     "generate",
     "learn",
+    "learn_lookahead",
+    "learn_step",
+    "learn_vector",
     "learn_weights",
     "load",
     "load_knob",
@@ -40,6 +45,9 @@ _HOME = {
     "compose": "compose",
     "generate": "generate",
     "learn": "learn",
+    "learn_lookahead": "train.steps",
+    "learn_step": "train.steps",
+    "learn_vector": "train.bipo",
     "learn_weights": "train.vectors",
     "load": "render",
     "load_knob": "artifact",

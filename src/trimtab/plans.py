@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from trimtab.adapter import Adapter
 from trimtab.capture import GRADIENT_POSITIONS
 from trimtab.errors import OptionError, unknown_name
-from trimtab.methods import METHODS, TRAINED, Method
+from trimtab.methods import ELSEWHERE, METHODS, TRAINED, Method
 from trimtab.render import Renderer
 from trimtab.selection import layers_between
 from trimtab.texts import FORMATS, Format, expand_positions
@@ -55,7 +55,9 @@ def make_plan(
     if method not in METHODS:
         if method in TRAINED:
             raise OptionError(f"{method} trains weights: use trimtab.learn_weights(..., method={method!r}).")
-        raise unknown_name("method", method, METHODS)
+        if method in ELSEWHERE:
+            raise OptionError(f"{method} takes gradient steps: use trimtab.{ELSEWHERE[method]}(...).")
+        raise unknown_name("method", method, [*METHODS, *ELSEWHERE])
     adapter, renderer, entry = Adapter(model), Renderer(tokenizer), METHODS[method]
     fixed = _fixed_site(adapter, site)
     rule = _rule(entry, selection, fixed)

@@ -1,9 +1,10 @@
 """Learn a knob from preference pairs: a direction in seconds, or a difference of weights by training.
 
 Directions (palrs, diffmean, pca, icv, cold-kernel): every candidate site (layers x positions) is read and kept;
-`trimtab tune` chooses among them on held-out pairs. Weights: preference-vector trains with DPO on the pairs and on the
-pairs swapped and subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is
-not given is as the method's paper has it.
+`trimtab tune` chooses among them on held-out pairs. Gradient steps: cold-fd moves the stream as one step would, and
+one-step takes it; bipo trains a vector. Weights: preference-vector trains with DPO on the pairs and on the pairs
+swapped and subtracts, alignment-vector trains once and subtracts the model; both need the `train` extra. What is not
+given is as the method's paper has it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli import options, vectors
+from trimtab.cli import options, steps, vectors
 from trimtab.cli.options import given, output_file
 from trimtab.cli.sources import WORLD, load_pairs, open_model
 from trimtab.cli.tables import facts
@@ -58,8 +59,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the knob")
     parser.add_argument(
         "--method",
-        help="palrs, diffmean, pca, icv, cold-kernel or random, a control; preference-vector or alignment-vector "
-        "(default palrs)",
+        help="palrs, diffmean, pca, icv, cold-kernel or random, a control; cold-fd, one-step or bipo; "
+        "preference-vector or alignment-vector (default palrs)",
     )
     parser.add_argument("--name", help="of the knob (default: the file's name up to its first dot, with - for spaces)")
     reading = parser.add_argument_group("what is read")
@@ -93,6 +94,7 @@ def add_options(parser: ArgumentParser) -> None:
     choice.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
     choice.add_argument("--seed", type=int, metavar="N", help="of whatever is drawn (default 0)")
     choice.add_argument("--licence", help="of the knob, stored in it")
+    steps.add_options(parser)
     vectors.add_options(parser)
 
 
@@ -107,12 +109,16 @@ def run(args: Namespace, terminal: Terminal) -> None:
     if args.layers is not None and (args.first is not None or args.last is not None):
         raise OptionError("--layers names the candidates; leave --first and --last out.")
     if args.method in vectors.METHODS:
-        vectors.refuse(args, STEERING, args.method, "methods that read activations")
+        vectors.refuse(args, (*STEERING, *steps.OWN), args.method, "other methods")
         vectors.run(args, terminal, out, args.name or _name_from(out))
         return
-    vectors.refuse(
-        args, (*vectors.OWN, *vectors.SOURCES), args.method or "palrs", "preference-vector and alignment-vector"
-    )
+    if args.method in steps.METHODS:
+        known = (*LEARN, "option", *vectors.OWN, *vectors.SOURCES, *steps.OWN)
+        own_name = args.name or _name_from(out)
+        steps.run(args, terminal, out, own_name, tuple(n for n in known if n not in ("method", "name")))
+        return
+    trained = "methods that train"
+    vectors.refuse(args, (*vectors.OWN, *vectors.SOURCES, *steps.OWN), args.method or "palrs", trained)
     if args.pairs is None:
         raise OptionError("Pass the pairs to learn from: a file, or prefworld:math.")
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
@@ -122,7 +128,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         from trimtab.learn import learn
         from trimtab.methods import METHODS
     if args.method is not None and args.method not in METHODS:  # before the model is loaded, which may take long
-        raise unknown_name("method", args.method, [*METHODS, *vectors.METHODS])
+        raise unknown_name("method", args.method, [*METHODS, *steps.METHODS, *vectors.METHODS])
     with open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
         working = terminal.working(f"Learning from {len(pairs)} pairs", counted=True)

@@ -17,6 +17,7 @@ from trimtab.errors import OptionError, unknown_name
 
 PAPERS = {
     "alignment-vectors": "trimtab.reproduce.alignment",
+    "cold-steer": "trimtab.reproduce.cold",
     "palrs": "trimtab.reproduce.palrs",
     "preference-vector": "trimtab.reproduce.preference",
 }

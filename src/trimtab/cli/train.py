@@ -29,6 +29,7 @@ TRAIN = (
     "gamma_ratio",
     "lora_rank",
     "epochs",
+    "max_steps",
     "patience",
     "batch_size",
     "seed",
@@ -66,6 +67,7 @@ def add_options(parser: ArgumentParser) -> None:
     run = parser.add_argument_group("each run")
     run.add_argument("--lora-rank", type=int, metavar="N", help="train an adapter of this rank (default: all weights)")
     run.add_argument("--epochs", type=int, metavar="N", help="at most (default 10)")
+    run.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps")
     run.add_argument("--patience", type=int, metavar="N", help="looks without improvement before it stops (default 2)")
     run.add_argument("--batch-size", type=int, metavar="N", help="pairs of a step (default 16)")
     run.add_argument("--seed", type=int, metavar="N", help="of order and adapter (default 0)")

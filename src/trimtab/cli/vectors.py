@@ -24,6 +24,7 @@ TRAINED = (
     "betas",
     "lora_rank",
     "epochs",
+    "max_steps",
     "patience",
     "batch_size",
     "seed",
@@ -39,6 +40,7 @@ OWN = (
     "lora_rank",
     "all_weights",
     "epochs",
+    "max_steps",
     "patience",
     "batch_size",
 )
@@ -47,7 +49,7 @@ SOURCES = ("plus", "minus", "stored_as", "gain")
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of weight knobs."""
-    train = parser.add_argument_group("what is trained, for preference-vector and alignment-vector")
+    train = parser.add_argument_group("training, for preference-vector and alignment-vector; in part for bipo")
     train.add_argument("--validation", metavar="PAIRS", help="held-out pairs (default: three tenths of PAIRS)")
     train.add_argument(
         "--anchor",
@@ -62,7 +64,8 @@ def add_options(parser: ArgumentParser) -> None:
         "--learning-rates", type=options.numbers, metavar="LIST", help="default 1e-5,1e-4; all weights: 1e-6,1e-5"
     )
     train.add_argument("--betas", type=options.numbers, metavar="LIST", help="of DPO (default 0.1)")
-    train.add_argument("--epochs", type=int, metavar="N", help="at most (default 10)")
+    train.add_argument("--epochs", type=int, metavar="N", help="at most (default 10; bipo: 20)")
+    train.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps: few-step LoRA")
     train.add_argument(
         "--patience", type=int, metavar="N", help="looks without improvement before it stops (default 2)"
     )

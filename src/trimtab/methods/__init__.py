@@ -127,3 +127,10 @@ METHODS: dict[str, Method] = {
 }
 TRAINED = {"preference-vector": "arXiv:2504.20106", "alignment-vector": "arXiv:2410.19206"}
 """Methods whose evidence is training, with their papers: `trimtab.learn_weights`."""
+ELSEWHERE = {
+    **dict.fromkeys(TRAINED, "learn_weights"),
+    "cold-fd": "learn_lookahead",
+    "one-step": "learn_step",
+    "bipo": "learn_vector",
+}
+"""Methods that are no function of activations, or of gradients there, with the package's functions that learn so."""

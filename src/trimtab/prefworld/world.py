@@ -34,8 +34,18 @@ _Verdicts = dict[tuple[str, int, int], bool]
 """Program, task and constant, and whether it passed."""
 
 
-def items(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | None = None) -> list[Item]:
+def items(
+    family: str,
+    split: Split,
+    n: int,
+    *,
+    seed: int = 0,
+    unseen: bool | None = None,
+    truth: Mapping[str, object] | None = None,
+) -> list[Item]:
     """Draw `n` items with distinct prompts; the same arguments give the same items.
+
+    `truth` leaves out the items whose truth is another, as in `{"form": "letter"}` for behaviours asked in CAA's form.
 
     Test items come in wordings that neither training nor validation shows, unless `unseen` is False; their values
     (numbers, words to sort, options) are kept from training too, where a family has values. Raises `UnknownName` for
@@ -49,6 +59,9 @@ def items(family: str, split: Split, n: int, *, seed: int = 0, unseen: bool | No
     barren = 0
     while barren < 4000:  # draws in a row that brought nothing new: the family is exhausted
         item, before = FAMILIES[family](draw), len(found)
+        if truth is not None and any(item.truth.get(name) != value for name, value in truth.items()):
+            barren += 1
+            continue
         # Without values of its own a prompt in a new wording is new whatever fills it.
         if item.split == split or (new and split == "test" and not item.values):
             found.setdefault(item.prompt, item)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Report = dict[str, Any]
-Unit = Literal["points", "times", "count", "seconds"]
+Unit = Literal["points", "times", "count", "seconds", "nats", "cosine"]
 CLAIM_HEADS = ("claim", "published", "measured", "95 % interval", "holds", "rule", "n")
 
 
@@ -25,9 +25,9 @@ class Claim:
     """`measured` with its 95 % interval; `holds` follows from it and the recipe's threshold, and may be false.
 
     The unit "points" is of shares of items, 0.01 each; "times" is a ratio; "count" counts; "seconds" are those of the
-    clock. `by_model` has the estimate of each model that could be measured: a claim holds only where every one is on
-    the same side of the threshold as the interval over all of them. `n` counts the items of the latter side, of all its
-    runs.
+    clock; "nats" are of a divergence. `by_model` has the estimate of each model that could be measured: a claim holds
+    only where every one is on the same side of the threshold as the interval over all of them. `n` counts the items of
+    the latter side, of all its runs.
     """
 
     id: str
@@ -104,6 +104,8 @@ def shown(value: float, unit: Unit) -> str:
         "times": f"{value:.1f}x",
         "count": f"{value:.0f}",
         "seconds": f"{value:.2f} s",
+        "nats": f"{value:+.3f}",
+        "cosine": f"{value:.4f}",
     }[unit]
 
 

@@ -62,6 +62,7 @@ def train(
     gamma_ratio: float | None = None,
     lora_rank: int | None = None,
     epochs: int = 10,
+    max_steps: int | None = None,
     patience: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -86,6 +87,8 @@ def train(
     validation loss); of equal ones the smallest rate with the largest beta. A setting whose loss is not finite counts
     for nothing. A `TrimtabWarning` says so where training changed no weight, or never lowered the validation loss.
 
+    `max_steps` ends a run after so many steps, however many `epochs` that is; with `lora_rank` that is few-step LoRA.
+
     Weights are float32 while they are trained and have the model's dtype afterwards. `lora_rank` trains an adapter of
     that rank on all linear layers (alpha twice the rank), which is merged into the model that is returned.
 
@@ -104,6 +107,7 @@ def train(
         **_gamma(loss, gamma_ratio),
         "lora_rank": lora_rank,
         "epochs": epochs,
+        "max_steps": max_steps,
         "patience": patience,
         "batch_size": batch_size,
         "seed": check_seed(seed),
@@ -236,12 +240,11 @@ def _grid(
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    for name in ("epochs", "patience", "batch_size", "lora_rank"):
+    for name in ("epochs", "max_steps", "patience", "batch_size", "lora_rank"):
         value = options[name]
-        if (isinstance(value, bool) or not isinstance(value, int) or value < 1) and (name, value) != (
-            "lora_rank",
-            None,
-        ):
+        if value is None and name in ("max_steps", "lora_rank"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} counts from 1; got {value!r}.")
 
 

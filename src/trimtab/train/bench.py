@@ -94,7 +94,8 @@ class Bench:
         """Train at one setting; return the model, how it came about, and what it cost."""
         o = self._options
         gamma = o.get("gamma_ratio", 0.0) * beta
-        settings = Settings(self.loss, rate, beta, gamma, o["epochs"], o["patience"], o["batch_size"], o["seed"])
+        run = [o[name] for name in ("epochs", "patience", "batch_size", "seed")]
+        settings = Settings(self.loss, rate, beta, gamma, *run, max_steps=o.get("max_steps"))
         with measured() as cost, tempfile.TemporaryDirectory(prefix="trimtab-train-") as folder:
             made, history = self._fit(settings, Path(folder))
         return made, history, cost

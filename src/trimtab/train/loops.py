@@ -61,6 +61,7 @@ class Settings:
     patience: int
     batch_size: int
     seed: int
+    max_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,13 @@ def _trainer(
 
     longest = max(len(text.ids) for rows in (train, validation) for text in (*rows.chosen, *rows.rejected))
     epoch = -(-len(train.chosen) // settings.batch_size)
-    every, warm_up = min(epoch, EVALUATED_EVERY), warm_up_steps(epoch * settings.epochs)
+    most = epoch * settings.epochs if settings.max_steps is None else min(settings.max_steps, epoch * settings.epochs)
+    every, warm_up = min(epoch, EVALUATED_EVERY, most), warm_up_steps(most)
     shared: dict[str, Any] = {
         "output_dir": str(folder),
         "learning_rate": settings.learning_rate,
         "num_train_epochs": settings.epochs,
+        "max_steps": -1 if settings.max_steps is None else most,
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "seed": settings.seed,

@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter, parameters_to
 from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
+from trimtab.artifact.lookahead import Backend
 from trimtab.artifact.parts import Part, labelled, parts_of
 from trimtab.capture import residual_norms, weight_gradients
 from trimtab.checkpoint import Checkpoint, describe_model, learned_from
-from trimtab.errors import OptionError, PairsError, TrainError
+from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.evals.likelihood import render_texts
 from trimtab.lookahead import embedding_scale, mean_lengths
 from trimtab.losses import Loss, LossFn, read_loss
@@ -34,8 +35,6 @@ from trimtab.weights.rows import is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from trimtab.artifact.lookahead import Backend
 
 PAPER = "arXiv:2603.06495"
 RANK = 16
@@ -87,6 +86,10 @@ def learn_lookahead(
     adapter, asked = Adapter(model), read_loss(loss)
     _check(pairs, rank)
     check_where(where)
+    if backend not in get_args(Backend):
+        raise unknown_name("backend", str(backend), get_args(Backend))
+    if step is not None and not 0 < step < math.inf:
+        raise OptionError(f"The step is a number of gradients, above 0; got {step!r}.")
     kept = layers_between(adapter.n_layers, first, last) if layers is None else [adapter.layer(i) for i in layers]
     wanted = sorted(set(kept))
     if not wanted:
@@ -140,9 +143,9 @@ def learn_step(
     """Take one gradient step on the pairs, and return it as a weight knob: -G, all layers, no second stream.
 
     With `rank` the knob holds every linear layer's part as a product of that rank, and each row of a batch can have a
-    strength of its own; None keeps all weights, dense. The step is as long as the weights that it changes, and strength
-    1 is `SHARE` of it (the gain): a loss's scale cancels. `diagnostics["gradient_norm"]` makes the paper's eta
-    expressible: `strength * gain * step_norm / gradient_norm`. Tune with gains around `SHARE`, as in 0.003, 0.01, 0.03.
+    strength of its own; None keeps all weights, dense. At strength 1 the step is `SHARE` as long as the weights that it
+    changes, before tuning: a loss's scale cancels. `diagnostics` holds both lengths, by which the paper's eta is
+    `alpha * step_norm / gradient_norm`.
 
     Other arguments and errors: see `learn_lookahead`.
     """
@@ -155,15 +158,14 @@ def learn_step(
         model, tokenizer, pairs, names, asked, rank, token_budget, seed, checkpoint, progress, embeddings=False
     )
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in parts))
-    norm = DeltaKnob(name, "one-step", parts).norm()
+    norm, step = DeltaKnob(name, "one-step", parts).norm(), SHARE * length
     options: dict[str, Any] = {"rank": rank, "loss": str(asked), "token_budget": token_budget, "seed": seed}
     return DeltaKnob(
         name,
         "one-step",
-        {n: _times(part, -length / norm) for n, part in parts.items()},
-        SHARE,
+        {n: _times(part, -step / norm) for n, part in parts.items()},
         provenance=learned_from(model, tokenizer, pairs, PAPER, options, licence),
-        diagnostics={**told, "step_norm": length, "seconds": time.perf_counter() - begun},
+        diagnostics={**told, "step_norm": step, "seconds": time.perf_counter() - begun},
     )
 
 

@@ -46,6 +46,7 @@ def learn_weights(
     learning_rates: Sequence[float] | None = None,
     betas: Sequence[float] | None = None,
     epochs: int = 10,
+    max_steps: int | None = None,
     patience: int = 2,
     batch_size: int = 16,
     seed: int = 0,
@@ -68,11 +69,11 @@ def learn_weights(
     them as they are and swapped: the loss of DPO over both is least where the margin is that of `model`. Which answer
     is the chosen one plays no part.
 
-    `validation`, `learning_rates`, `betas`, `epochs`, `patience`, `batch_size`, `seed`: see `trimtab.train.train`; None
-    stands for `LEARNING_RATES`, or with all weights for those of `train`, and for `BETAS`. `diagnostics` holds the
-    records of the trainings, the norms by weight and, of a preference vector, the cosine of theta+ - theta and
-    theta- - theta (about -0.5 to -0.7 in the paper's models). `progress` is called with the settings that are trained
-    and their number.
+    `validation`, `learning_rates`, `betas`, `epochs`, `max_steps`, `patience`, `batch_size`, `seed`: see
+    `trimtab.train.train`; None stands for `LEARNING_RATES`, or with all weights for those of `train`, and for `BETAS`.
+    `diagnostics` holds the records of the trainings, the norms by weight and, of a preference vector, the cosine of
+    theta+ - theta and theta- - theta (about -0.5 to -0.7 in the paper's models). `progress` is called with the settings
+    that are trained and their number.
 
     `checkpoint` is a folder that keeps finished trainings, and the finished settings of the one that is under way: the
     same call goes on there after it was stopped or killed. Raises what `train` raises, `PairsError` for anchors whose
@@ -89,7 +90,8 @@ def learn_weights(
     if dtype not in STORED:
         raise unknown_name("dtype", str(dtype), STORED)
     rates = (GRIDS["dpo"][0] if lora_rank is None else LEARNING_RATES) if learning_rates is None else learning_rates
-    run: dict[str, Any] = {"epochs": epochs, "patience": patience, "batch_size": batch_size, "seed": check_seed(seed)}
+    run: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "patience": patience, "batch_size": batch_size}
+    run["seed"] = check_seed(seed)
     options: dict[str, Any] = {
         "lora_rank": lora_rank,
         "learning_rates": list(rates),
