@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
@@ -25,7 +26,7 @@ from trimtab.evals.evaluation import describe_knob
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
 from trimtab.generate import generate
-from trimtab.lookahead import LEAST, Stream, embedding_scale, resolution, usual_share
+from trimtab.lookahead import LEAST, Stream, _load_forward_mode, _Rules, embedding_scale, resolution, usual_share
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.render import Renderer, load
@@ -197,6 +198,41 @@ def _by_rules(model: Any, knob: LookaheadKnob, ids: Tensor) -> Tensor:
     down, ddown = linear(f"{block}.mlp.down_proj", silu * up, dsilu * dgate * up + silu * dup)
     del down
     return dx + ddown
+
+
+@pytest.mark.parametrize("derived", ["all", "input", "weight", "bias"])
+def test_derivatives_of_sums_and_products_are_torchs_own(derived: str) -> None:
+    torch.manual_seed(0)
+    inputs, weight, bias, row, scale = (torch.randn(*shape) for shape in ((2, 3, 4), (5, 4), (5,), (5,), (2, 3, 1)))
+    values = {"input": inputs, "weight": weight, "bias": bias}
+    moved = {name: torch.randn_like(value) for name, value in values.items() if derived in (name, "all")}
+
+    def work() -> list[Tensor]:
+        x, w, b = (forward_ad.make_dual(v, moved[n]) if n in moved else v for n, v in values.items())
+        y = torch.nn.functional.linear(x, w, b)
+        flat = torch.addmm(b, x[0], w.t())
+        found = [y, flat, y * scale, 2 * y, y + row, row + y, y + 1e-5, scale + b, y.mul(y), y.add(y, alpha=2)]
+        kept = y + row
+        kept += y  # in place: the derivative of y itself stays
+        tangents = (forward_ad.unpack_dual(value).tangent for value in [*found, kept, y])
+        return [torch.zeros(()) if tangent is None else tangent for tangent in tangents]
+
+    _load_forward_mode()
+    with torch.no_grad(), forward_ad.dual_level():
+        wanted = work()
+        with _Rules():
+            torch.testing.assert_close(work(), wanted)
+
+
+def test_a_linear_layers_weights_are_read_once_and_not_written_out_as_zeros(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = learn_lookahead(model, tokenizer, pairs(), layers=[1])
+    weights = {tuple(model.get_parameter(name).shape) for name in made.parts}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        stream(model, {made: 1.0})
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert not [shape for shape in copied if tuple(shape) in weights]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -20,6 +20,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from trimtab.adapter import (
     CACHE_NAMES,
@@ -162,7 +164,7 @@ class Stream:
             if not self._exact:
                 weights = {name: self._own(name) + self._step * g for name, g in self._weights.items()}
                 return self._run(call, state.caches[0], weights)
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Rules():
                 _dual(state)
                 weights = {
                     name: forward_ad.make_dual(self._own(name), self._step * g) for name, g in self._weights.items()
@@ -316,6 +318,66 @@ def _undual(state: _State) -> None:
         primal, tangent = forward_ad.unpack_dual(tensor)
         put(primal)
         state.tangents.append(tangent)
+
+
+class _Rules(TorchFunctionMode):
+    """Derive products and sums where only some of the operands have a derivative.
+
+    Torch writes a missing derivative out as zeros, those of a linear layer's weights too and at every token, which more
+    than doubles what a layer costs. Here its weights are read once, for values and derivatives together.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        rule = None if kwargs else _RULES.get(func)
+        made = None if rule is None else rule(func, *args)
+        return func(*args, **(kwargs or {})) if made is None else made
+
+
+def _halves(value: object) -> tuple[Any, Tensor | None]:
+    """Return a value and its derivative, if it has one."""
+    return forward_ad.unpack_dual(value) if isinstance(value, Tensor) else (value, None)
+
+
+def _linear(_func: object, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    (x, dx), (w, dw), (b, db) = _halves(inputs), _halves(weight), _halves(bias)
+    if dx is None:
+        return None
+    y, dy = linear(torch.stack([x, dx]), w)
+    dy = dy if dw is None else dy + linear(x, dw)
+    return forward_ad.make_dual(y if b is None else y + b, dy if db is None else dy + db)
+
+
+def _conv1d(func: object, bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor | None:
+    return _linear(func, inputs, weight.t(), bias)
+
+
+def _times(func: Callable[..., Tensor], one: object, other: object) -> Tensor | None:
+    (a, da), (b, db) = _halves(one), _halves(other)
+    if (da is None) == (db is None):
+        return None
+    return forward_ad.make_dual(func(a, b), func(a if da is None else da, b if db is None else db))
+
+
+def _plus(func: Callable[..., Tensor], one: object, other: object) -> Tensor | None:
+    (a, da), (b, db) = _halves(one), _halves(other)
+    moved = da if db is None else db
+    if moved is None or (da is not None and db is not None):
+        return None
+    total = func(a, b)
+    if total.shape != moved.shape or total.dtype != moved.dtype:
+        return None
+    return forward_ad.make_dual(total, moved.clone())  # a sum may be added to in place, its operand's derivative not
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    linear: _linear,
+    torch.addmm: _conv1d,  # in the module of that name, which GPT-2 has
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _times),
+    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _plus),
+}
+"""By function: what takes it and its arguments, and returns a result with its derivative, or None to leave it be."""
 
 
 def _tangent(output: Tensor) -> Tensor:
