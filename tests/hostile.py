@@ -125,6 +125,27 @@ def header_with(**changes: Any) -> dict[str, Any]:
 
 
 VALID = knob_file()
+EXAMPLES = {"kind": "softmax", "temperature": 0.5, "scales": {"1/last": 1.5, "2/last": 2.0}}
+MATRICES = {
+    f"{part}/{site}": floats(*((i * step) % 7 - 3.25 for i in range(3 * WIDTH)))
+    for step, part in enumerate(("key", "value"), 2)
+    for site in ("1/last", "2/last")
+}
+
+
+def kernel_file(
+    examples: Any = EXAMPLES, matrices: dict[str, bytes] = MATRICES, shape: Any = (3, WIDTH), **changes: Any
+) -> bytes:
+    """Build the file of a kernel knob; `shape` is that of its first matrix, and `changes` go to its header."""
+    data = {**matrices, **VECTORS}
+    found = entries(data)
+    for name in matrices:
+        found[name]["shape"] = [3, len(matrices[name]) // 12]
+    found[next(iter(matrices))]["shape"] = shape
+    return knob_file({**header_with(operation="kernel", kernel=examples), **changes}, data, found)
+
+
+KERNEL = kernel_file()
 
 
 class _Opens:
@@ -463,10 +484,44 @@ def foreign() -> Iterator[tuple[str, bytes]]:
         yield f"noise {seed}", random.Random(seed).randbytes(200 + 400 * seed)
 
 
+def kernel() -> Iterator[tuple[str, bytes]]:
+    bare = header_with(operation="kernel")
+    yield "an operation without a kernel", knob_file(bare)
+    for operation in ("add", "ablate", "piecewise"):
+        yield f"a kernel with operation {operation}", kernel_file(operation=operation)
+    yield "a kernel without examples", knob_file({**bare, "kernel": EXAMPLES})
+    yield "examples without a kernel", knob_file(bare, {**MATRICES, **VECTORS})
+    for wrong in (None, True, 0, "softmax", [], {}, [EXAMPLES]):
+        yield f"a kernel that is {wrong!r}", kernel_file(wrong)
+    for name in EXAMPLES:
+        yield f"no {name}", kernel_file({key: value for key, value in EXAMPLES.items() if key != name})
+    for name, wrong in (
+        *(("kind", kind) for kind in (None, 0, ["softmax"], "unit", "Softmax", "", *NAMES.values())),
+        *(("temperature", t) for t in (None, True, "1", [], 0, -1.0, 1e-30, 1e300, 10**400)),
+        *(("scales", scales) for scales in (None, 1.0, [], {}, {"1/last": 1.5}, {**EXAMPLES["scales"], "3/last": 1.0})),
+        *(("scales", {"1/last": scale, "2/last": 1.0}) for scale in (None, True, "1", [], -1.0, 10**400, 1e-300)),
+        ("extra", 1),
+    ):
+        yield f"{name} {wrong!r}"[:70], kernel_file({**EXAMPLES, name: wrong})
+    for wrong in ([3 * WIDTH], [0, WIDTH], [WIDTH, 3], [1, 3, WIDTH], [2, WIDTH], [3, WIDTH, 1], [3, -WIDTH], None):
+        yield f"a matrix of shape {wrong}", kernel_file(shape=wrong)
+    for name, data in MATRICES.items():
+        rest = {other: matrix for other, matrix in MATRICES.items() if other != name}
+        yield f"no {name}", kernel_file(matrices=rest)
+        first = (3, WIDTH - (name == "key/1/last"))
+        yield f"{name} of another width", kernel_file(matrices={**MATRICES, name: data[:-12]}, shape=first)
+        for what, word in (("NaN", 0x7FC00000), ("inf", 0x7F800000)):
+            yield f"{what} in {name}", kernel_file(matrices={**MATRICES, name: data[:-4] + struct.pack("<I", word)})
+    narrow = {name: data[:-12] for name, data in MATRICES.items()}
+    yield "all of another width than the vectors", kernel_file(matrices=narrow, shape=(3, WIDTH - 1))
+    for name in ("weight", "key/", "key/x", "value/3/last", "key/3/last", "Key/1/last", "keys/1/last", "key/01/last"):
+        yield f"a stray {name}", kernel_file(matrices={**MATRICES, name: MATRICES["key/1/last"]})
+
+
 KINDS = {
     "cut": cut, "bit": bit, "length": length, "offsets": offsets, "twice": twice, "dtype": dtype, "shape": shape,
     "values": values, "tensors": tensors, "fields": fields, "types": types, "ranges": ranges, "json": json_text,
-    "metadata": metadata, "version": version, "checksum": checksum, "foreign": foreign,
+    "metadata": metadata, "version": version, "checksum": checksum, "foreign": foreign, "kernel": kernel,
 }  # fmt: skip
 """Kind of wrong to the files of that kind."""
 
@@ -474,7 +529,7 @@ KINDS = {
 @functools.cache
 def cases() -> dict[str, list[Case]]:
     """List the files of each kind; no two have the same bytes, and the valid one is not among them."""
-    seen = {VALID}
+    seen = {VALID, KERNEL}
     found: dict[str, list[Case]] = {kind: [] for kind in KINDS}
     for kind, make in KINDS.items():
         for name, data in make():
@@ -553,6 +608,13 @@ def check_sound(knob: Knob, path: Path) -> None:
         assert back.vectors[site].numpy().tobytes() == vector.numpy().tobytes()
     for name in ("name", "method", "norms", "site", "gain", "where", "operation", "kind"):
         assert getattr(back, name) == getattr(knob, name), name
+    assert (back.kernel is None) == (knob.kernel is None)
+    if back.kernel is not None and knob.kernel is not None:
+        assert back.kernel.header() == knob.kernel.header()
+        ours, theirs = back.kernel.tensors(), knob.kernel.tensors()
+        assert {name: t.numpy().tobytes() for name, t in ours.items()} == {
+            name: t.numpy().tobytes() for name, t in theirs.items()
+        }
     for name in ("provenance", "diagnostics", "tuning"):
         assert json.dumps(getattr(back, name)) == json.dumps(getattr(knob, name)), name  # tells -0.0 from 0, 1 from 1.0
     before = path.read_bytes()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trimtab import positions, runtime
+from trimtab import addends, positions, runtime
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.positions import Follower
 from trimtab.runtime import Steering
@@ -170,9 +170,9 @@ MISTAKES = {
     "the input of the block is read": Mistake(sys.modules[Adapter.__module__], "_record", reads_the_input, "read"),
     "layers counted from the embeddings": Mistake(Adapter, "__init__", counts_from_the_embeddings, "read"),
     "last layer after the final norm": Mistake(Adapter, "__init__", ends_after_the_final_norm, "read"),
-    "one layer late": Mistake(runtime, "_fitting_layer", one_layer_late, "write"),
+    "one layer late": Mistake(addends, "_fitting_layer", one_layer_late, "write"),
     "the vector twice": Mistake(Steering, "_apply", twice, "write"),
-    "strength 0 is a small one": Mistake(runtime, "_check_dose", keeps_away_from_zero, "zero"),
+    "strength 0 is a small one": Mistake(runtime, "check_dose", keeps_away_from_zero, "zero"),
     "half precision inside": Mistake(Steering, "counted", steers_in_half_precision, "zero"),
     "hooks stay after an error": Mistake(Steering, "counted", forgets_the_finally, "zero"),
     "no mask": Mistake(Follower, "masks", forgets_the_mask, "positions"),
@@ -184,6 +184,6 @@ MISTAKES = {
     "padding thought on the right": Mistake(CallInfo, "real_tokens", expects_padding_on_the_right, "padding"),
     "padding counted": Mistake(positions, "_compare", counts_padding, "padding"),
     "weaker the more padding": Mistake(Steering, "_before", thins_the_vector_by_padding, "padding"),
-    "one row's knob for all": Mistake(runtime, "_sum_addends", first_row_for_all, "rows"),
-    "rows in reverse": Mistake(runtime, "_sum_addends", rows_in_reverse, "rows"),
+    "one row's knob for all": Mistake(addends, "_sum_addends", first_row_for_all, "rows"),
+    "rows in reverse": Mistake(addends, "_sum_addends", rows_in_reverse, "rows"),
 }

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trimtab.adapter import CACHE_NAMES
-from trimtab.artifact import Knob
+from trimtab.artifact import KernelExamples, Knob, Operation
 from trimtab.check import default_config, twin
 from trimtab.check.twin import LAYERS, WIDTH
+from trimtab.kernels import Kernel
 from trimtab.types import Site, Where
 
 SPECIAL = ["<pad>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -134,11 +135,20 @@ def knob(
     norm: float = 4.0,
     gain: float = 1.0,
     where: Where = "all",
-    operation: Literal["add", "ablate"] = "add",
+    operation: Operation = "add",
+    kernel: Kernel = "softmax",
+    examples: int = 5,
+    temperature: float = 1.0,
 ) -> Knob:
-    """A knob with a random direction; at strength 1 it adds a vector of length `gain * norm`."""
-    vector = torch.randn(width, generator=torch.Generator().manual_seed(1000 * layer + seed))
-    site = Site(layer, "last")
+    """A knob with a random direction; at strength 1 it adds a vector of length `gain * norm`.
+
+    With operation "kernel" it holds random examples, which do so on average.
+    """
+    generator = torch.Generator().manual_seed(1000 * layer + seed)
+    vector, site = torch.randn(width, generator=generator), Site(layer, "last")
+    keys, values = torch.randn(2, examples, width, generator=generator)
+    if operation == "kernel":
+        vector = values.sum(0)
     return Knob(
         name=name,
         method="random",
@@ -148,6 +158,9 @@ def knob(
         gain=gain,
         where=where,
         operation=operation,
+        kernel=KernelExamples.weigh(kernel, temperature, {site: keys}, {site: values})
+        if operation == "kernel"
+        else None,
     )
 
 

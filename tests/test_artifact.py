@@ -108,7 +108,7 @@ def test_knob_that_makes_no_sense_is_an_error(changes: dict[str, Any], message: 
 def test_unknown_place_and_operation_are_errors_that_list_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="Known: all, answer, completion, context, prompt"):
         knob(where="everywhere")
-    with pytest.raises(UnknownName, match="Known: ablate, add"):
+    with pytest.raises(UnknownName, match="Known: ablate, add, kernel, piecewise"):
         knob(operation="multiply")
     with pytest.raises(UnknownName, match="Known: steering"):
         knob(kind="delta")

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hostile
-from trimtab.artifact import Knob, Rack, load_panel, save_panel
+from trimtab.artifact import OPERATIONS, KernelExamples, Knob, Rack, load_panel, save_panel
 from trimtab.cli import main
 from trimtab.errors import KnobError
 from trimtab.files import read_bytes
@@ -70,6 +70,15 @@ def test_the_file_that_every_hostile_one_is_made_from_is_a_knob() -> None:
     assert knob.vectors[knob.site].numpy().tobytes() == hostile.VECTORS["vector/1/last"]
     knob.save("again")
     assert Path("again").read_bytes() == hostile.VALID  # two writers that share no line agree on every byte
+
+
+def test_the_file_that_every_hostile_kernel_is_made_from_is_a_knob() -> None:
+    Path("good").write_bytes(hostile.KERNEL)
+    knob = Knob.load("good")
+    assert knob.kernel is not None
+    assert str(knob.kernel) == "kernel softmax at temperature 0.5 over 3 examples"
+    hostile.check_sound(knob, Path("again"))
+    assert Path("again").read_bytes() == hostile.KERNEL
 
 
 @pytest.mark.parametrize("kind", hostile.KINDS)
@@ -493,11 +502,27 @@ positive = st.floats(1e-300, 1e30)
 
 
 @st.composite
+def examples(draw: st.DrawFn, places: list[Site], width: int) -> KernelExamples:
+    count = draw(st.integers(1, 3))
+    values = st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=count * width, max_size=count * width)
+    matrix = values.map(lambda flat: torch.tensor(flat).reshape(count, width))
+    return KernelExamples(
+        kind=draw(st.sampled_from(["cosine", "softmax", "linear"])),
+        temperature=draw(st.floats(1e-6, 1e6)),
+        keys={place: draw(matrix) for place in places},
+        values={place: draw(matrix) for place in places},
+        scales={place: draw(st.just(0.0) | st.floats(1e-3, 1e300)) for place in places},
+    )
+
+
+@st.composite
 def knobs(draw: st.DrawFn, single: bool = False) -> Knob:
     places = [Site.parse(text) for text in draw(st.sets(sites, min_size=1, max_size=1 if single else 4))]
     width = 4 if single else draw(st.integers(1, 9))
     number = st.floats(-100, 100, width=32) if single else st.floats(width=32, allow_nan=False, allow_infinity=False)
     vectors = {place: torch.tensor(draw(st.lists(number, min_size=width, max_size=width))) for place in places}
+    operation = "add" if single else draw(st.sampled_from(OPERATIONS))
+    kernel = draw(examples(places, width)) if operation == "kernel" else None
     norm = st.floats(0.01, 100) if single else positive
     return Knob(
         name=draw(names),
@@ -507,7 +532,8 @@ def knobs(draw: st.DrawFn, single: bool = False) -> Knob:
         site=draw(st.sampled_from(places)),
         gain=draw(st.floats(0, 10) if single else st.just(0.0) | st.floats(0, 1e8)),
         where=draw(st.sampled_from(["all", "prompt", "context", "completion"])),
-        operation="add" if single else draw(st.sampled_from(["add", "ablate"])),
+        operation=operation,
+        kernel=kernel,
         provenance={} if single else draw(objects),
         diagnostics=draw(objects),
         tuning=draw(st.none() | objects.filter(lambda value: "safe_range" not in value)),

@@ -84,7 +84,7 @@ def test_cold_kernel_is_minus_the_mean_gradient_whatever_the_kernel() -> None:
         )
     with pytest.raises(UnknownName, match=r"Unknown kernel 'wat'\. Known: cosine, linear, softmax, unit"):
         run("cold-kernel", gradients, activations, kernel="wat")
-    with pytest.raises(OptionError, match="temperature of a softmax kernel is above 0; got -1"):
+    with pytest.raises(OptionError, match=r"temperature of a softmax kernel is above 0, from 1e-06 to 1e\+06; got -1"):
         run("cold-kernel", gradients, activations, temperature=-1.0)
     with pytest.raises(OptionError, match="'kernel' of method cold-kernel is text; got 1"):
         run("cold-kernel", gradients, activations, kernel=1)

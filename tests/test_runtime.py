@@ -36,7 +36,7 @@ from pico import (
     vision_language_model,
 )
 from trimtab.adapter import CACHE_NAMES, Adapter
-from trimtab.artifact import Knob
+from trimtab.artifact import OPERATIONS, Knob, Operation
 from trimtab.errors import AdapterError, CacheError, KnobError, OptionError
 from trimtab.runtime import steer
 from trimtab.types import Where
@@ -872,10 +872,10 @@ def test_padding_side_does_not_change_vector_or_output(name: str, where: Where) 
         torch.testing.assert_close(right[index, : len(row)], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("operation", ["add", "ablate"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_mixed_batch_rows_equal_solo_runs(name: str, operation: Literal["add", "ablate"]) -> None:
+def test_mixed_batch_rows_equal_solo_runs(name: str, operation: Operation) -> None:
     lm, rows = model(name), prompts([7, 4, 4, 1])
     one, two = knob(0, name="one", operation=operation), knob(1, name="two", where="completion", operation=operation)
     three = knob(0, name="three", seed=3, operation=operation)
@@ -972,7 +972,7 @@ def test_hook_does_not_mutate_saved_activations() -> None:
         {knob(0): 1.0},
         [{knob(0): 1.0}, {}],
         {knob(0, where="completion"): 1.0},
-        {knob(0, operation="ablate"): 1.0},
+        *({knob(0, operation=operation): 1.0} for operation in OPERATIONS[1:]),
     ):
         with steer(lm, settings):
             # prepended after ours: runs first, on the block's own output
@@ -985,7 +985,7 @@ def test_hook_does_not_mutate_saved_activations() -> None:
             )
             greedy(lm, inputs, steps=2)
             handle.remove()
-    assert len(saved) == 8
+    assert len(saved) == 12
     assert all(torch.equal(output, copy) for output, copy in saved)
 
 

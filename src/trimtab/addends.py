@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
 from trimtab.errors import KnobError, OptionError, brief
+from trimtab.kernels import Weigher
 from trimtab.positions import RowDose
 from trimtab.types import LATER, Where, check_strength
 
@@ -19,13 +21,51 @@ Dose = Mapping[AnyKnob, float] | Mapping[Knob, float] | Mapping[DeltaKnob, float
 """Knobs with their strengths."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ablation:
     """h - s (h . u) u on the tokens of `where`."""
 
     where: Where
+    strength: Tensor  # [] or [B, 1, 1] float32
     direction: Tensor  # [D] float32, unit
-    strength: Tensor  # [] or [B, 1] float32
+
+    def delta(self, hidden: Tensor) -> Tensor:
+        """Return what is added to a block's output `[B, T, D]` float32."""
+        direction = self.direction.to(hidden)
+        return -(self.strength.to(hidden) * (hidden @ direction)[..., None]) * direction
+
+
+@dataclass(frozen=True)
+class Push:
+    """h + a sign(h . u) u on the tokens of `where`."""
+
+    where: Where
+    strength: Tensor  # [] or [B, 1, 1] float32, as a length
+    direction: Tensor  # [D] float32, unit
+
+    def delta(self, hidden: Tensor) -> Tensor:
+        """Return what is added to a block's output `[B, T, D]` float32."""
+        direction = self.direction.to(hidden)
+        return self.strength.to(hidden) * (hidden @ direction).sign()[..., None] * direction
+
+
+@dataclass(frozen=True)
+class Pull:
+    """h + a sum_j w_j(h) v_j on the tokens of `where`, towards what examples like h ask for."""
+
+    where: Where
+    strength: Tensor  # [] or [B, 1, 1] float32, as a length
+    weigher: Weigher
+    values: Tensor  # [N, D] float32
+
+    def delta(self, hidden: Tensor) -> Tensor:
+        """Return what is added to a block's output `[B, T, D]` float32."""
+        weights = self.weigher.to(hidden).weights(hidden)  # [B, T, N]
+        return self.strength.to(hidden) * (weights @ self.values.to(hidden))
+
+
+Reaction = Ablation | Push | Pull
+"""What a knob does that depends on the stream at the token itself."""
 
 
 @dataclass
@@ -42,19 +82,22 @@ class LayerTable:
 
     adds: dict[Where, Tensor] = field(default_factory=dict[Where, Tensor])
     later: Tensor | None = None  # the addends of "all" and "completion" in one
-    ablations: list[Ablation] = field(default_factory=list[Ablation])
+    ablations: list[Ablation] = field(default_factory=list[Ablation])  # one upon the other
+    reactions: list[Push | Pull] = field(default_factory=list[Push | Pull])  # each to the block's own output
     moves: list[Move] = field(default_factory=list[Move])
 
     def wheres(self) -> set[Where]:
         """Return which tokens are meant by anything at this layer."""
-        return {*self.adds, *(ablation.where for ablation in self.ablations), *(m.knob.where for m in self.moves)}
+        reactions = (*self.ablations, *self.reactions)
+        return {*self.adds, *(reaction.where for reaction in reactions), *(m.knob.where for m in self.moves)}
 
     def repeat(self, times: int) -> LayerTable:
         """Give each row to `times` neighbours, as beam search and `num_return_sequences` lay them out."""
         return LayerTable(
             {where: addend.repeat_interleave(times, 0) for where, addend in self.adds.items()},
             None if self.later is None else self.later.repeat_interleave(times, 0),
-            [Ablation(a.where, a.direction, a.strength.repeat_interleave(times, 0)) for a in self.ablations],
+            [replace(a, strength=a.strength.repeat_interleave(times, 0)) for a in self.ablations],
+            [replace(r, strength=r.strength.repeat_interleave(times, 0)) for r in self.reactions],
             [Move(m.knob, m.alpha.repeat_interleave(times, 0)) for m in self.moves],
         )
 
@@ -82,15 +125,12 @@ def build_tables(adapter: Adapter, doses: Sequence[Mapping[AnyKnob, float]], uni
     for (layer, where), addend in _sum_addends(rows, layers).items():
         addend = (addend[0] if uniform else addend[:, None]).to(adapter.device(layer))
         tables.setdefault(layer, LayerTable()).adds[where] = addend
-    for knob, layer in sorted(layers.items(), key=lambda item: item[0].name):
-        strengths = [row.get(knob, 0.0) for row in rows]
-        if knob.operation == "ablate" and any(strengths):
-            device = adapter.device(layer)
-            strength = torch.tensor(strengths[0] if uniform else [[s] for s in strengths], device=device)
-            if not bool(strength.isfinite().all()):
-                raise OptionError(f"A strength is too large for float32; got {[*map(named, rows)]}.")
-            ablation = Ablation(knob.where, knob.direction.to(device), strength)
-            tables.setdefault(layer, LayerTable()).ablations.append(ablation)
+    for layer, reaction in _reactions(adapter, rows, layers, uniform):
+        table = tables.setdefault(layer, LayerTable())
+        if isinstance(reaction, Ablation):
+            table.ablations.append(reaction)
+        else:
+            table.reactions.append(reaction)
     for knob, alpha in _moves(doses, uniform).items():
         for layer in knob.layers:
             move = Move(knob, alpha.to(adapter.device(adapter.layer(layer))))
@@ -102,6 +142,27 @@ def build_tables(adapter: Adapter, doses: Sequence[Mapping[AnyKnob, float]], uni
         if not all(bool(addend.isfinite().all()) for addend in table.adds.values()):
             raise OptionError(f"A strength is too large for {adapter.dtype}; got {[*map(named, rows)]}.")
     return tables
+
+
+def _reactions(
+    adapter: Adapter, rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, int], uniform: bool
+) -> Iterator[tuple[int, Reaction]]:
+    """Return what knobs do that looks at the stream, and at which layer, in the order of their names."""
+    for knob, layer in sorted(layers.items(), key=lambda item: item[0].name):
+        strengths = [row.get(knob, 0.0) for row in rows]
+        share = knob.operation == "ablate"
+        doses = strengths if share else [knob.length(strength) for strength in strengths]
+        if knob.operation == "add" or not any(doses):
+            continue
+        dtype, device = torch.float32 if share else adapter.dtype, adapter.device(layer)
+        dose = torch.tensor(doses[0] if uniform else [[[dose]] for dose in doses], dtype=torch.float32, device=device)
+        if not bool(dose.to(dtype).isfinite().all()):
+            raise OptionError(f"A strength is too large for {dtype}; got {[*map(named, rows)]}.")
+        if knob.kernel is not None:
+            weigher, values = knob.kernel.weigher(knob.site).to(dose), knob.kernel.scaled(knob.site)
+            yield layer, Pull(knob.where, dose, weigher, values.to(device))
+        else:
+            yield layer, (Ablation if share else Push)(knob.where, dose, knob.direction.to(device))
 
 
 def _moves(doses: Sequence[Mapping[AnyKnob, float]], uniform: bool) -> dict[LookaheadKnob, Tensor]:
@@ -141,9 +202,7 @@ def row_doses(adapter: Adapter, rows: Sequence[Mapping[AnyKnob, float]]) -> list
         elif isinstance(knob, LookaheadKnob):
             said, content = f"{knob.alpha(strength)!r} {_way(knob)}", knob.digest.encode()
         else:
-            vector = knob.addend(strength) if knob.operation == "add" else knob.direction * strength
-            said = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}"
-            content = vector.numpy().tobytes()
+            said, content = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}", _content(knob, strength)
         digests[knob, strength] = hashlib.sha256(said.encode() + content).digest()
     doses: list[RowDose] = []
     for row in rows:
@@ -151,6 +210,16 @@ def row_doses(adapter: Adapter, rows: Sequence[Mapping[AnyKnob, float]]) -> list
         digest = hashlib.sha256(b"".join(sorted(digests[turned] for turned in active))).hexdigest() if active else ""
         doses.append(RowDose(digest, all(knob.where in LATER for knob, _ in active)))
     return doses
+
+
+def _content(knob: Knob, strength: float) -> bytes:
+    """Say all that a knob does at its layer, and how strongly."""
+    if knob.operation == "add":
+        return knob.addend(strength).numpy().tobytes()
+    if knob.operation == "ablate":
+        return (knob.direction * strength).numpy().tobytes()
+    what = knob.direction.numpy().tobytes() if knob.kernel is None else knob.kernel.digest(knob.site)
+    return repr(knob.length(strength)).encode() + what
 
 
 def _way(knob: LookaheadKnob) -> str:
@@ -176,11 +245,19 @@ def _fitting_layer(adapter: Adapter, knob: Knob) -> int:
     return adapter.layer(knob.site.layer)
 
 
-def ablate(hidden: Tensor, ablation: Ablation, mask: Tensor | None) -> Tensor:
-    """Remove a share of the component along a direction, in float32."""
-    wide = hidden.float()
-    direction = ablation.direction.to(wide)
-    share = (ablation.strength.to(wide) * (wide @ direction))[..., None]  # [B, T, 1]
-    if mask is not None:
-        share = share * mask.to(share)
-    return (wide - share * direction).to(hidden.dtype)
+def react(hidden: Tensor, reaction: Reaction, seen: Tensor, mask: Tensor | None) -> Tensor:
+    """Add what a reaction to `seen` is, rounded once; tokens out of the mask and rows at strength 0 keep every bit."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with _exact(hidden):
+        moved = (hidden.to(wide) + reaction.delta(seen.float())).to(hidden.dtype)
+    if mask is None and not reaction.strength.dim():
+        return moved
+    touched = reaction.strength.to(hidden.device) != 0  # [] or [B, 1, 1]
+    return torch.where(touched if mask is None else touched & (mask.to(hidden.device) != 0), moved, hidden)
+
+
+def _exact(hidden: Tensor) -> AbstractContextManager[object]:
+    """Keep autocast from computing likenesses in 16 bits."""
+    kind = hidden.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

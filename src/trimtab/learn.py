@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from trimtab.artifact import Knob
-from trimtab.capture import Evidence, capture, capture_gradients
+from trimtab.artifact import KernelExamples, Knob
+from trimtab.capture import Evidence, GradientEvidence, capture, capture_gradients
 from trimtab.checkpoint import learned_from
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
+from trimtab.kernels import Kernel, check_kernel
 from trimtab.losses import Loss, LossFn, read_loss
+from trimtab.methods.cold_kernel import example_values
 from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, lengths_vary, regress_out_lengths
 from trimtab.pairs import Pairs
 from trimtab.plans import Plan, Selection, make_plan
@@ -78,7 +80,9 @@ def learn(
     "mean_residual_norm" (strength is our alpha). None is "raw", and of gradients an alpha of `STEP`. `where` is stored
     in the knob.
     `length_match`: "bucket" keeps the pairs whose answers are about equally long, "regress" removes what a straight
-    line in length explains. `options` go to the method, `seed` to whatever is drawn.
+    line in length explains. `options` go to the method, `seed` to whatever is drawn: "cold-kernel" takes
+    `{"kernel": "cosine" | "softmax" | "linear", "temperature": 1.0}`, whose knob keeps the pairs' gradients and weighs
+    them by the stream at every token (see `trimtab.kernels.kernel_weights`).
     `progress` is called with the number of texts that were read and that of all.
 
     Warns (`TrimtabWarning`) of what may make the knob mean something else than it seems to, and keeps the warnings in
@@ -102,10 +106,10 @@ def learn(
     if loss is not None and not plan.gradients:
         raise OptionError(f"A loss is of methods whose evidence is gradients; got loss={loss!r} for {method}.")
     if plan.gradients:
-        _check_gradients(scale, length_match)
-        evidence, vectors, statistics = _from_gradients(model, tokenizer, used, plan, asked, own, seed, reading)
+        _check_gradients(scale, length_match, own)
+        evidence, vectors, statistics, kernel = _from_gradients(model, tokenizer, used, plan, asked, own, seed, reading)
     else:
-        evidence, vectors, statistics = _from_activations(
+        evidence, vectors, statistics, kernel = _from_activations(
             model, tokenizer, used, plan, length_match, own, seed, reading
         )
     ranking = rank_sites(statistics, plan.selection, plan.site)
@@ -119,6 +123,7 @@ def learn(
     settings |= {"first": first, "last": last, "selection": plan.selection, "scale": scale, "where": where}
     settings |= {"length_match": length_match, "seed": seed, "token_budget": token_budget, **own}
     settings |= {"loss": str(asked) if plan.gradients else None}
+    length = float(vectors[best].norm()) if kernel is None else kernel.scales[best]
     return Knob(
         name=name,
         method=method,
@@ -127,8 +132,10 @@ def learn(
         site=best,
         gain=STEP
         if plan.gradients and scale is None
-        else _gain(scale, float(vectors[best].norm()), statistics[best]["mu_plus_norm"], evidence.norms[best.layer]),
+        else _gain(scale, length, statistics[best]["mu_plus_norm"], evidence.norms[best.layer]),
         where=where,
+        operation="add" if kernel is None else "kernel",
+        kernel=kernel,
         provenance=learned_from(model, tokenizer, used, plan.method.paper, settings, licence),
         diagnostics={
             "sites": {str(s): dict(values) for s, values in statistics.items()},
@@ -147,8 +154,8 @@ def learn(
 
 # Evidence
 
-Found = tuple[Evidence, dict[Site, Tensor], dict[Site, dict[str, float | None]]]
-"""What was read, the vector and the diagnostics of every site."""
+Found = tuple[Evidence, dict[Site, Tensor], dict[Site, dict[str, float | None]], KernelExamples | None]
+"""What was read, the vector and the diagnostics of every site, and the examples of a kernel that weighs them."""
 
 
 def _from_activations(
@@ -167,7 +174,7 @@ def _from_activations(
         chosen, rejected = regress_out_lengths(chosen, rejected, evidence.lengths)
     vectors = dict(zip(evidence.sites, plan.method.run(chosen, rejected, own), strict=True))
     statistics = {s: describe_site(chosen[:, i], rejected[:, i], seed=seed) for i, s in enumerate(evidence.sites)}
-    return evidence, vectors, statistics
+    return evidence, vectors, statistics, None
 
 
 def _from_gradients(
@@ -191,10 +198,25 @@ def _from_gradients(
         described = describe_site(-found.gradients[:, i], none, seed=seed)
         described["first_order"] = (described["r_norm"] or 0.0) * evidence.norms[site.layer]
         statistics[site] = described
-    return evidence, vectors, statistics
+    return evidence, vectors, statistics, _kernel(found, own)
 
 
-def _check_gradients(scale: str | None, length_match: str) -> None:
+def _kernel(found: GradientEvidence, own: Mapping[str, object]) -> KernelExamples | None:
+    """Return the examples where the method's kernel depends on the input."""
+    kernel = own.get("kernel", "unit")
+    if kernel == "unit":
+        return None
+    values = example_values(found.gradients).float()
+    return KernelExamples.weigh(
+        cast(Kernel, kernel),
+        cast(float, own["temperature"]),
+        dict(zip(found.sites, found.activations.unbind(1), strict=True)),
+        dict(zip(found.sites, values.unbind(1), strict=True)),
+    )
+
+
+def _check_gradients(scale: str | None, length_match: str, own: Mapping[str, object]) -> None:
+    check_kernel(own.get("kernel", "unit"), cast(float, own.get("temperature", 1.0)))
     if scale == "mean_chosen_norm":
         raise OptionError("scale='mean_chosen_norm' is of methods that read answers; of gradients take raw, or none.")
     if length_match == "regress":

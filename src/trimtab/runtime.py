@@ -1,8 +1,9 @@
 """Steer a live model: knobs at strengths, per row of a batch, at no cost that can be measured.
 
 Everything that depends on the knobs is computed when they are set: one addend per steered layer and row. A forward
-adds it to the block's output, and a decode step computes nothing else. Positions are absolute, so runs with and without
-a KV cache agree; padding is never steered; nothing is left on the model.
+adds it to the block's output, and a decode step computes nothing else, but for knobs that look at the stream or ahead.
+Positions are absolute, so runs with and without a KV cache agree; padding is never steered; nothing is left on the
+model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter, CallInfo
-from trimtab.addends import Dose, LayerTable, ablate, build_tables, check_dose, named, row_doses, turned_weights
+from trimtab.addends import Dose, LayerTable, build_tables, check_dose, named, react, row_doses, turned_weights
 from trimtab.artifact import AnyKnob, DeltaKnob, LookaheadKnob
 from trimtab.errors import AdapterError, OptionError, brief
 from trimtab.lookahead import Stream
@@ -58,8 +59,9 @@ class Steering:
         """Steer with these knobs from the next forward on; an error leaves the model unsteered.
 
         `settings` maps knobs to strengths, or is a sequence of such mappings, one per row of the batch. Ablations come
-        first, then additions. Raises `OptionError` for strengths that are not finite numbers, and `KnobError` for a
-        knob of another width.
+        first, then additions; those that depend on the stream (operations "piecewise" and "kernel") look at the block's
+        own output. Raises `OptionError` for strengths that are not finite numbers, and `KnobError` for a knob of
+        another width.
         """
         if self._ended:
             raise OptionError("This steer() has ended, and nothing would take its knobs off again. Enter another.")
@@ -194,7 +196,10 @@ class Steering:
         table, steered = self._expanded[1][layer], hidden
         for ablation in table.ablations:
             if ablation.where in self._masks:
-                steered = ablate(steered, ablation, self._masks[ablation.where])
+                steered = react(steered, ablation, steered, self._masks[ablation.where])
+        for reaction in table.reactions:
+            if reaction.where in self._masks:
+                steered = react(steered, reaction, hidden, self._masks[reaction.where])
         if self._unmasked:
             steered = steered if table.later is None else steered + table.later.to(steered)
         else:

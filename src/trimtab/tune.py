@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -226,15 +225,14 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
         cosine = cast(Mapping[str, object], entry).get("split_half_cosine") if isinstance(entry, Mapping) else None
         if isinstance(cosine, float):
             halves[site] = cosine
-    kept = {site: v for site, v in knob.vectors.items() if halves.get(site, 1.0) >= agreement}
+    kept = [site for site in knob.vectors if halves.get(site, 1.0) >= agreement]
     if not kept:
         raise TuneError(
             f"The pairs of {knob.name!r} do not agree on a direction: at none of {len(knob.vectors)} sites do two "
             f"halves of them have a cosine of {agreement:g} (at best {max(halves.values()):.4g}). Look at the labels, "
             "or add pairs."
         )
-    site = knob.site if knob.site in kept else next(iter(kept))
-    return replace(knob.with_(site=site), vectors=kept)
+    return knob.with_(site=knob.site if knob.site in kept else kept[0]).at(kept)
 
 
 def _prompt_hashes(pairs: Pairs, tasks: Sequence[AnyTask]) -> list[str]:
@@ -265,7 +263,10 @@ def _content(knob: AnyKnob) -> dict[str, Any]:
         scales = {str(layer): scale for layer, scale in knob.scales.items()}
         way = [knob.backend, knob.step, knob.per_token]
         return {"knob's gradient": knob.digest, **norms, "knob's scales": scales, "knob's way": way}
-    return {"knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()), **norms}
+    content = {"knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()), **norms}
+    if knob.kernel is not None:
+        content |= {"knob's kernel": knob.kernel.header(), "knob's examples": digest(knob.kernel.tensors().items())}
+    return content
 
 
 def _wheres(

@@ -22,7 +22,8 @@ def describe(knob: Knob) -> str:
     lines = {
         "knob": f"{knob.name} ({knob.kind}, {knob.method})",
         "site": f"{knob.site}, one of {len(knob.vectors)} in layers {layers[0]} to {layers[-1]}",
-        "strength 1": _dose(knob) if knob.operation == "add" else "removes the component along the direction",
+        "strength 1": "removes the component along the direction" if knob.operation == "ablate" else _dose(knob),
+        "kernel": knob.kernel and str(knob.kernel),
         "where": f"{knob.operation} at {knob.where} tokens",
         "safe range": describe_safe_range(knob),
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
@@ -128,14 +129,19 @@ def _share(part: object, name: str) -> float:
 
 def _dose(knob: Knob) -> str:
     """Say what strength 1 adds, in our unit and in those of PaLRS and CAA."""
-    norm, length = knob.norms[knob.site.layer], float(knob.vectors[knob.site].double().norm())
-    said = f"alpha {knob.gain:.4g}: length {knob.gain * norm:.4g} where the mean residual norm is {norm:.4g}"
+    norm, length = knob.norms[knob.site.layer], knob.raw_length(knob.site)
+    mean = " on average over the examples" if knob.kernel else ""
+    said = f"alpha {knob.gain:.4g}: length {knob.gain * norm:.4g}{mean} where the mean residual norm is {norm:.4g}"
+    if knob.operation == "piecewise":
+        said += "; towards the side of the direction on which the token lies"
     if length:
-        said += f"; {multiplier_from_alpha(knob.gain, length, norm):.4g} times the raw vector (CAA's multiplier)"
+        times = multiplier_from_alpha(knob.gain, length, norm)
+        raw = "their weighted sum (COLD-Steer's eta)" if knob.kernel else "the raw vector (CAA's multiplier)"
+        said += f"; {times:.4g} times {raw}"
     sites: object = knob.diagnostics.get("sites")
     here = cast(Mapping[str, object], sites).get(str(knob.site)) if isinstance(sites, Mapping) else None
     chosen = cast(Mapping[str, object], here).get("mu_plus_norm") if isinstance(here, Mapping) else None
-    if isinstance(chosen, float) and chosen > 0:
+    if isinstance(chosen, float) and chosen > 0 and not knob.kernel:
         said += f"; {palrs_from_alpha(knob.gain, chosen, norm):.4g} in PaLRS's unit (Eq. 4)"
     return said
 

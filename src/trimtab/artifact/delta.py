@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from trimtab.artifact.card import describe_delta
+from trimtab.artifact.checks import check_knob_name, safe_range_of
 from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.identity import compare_identity
-from trimtab.artifact.knob import check_knob_name, safe_range_of
 from trimtab.artifact.large import LargeFile, entries_of, write_large
 from trimtab.artifact.parts import (
     LowRank,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from torch import nn
 
 from trimtab.artifact.card import describe_lookahead
+from trimtab.artifact.checks import check_knob_name, norms_of, safe_range_of
 from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.identity import compare_identity
-from trimtab.artifact.knob import check_knob_name, norms_of, safe_range_of
 from trimtab.artifact.large import LargeFile, entries_of, write_large
 from trimtab.artifact.parts import Part, check_fit, check_part, digest_of, labelled, norm, parts_of, scaled
 from trimtab.errors import KnobError, OptionError, brief, unknown_name

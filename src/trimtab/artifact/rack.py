@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from trimtab.artifact.checks import check_knob_name
 from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.file import number, refuse_to_replace, save_bytes
-from trimtab.artifact.knob import Knob, check_knob_name
+from trimtab.artifact.knob import Knob
 from trimtab.artifact.large import stored_kind
 from trimtab.artifact.lookahead import LookaheadKnob
 from trimtab.errors import KnobError, OptionError, brief, unknown_name

@@ -36,6 +36,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
             "width": knob.width,
             "sites": [str(site) for site in knob.vectors],
             "norms": {str(layer): norm for layer, norm in knob.norms.items()},
+            "kernel": knob.kernel and {**knob.kernel.header(), "examples": knob.kernel.count},
         }
     elif isinstance(knob, DeltaKnob):
         tables = (tuning_text(knob.tuning, "weights", knob.where, knob.gain),)

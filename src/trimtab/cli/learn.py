@@ -91,7 +91,13 @@ def add_options(parser: ArgumentParser) -> None:
         "--scale", help="raw, mean_chosen_norm or mean_residual_norm; where none is given raw, of gradients alpha 0.2"
     )
     choice.add_argument("--where", help="steer these tokens: " + ", ".join(WHERE) + " (default all)")
-    choice.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
+    choice.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the method, as in kernel=softmax; repeatable",
+    )
     choice.add_argument("--seed", type=int, metavar="N", help="of whatever is drawn (default 0)")
     choice.add_argument("--licence", help="of the knob, stored in it")
     steps.add_options(parser)

@@ -131,6 +131,8 @@ def check_knobs(rack: Rack, loaded: Loaded, *, strict: bool) -> None:
         knob.check(loaded.model, loaded.tokenizer, strict=strict)
 
 
+ADDING = ("add", "piecewise", "kernel")
+"""Operations whose strength is a length."""
 LARGE_ALPHA = 3.0
 """A rough guess, in mean residual norms: tuned gains on the bundled model are 0.4, and few papers go beyond 1."""
 
@@ -140,7 +142,7 @@ def warn_outside(rack: Rack, setting: Setting) -> None:
     for name, strength in setting.items():
         knob = rack[name]
         bounds = knob.safe_range
-        if bounds is None and knob.operation == "add" and abs(knob.alpha(strength)) > LARGE_ALPHA:
+        if bounds is None and knob.operation in ADDING and abs(knob.alpha(strength)) > LARGE_ALPHA:
             warnings.warn(
                 f"Strength {strength:g} of {name!r} adds {abs(knob.alpha(strength)):.3g} times the mean residual norm; "
                 "answers are likely to break. Tune the knob, or try smaller strengths.",

@@ -123,6 +123,13 @@ def describe_knob(knob: AnyKnob, strength: float) -> dict[str, Any]:
     if isinstance(knob, LookaheadKnob):
         reach = {"gradient_sha256": knob.digest, "layers": list(knob.layers), "backend": knob.backend}
         return spec | reach | {"steered_of_neutral": STEERED_OF_NEUTRAL[knob.where]}
+    if knob.kernel is not None:
+        spec["kernel"] = {
+            "kind": knob.kernel.kind,
+            "temperature": knob.kernel.temperature,
+            "examples": knob.kernel.count,
+            "sha256": knob.kernel.digest(knob.site).hex(),
+        }
     return spec | {
         "vectors_sha256": digest((str(site), vector) for site, vector in knob.vectors.items()),
         "site": str(knob.site),

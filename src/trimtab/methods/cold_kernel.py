@@ -7,14 +7,12 @@ prompts is replaced by a simple one.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from trimtab.errors import OptionError, unknown_name
+from trimtab.kernels import KERNELS, Kernel, check_kernel, kernel_weights
 
-Kernel = Literal["unit", "cosine", "softmax", "linear"]
+__all__ = ["KERNELS", "Kernel", "cold_kernel", "example_values", "kernel_weights"]
 
 
 def cold_kernel(gradients: Tensor, activations: Tensor, *, kernel: Kernel = "unit", temperature: float = 1.0) -> Tensor:
@@ -28,8 +26,14 @@ def cold_kernel(gradients: Tensor, activations: Tensor, *, kernel: Kernel = "uni
     >>> cold_kernel(torch.tensor([[[1.0, 4.0]], [[3.0, 0.0]]]), torch.ones(2, 1, 2)).tolist()
     [[-2.0, -2.0]]
     """
-    if kernel not in get_args(Kernel):
-        raise unknown_name("kernel", kernel, get_args(Kernel))
-    if temperature <= 0:
-        raise OptionError(f"The temperature of a softmax kernel is above 0; got {temperature:g}.")
+    check_kernel(kernel, temperature)
     return -gradients.mean(dim=0, dtype=torch.float64)
+
+
+def example_values(gradients: Tensor) -> Tensor:
+    """Return what each example adds to that sum, `-g_j / N` float64 from gradients `[N, ...]`.
+
+    >>> example_values(torch.tensor([[1.0, 4.0], [3.0, 0.0]])).tolist()
+    [[-0.5, -2.0], [-1.5, -0.0]]
+    """
+    return -gradients.double() / len(gradients)

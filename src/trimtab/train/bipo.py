@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.artifact.knob import check_knob_name
+from trimtab.artifact.checks import check_knob_name
 from trimtab.capture import residual_norms
 from trimtab.checkpoint import Checkpoint, describe_model, learned_from
 from trimtab.errors import OptionError, TrainError, TrimtabWarning
