@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,10 @@ class Behaviours:
     def pairs(self, behaviour: str, n: int, seed: int) -> Pairs:
         """Draw the pairs that one seed learns from."""
         source = self.bench.recipe.behaviours[behaviour]
-        return letter_pairs(behaviour_questions(source, "train", n, seed=seed, root=self._root))
+        asked = {p for task in (self.validation[behaviour], self.test[behaviour]) for p in task.prompts}
+        return letter_pairs(
+            behaviour_questions(source, "train", n, seed=seed, root=self._root, without=cast(set[str], asked))
+        )
 
     def held(self, behaviour: str) -> Pairs:
         """Return the validation questions as pairs, for early stopping."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,12 +42,24 @@ class Question:
         return Question(f"{head}\n (A) {found['b'].rstrip()}\n (B) {found['a'].rstrip()}", 1 - self.right)
 
 
-def behaviour_questions(source: str, split: Split | str, n: int, *, seed: int, root: Path) -> list[Question]:
-    """Draw `n` questions of a behaviour; of CAA's training file three fifths are learned from and a fifth chooses."""
+def behaviour_questions(
+    source: str, split: Split | str, n: int, *, seed: int, root: Path, without: Collection[str] = ()
+) -> list[Question]:
+    """Draw `n` questions of a behaviour; of CAA's training file four fifths are learned from and a fifth chooses.
+
+    `without` are prompts that may not be asked, either way round.
+    """
+
+    def free(question: Question) -> bool:
+        return question.prompt not in without and question.turned().prompt not in without
+
     if source.startswith(WORLD):
-        return _from_world(source.removeprefix(WORLD), split, n, seed)
-    parts = _caa(root / source.partition(":")[2])
-    known = parts[split]
+        found, size = list[Question](), n
+        while len(found) < n:
+            found = [q for q in _from_world(source.removeprefix(WORLD), split, size, seed) if free(q)][:n]
+            size += 20
+        return found
+    known = [q for q in _caa(root / source.partition(":")[2])[split] if free(q)]
     if n > len(known):
         raise OptionError(f"{source!r} has {len(known)} questions for {split}; the recipe asks for {n}.")
     return random.Random(f"{source}/{split}/{seed}").sample(known, n)

@@ -83,7 +83,7 @@ class Recipe(BenchRecipe):
     systems: tuple[str, ...] = tuple(SYSTEMS)
     last: float = 0.8
     """Candidate layers end at this fraction of the depth."""
-    alphas: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    alphas: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
     """Doses of what moves the stream, in multiples of the mean residual norm; the middle one ranks the layers."""
     steps: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0)
     """Doses of weights, in multiples of a difference."""

@@ -209,8 +209,9 @@ def _why_fd(rows: Mapping[str, Row]) -> str:
     ahead, short, long = (percent(_mean(rows[name])) for name in ("cold-fd", "bipo-released", "bipo"))
     return (
         "Why does COLD-FD beat trained interventions? Here, a vector trained on the released schedule reaches "
-        f"{short}, one trained to convergence {long}, and COLD-FD {ahead}: what training longer brings is the difference of the "
-        "first two; what remains is that COLD-FD adds something else after every prompt, as the letter asks for."
+        f"{short}, one trained to convergence {long}, and COLD-FD {ahead}: what training longer brings is the "
+        "difference of the first two; what remains is that COLD-FD adds something else after every prompt, as the "
+        "letter asks for."
     )
 
 
