@@ -221,7 +221,7 @@ def test_no_vector_at_all_is_an_error() -> None:
 
 
 def test_without_validation_prompts_are_held_out() -> None:
-    knob = learn_vector(model(), tokenizer(), PAIRS, layers=[1], epochs=2)
+    knob = learn_vector(model(), tokenizer(), PAIRS, layers=[1], epochs=2, checkpoint=None)
     told = knob.provenance["options"]["validation"]
     assert (told["count"], told["held_out_of_pairs"]) == (2, True)
     assert knob.provenance["pairs_count"] == 6

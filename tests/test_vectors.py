@@ -124,6 +124,17 @@ def test_an_alignment_vector_at_strength_one_is_the_trained_model() -> None:
     assert not torch.allclose(logits(lm), aligned, atol=1e-3)
 
 
+@pytest.mark.parametrize(("most", "steps"), [(1, 1), (2, 2), (100, 9)])
+def test_few_step_lora_ends_after_so_many_steps(most: int, steps: int) -> None:
+    knob = learn_weights(model(), tokenizer(), PAIRS, method="alignment-vector", max_steps=most, **FAST)
+    (row,) = knob.diagnostics["training"]["plus"]["table"]
+    assert row["steps"] == steps
+    assert row["evaluated_at"][-1] == steps
+    assert knob.provenance["options"]["max_steps"] == most
+    with pytest.raises(OptionError, match="max_steps counts from 1; got 0"):
+        learn_weights(model(), tokenizer(), PAIRS, max_steps=0, **FAST)
+
+
 def test_all_weights_of_a_16_bit_model_are_subtracted_before_rounding() -> None:
     lm = model().to(torch.bfloat16)
     knob = learn_weights(lm, tokenizer(), PAIRS, **FAST | {"lora_rank": None, "learning_rates": (1e-5,)})

@@ -40,9 +40,10 @@ from trimtab.errors import CacheError, KnobError, OptionError
 from trimtab.weights.rows import is_linear
 
 NOTE = "streams"
-USUAL, LEAST = 0.5, 4.0
+FLOOR, USUAL, LEAST = 1e-3, 0.5, 4.0
 """The step that is taken moves the stream by `USUAL` times the root of the dtype's resolution, as a share of its norm:
-the best of 1/4 to 4 on trained models. Steps that move it by less than `LEAST` times the resolution itself are refused:
+the best of 1/4 to 4 on trained models; and by `FLOOR` at least, which float32 can afford, for the sake of tokens that
+move less than others. Steps that move it by less than `LEAST` times the resolution itself are refused, since
 differences would be rounding."""
 
 
@@ -52,7 +53,7 @@ def usual_share(dtype: torch.dtype) -> float:
     Between rounding, which is the resolution over the share, and curvature, which grows with the share. The resolution
     is float32's at best: models compute norms and softmax in it whatever their weights are.
     """
-    return USUAL * resolution(dtype) ** 0.5
+    return max(FLOOR, USUAL * resolution(dtype) ** 0.5)
 
 
 def resolution(dtype: torch.dtype) -> float:

@@ -54,10 +54,10 @@ def behaviour_questions(
         return question.prompt not in without and question.turned().prompt not in without
 
     if source.startswith(WORLD):
-        found, size = list[Question](), n
+        found, size = list[Question](), n + n // 20
         while len(found) < n:
             found = [q for q in _from_world(source.removeprefix(WORLD), split, size, seed) if free(q)][:n]
-            size += 20
+            size += 50
         return found
     known = [q for q in _caa(root / source.partition(":")[2])[split] if free(q)]
     if n > len(known):
@@ -65,6 +65,7 @@ def behaviour_questions(
     return random.Random(f"{source}/{split}/{seed}").sample(known, n)
 
 
+@lru_cache(maxsize=32)
 def _from_world(family: str, split: Split | str, n: int, seed: int) -> list[Question]:
     items = world.items(family, cast(Split, split), n, seed=seed, truth={"form": "letter"})
     return [Question(item.prompt, LETTERS.index(next(iter(item.answers.values())))) for item in items]

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
+from trimtab.capture import residual_norms
 from trimtab.learn import learn
 from trimtab.pairs import Pairs
 from trimtab.reproduce.bench import Bench, System
@@ -15,6 +16,7 @@ from trimtab.reproduce.cold_recipe import Recipe, Sizes
 from trimtab.selection import layers_between
 from trimtab.train.bipo import learn_vector
 from trimtab.train.loops import load_trainers
+from trimtab.train.steered import STEP_SHARES
 from trimtab.train.steps import learn_lookahead, learn_step
 from trimtab.train.vectors import learn_weights
 from trimtab.types import Message, Site
@@ -23,8 +25,9 @@ ColdBench = Bench[Recipe, Sizes]
 RELEASED: dict[str, Any] = {"learning_rates": [1e-3], "epochs": 2, "batch_size": 8, "weight_decay": 0.0}
 """The schedule of the released code's trained vector: Adam at 1e-3, two epochs of batches of eight."""
 FEW: dict[str, Any] = {"learning_rates": [3e-3], "max_steps": 16, "batch_size": 8}
-MANY = 100
-"""Pairs above which a vector is trained in batches of 16 in place of the paper's 4, so that it converges in minutes."""
+MANY, SHOWN = 100, 6000
+"""From more pairs than `MANY` a vector is trained in batches of 16 in place of the paper's 4, at the larger of the
+usual rates alone, until it has been shown about `SHOWN` pairs, so that it converges in minutes."""
 REJECTED = "negative-sft:per=answer"
 """A loss with the gradient that is left of a pair's where the rejected forward overwrites what the chosen one left."""
 
@@ -71,8 +74,7 @@ def learned(bench: ColdBench, name: str, pairs: Pairs, held: Pairs, seed: int, *
         ahead = learn_lookahead(model, tokenizer, pairs, layers=layers, backend="scaled", **own)
         return _moving(bench, ahead)
     if name.startswith("bipo"):
-        converged: dict[str, Any] = {"epochs": bench.sizes.epochs, "batch_size": 4 if len(pairs) <= MANY else 16}
-        schedule = RELEASED if name == "bipo-released" else converged
+        schedule = RELEASED if name == "bipo-released" else _converged(bench, pairs, layers[-1])
         trained = learn_vector(model, tokenizer, pairs, layers=layers[-1:], validation=held, seed=seed, **schedule)
         return _moving(bench, trained)
     reads: dict[str, Any] = {"layers": layers, "seed": seed}
@@ -88,6 +90,15 @@ def learned(bench: ColdBench, name: str, pairs: Pairs, held: Pairs, seed: int, *
             [*knob.vectors], recipe.removals, lambda site, dose: System(model, {removed.with_(site=site): dose}), knob
         )
     return _moving(bench, knob.with_(operation="piecewise") if form == "piecewise" else knob)
+
+
+def _converged(bench: ColdBench, pairs: Pairs, layer: int) -> dict[str, Any]:
+    """Return the schedule of a vector that is trained to convergence."""
+    if len(pairs) <= MANY:
+        return {"epochs": bench.sizes.epochs}
+    norm = residual_norms(bench.model, bench.tokenizer, pairs[:MANY], [layer])[layer]
+    rate = STEP_SHARES[-1] * norm / Adapter(bench.model).hidden_size ** 0.5
+    return {"epochs": min(bench.sizes.epochs, SHOWN // len(pairs)), "batch_size": 16, "learning_rates": [rate]}
 
 
 def _moving(bench: ColdBench, knob: Knob | LookaheadKnob) -> Ladder:
