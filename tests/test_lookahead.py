@@ -18,9 +18,20 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 import pico
 from trimtab.adapter import Adapter, parameters_to
-from trimtab.artifact import DeltaKnob, Knob, LookaheadKnob, LowRank, load_knob
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob, LowRank, load_knob, load_panel
 from trimtab.artifact.lookahead import block_of
-from trimtab.errors import AdapterError, CacheError, KnobError, OptionError, PairsError, TrainError, UnknownName
+from trimtab.compose import compose
+from trimtab.errors import (
+    AdapterError,
+    CacheError,
+    KnobError,
+    OptionError,
+    PairsError,
+    TrainError,
+    TrimtabWarning,
+    UnknownName,
+)
+from trimtab.evals.choices import pairs_task
 from trimtab.evals.evaluate import evaluate
 from trimtab.evals.evaluation import describe_knob
 from trimtab.evals.likelihood import pair_margins
@@ -724,6 +735,27 @@ def test_lookaheads_are_tuned_evaluated_and_generated_with(
     assert found
     texts = generate(model, tokenizer, ["q", "qq"], knobs=[{tuned: 1.0}, {}], max_new_tokens=3, where="prompt")
     assert [g.knobs for g in texts] == [{"ahead": 1.0}, {}]
+
+
+def test_lookaheads_are_composed_with_knobs_of_other_kinds_into_a_panel(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    ahead = learn_lookahead(model, tokenizer, pairs(), layers=[1], name="ahead")
+    step = learn_step(model, tokenizer, pairs(), name="step")
+    held = Pairs(Pair((Message("user", f"other {i}"),), "yes", "no") for i in range(3))
+    knobs: dict[str, AnyKnob] = {"ahead": ahead, "step": step, "way": pico.knob(0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrimtabWarning)  # of a goal that three items may not tell from the base model
+        found = compose(
+            knobs, model, tokenizer, [pairs_task(held)], search="grid", grid=(0.0, 1.0), guardrails=[task()], budget=1.0
+        )
+    assert len(found.record["trials"]) == 8
+    found.save(tmp_path / "panel.json")
+    panel = load_panel(tmp_path / "panel.json")
+    assert {knob.kind for knob in panel.rack.values()} <= {"lookahead", "delta", "steering"}
+    settings = panel.rack.resolve(panel.setting)
+    base, turned = pair_margins(model, tokenizer, held, [{}, settings])
+    assert float((turned.margin - base.margin).mean()) >= 0
 
 
 def test_rows_share_a_batch_with_those_of_the_same_lookaheads(knob: LookaheadKnob) -> None:
