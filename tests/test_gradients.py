@@ -244,6 +244,31 @@ def test_batches_that_do_not_fit_are_halved(
         capture_gradients(model, tokenizer, pairs(1))
 
 
+def test_a_batch_that_runs_out_of_memory_half_way_back_counts_once(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"]
+    wanted = weight_gradients(model, tokenizer, pairs(), names)
+    failures = [True]
+
+    def fail(_module: object, _inputs: object, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+
+        def once(gradient: Tensor) -> Tensor:
+            if failures:
+                failures.pop()
+                raise torch.OutOfMemoryError("planted")
+            return gradient
+
+        hidden.register_hook(once)
+
+    handle = Adapter(model).blocks[1].register_forward_hook(fail)
+    found = weight_gradients(model, tokenizer, pairs(), names)
+    handle.remove()
+    assert not failures
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_finished_batches_are_taken_from_the_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,7 +385,10 @@ def test_any_callable_of_logits_and_labels_is_a_loss(
     ours = capture_gradients(model, tokenizer, pairs(), loss=mine)
     torch.testing.assert_close(ours.gradients, capture_gradients(model, tokenizer, pairs()).gradients)
     knob = learn(model, tokenizer, pairs(), method="cold-kernel", loss=mine)
-    assert knob.provenance["options"]["loss"].endswith("mine")
+    assert knob.provenance["options"]["loss"].startswith("function ")
+    assert knob.provenance["options"]["loss"].endswith("test_any_callable_of_logits_and_labels_is_a_loss.<locals>.mine")
+    with pytest.raises(OptionError, match="A checkpoint cannot tell the loss function"):
+        learn(model, tokenizer, pairs(), method="cold-kernel", loss=mine, checkpoint="kept")
 
     def plain(logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
@@ -377,6 +405,7 @@ def test_any_callable_of_logits_and_labels_is_a_loss(
         ("dpo:gamma=1", UnknownName, r"Unknown option of loss dpo 'gamma'\. Known: beta, per\."),
         ("dpo:per=word", UnknownName, r"Unknown per 'word'\. Known: answer, token\."),
         ("dpo:beta", UnknownName, "Unknown option of loss dpo"),
+        ("dpo:beta=1,beta=2", OptionError, "sets beta twice"),
         ("dpo:beta=0", OptionError, "beta above 0; got 0"),
         ("simpo:gamma=x", OptionError, "gamma must be a number; got 'x'"),
         (3, OptionError, "a name or a function of logits and labels; got 3"),
@@ -434,6 +463,8 @@ def test_a_gradient_knob_has_a_usual_dose_before_tuning_and_says_how_fast_the_lo
         ({"scale": "mean_chosen_norm"}, OptionError, "scale='mean_chosen_norm' is of methods that read answers"),
         ({"length_match": "regress"}, OptionError, "length_match='regress' is of methods that read answers"),
         ({"method": "palrs", "selection": "first_order"}, UnknownName, "Unknown selection 'first_order'"),
+        ({"format": "response_as_user"}, OptionError, "answers after their questions; got format='response_as_user'"),
+        ({"options": {"temperature": 7.0}}, OptionError, "A temperature is of the softmax kernel; got 7 for unit"),
     ],
 )
 def test_what_gradients_cannot_do_is_an_error(

@@ -6,6 +6,8 @@ import copy
 import itertools
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +38,10 @@ from trimtab.evals.evaluate import evaluate
 from trimtab.evals.evaluation import describe_knob
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
+from trimtab.forward import _load, _Rules
 from trimtab.generate import generate
-from trimtab.lookahead import LEAST, Stream, _load_forward_mode, _Rules, embedding_scale, resolution, usual_share
+from trimtab.learn import learn
+from trimtab.lookahead import LEAST, Stream, embedding_scale, resolution, usual_share
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.render import Renderer, load
@@ -117,7 +121,8 @@ def decode(model: PreTrainedModel, settings: Any, rows: list[list[int]], tokens:
     batch = {name: value for name, value in pico.pad(rows).items() if name != "position_ids"}
     with steer(model, settings):
         run: Any = model.generate
-        out = run(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
+        chosen = {"do_sample": False, **options}
+        out = run(**batch, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0, **chosen)
     return out[:, batch["input_ids"].shape[1] :]
 
 
@@ -228,7 +233,7 @@ def test_derivatives_of_sums_and_products_are_torchs_own(derived: str) -> None:
         tangents = (forward_ad.unpack_dual(value).tangent for value in [*found, kept, y])
         return [torch.zeros(()) if tangent is None else tangent for tangent in tangents]
 
-    _load_forward_mode()
+    _load()
     with torch.no_grad(), forward_ad.dual_level():
         wanted = work()
         with _Rules():
@@ -346,8 +351,14 @@ def test_mixed_rows_generate_as_they_do_alone(model: PreTrainedModel, knob: Look
     together = decode(model, settings, rows)
     for number, (row, setting) in enumerate(zip(rows, settings, strict=True)):
         assert decode(model, setting, [row])[0].tolist() == together[number].tolist()
-    repeated = decode(model, settings, rows, num_return_sequences=1)
-    assert torch.equal(repeated, together)
+    torch.manual_seed(0)
+    twice = decode(model, [{knob: 1.0}, {}], rows[:2], num_return_sequences=2, do_sample=True, top_k=1)
+    for number, row in enumerate((0, 0, 1, 1)):  # rows are repeated side by side, each under its own setting
+        assert torch.equal(twice[number], together_of(model, settings[row], rows[row]))
+
+
+def together_of(model: PreTrainedModel, setting: Any, row: list[int]) -> Tensor:
+    return decode(model, setting, [row])[0]
 
 
 def test_low_rank_gradients_move_the_stream_as_the_whole_one_does(
@@ -539,19 +550,129 @@ def test_a_cache_that_the_knob_has_not_followed_is_refused(model: PreTrainedMode
         elsewhere = model(input_ids=ids[:, :5], use_cache=True)[pico.CACHE]
         with (
             steer(model, {knob: 1.0}, check_cache=False),
-            pytest.raises(CacheError, match=r"cache of 5 tokens.* has seen none, and it has to follow every token"),
+            pytest.raises(CacheError, match=r"cache of 5 tokens in 1 rows.* has seen none, and it has to follow"),
         ):
             model(input_ids=ids[:, 5:], use_cache=True, **{pico.CACHE: elsewhere})
         with steer(model, {knob: 1.0}, check_cache=False):
             cache = model(input_ids=ids[:, :5], use_cache=True)[pico.CACHE]
             cache.crop(-2)
-            with pytest.raises(CacheError, match=r"cache of 3 tokens.* has seen 5"):
+            with pytest.raises(CacheError, match=r"cache of 3 tokens.* has seen 5 in 1"):
                 model(input_ids=ids[:, 3:], use_cache=True, **{pico.CACHE: cache})
 
 
 def test_beams_and_guesses_are_refused(model: PreTrainedModel, knob: LookaheadKnob) -> None:
     with pytest.raises(OptionError, match="Lookahead knobs cannot follow beam search"):
         decode(model, {knob: 1.0}, pico.prompts([4]), num_beams=2)
+    with pytest.raises(OptionError, match="Lookahead knobs cannot follow guesses"):
+        decode(model, {knob: 1.0}, pico.prompts([4]), prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("backend", ["exact", "scaled"])
+def test_a_cache_that_the_model_makes_unasked_is_followed_too(
+    model: PreTrainedModel, knob: LookaheadKnob, backend: Any
+) -> None:
+    ids, made = torch.tensor(TEXTS)[:1], knob.with_(backend=backend)
+    with torch.no_grad(), steer(model, {made: 1.0}):
+        cache = model(ids[:, :5])[pico.CACHE]
+        went_on = model(ids[:, 5:7], **{pico.CACHE: cache}).logits
+        whole = model(ids[:, :7], use_cache=False).logits[:, 5:]
+    torch.testing.assert_close(went_on, whole, rtol=1e-2, atol=1e-2)
+
+
+def test_rows_of_a_cache_that_were_repeated_by_hand_are_refused(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    ids = torch.tensor(TEXTS)[:1]
+    with torch.no_grad(), steer(model, {knob: 1.0}, check_cache=False):
+        cache = model(input_ids=ids[:, :5], use_cache=True)[pico.CACHE]
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(CacheError, match=r"cache of 5 tokens in 2 rows.* has seen 5 in 1"):
+            model(input_ids=ids[:, 5:].repeat(2, 1), use_cache=True, **{pico.CACHE: cache})
+
+
+def test_an_error_in_the_second_stream_is_not_continued(
+    model: PreTrainedModel, knob: LookaheadKnob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor(TEXTS)[:1]
+    with torch.no_grad(), steer(model, {knob: 1.0}):
+        cache = model(input_ids=ids[:, :5], use_cache=True)[pico.CACHE]
+        with monkeypatch.context() as patch:
+            patch.setattr("trimtab.lookahead._undual", lambda state: exec("raise MemoryError('planted')"))
+            with pytest.raises(MemoryError, match="planted"):
+                model(input_ids=ids[:, 5:6], use_cache=True, **{pico.CACHE: cache})
+        with pytest.raises(CacheError, match="lost track at an error"):
+            model(input_ids=ids[:, 5:6], use_cache=True, **{pico.CACHE: cache})
+
+
+def test_what_reads_the_model_does_not_see_the_second_stream(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    adapter, ids = Adapter(model), torch.tensor(TEXTS)
+    with torch.no_grad(), steer(model, {knob: 1.0}), adapter.read([0, 1, 2]) as reading:
+        adapter.run_to(0, input_ids=ids)
+    assert set(reading.acts) == {0}
+
+
+def test_autocast_is_refused_by_a_step_and_taken_by_the_derivative(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    plain = moved(model, {knob: 1.0}, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cosine(moved(model, {knob: 1.0}, 2).float(), plain) > 0.99
+        with pytest.raises(KnobError, match=r"Under autocast the model computes in bfloat16.*Use backend='exact'"):
+            stream(model, {knob.with_(backend="scaled"): 1.0})
+
+
+def test_two_threads_take_turns_with_their_derivatives(tokenizer: PreTrainedTokenizerFast) -> None:
+    models = [pico.model(seed=seed) for seed in (0, 1)]
+    knobs = [learn_lookahead(m, tokenizer, pairs(), layers=[2]) for m in models]
+    alone = [moved(m, {k: 1.0}, 2) for m, k in zip(models, knobs, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(moved, m, {k: 1.0}, 2) for _ in range(6) for m, k in zip(models, knobs, strict=True)]
+        for number, job in enumerate(jobs[::2] + jobs[1::2]):
+            torch.testing.assert_close(job.result(), alone[number // 6], rtol=1e-3, atol=1e-3)
+
+
+def test_small_gradients_of_whole_weights_do_not_vanish_in_float16(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = pico.model(dtype=torch.float16)
+    knob = learn_lookahead(pico.model(), tokenizer, pairs(), layers=[1], rank=None).with_(gain=2.0)
+    tiny = replace(
+        knob,
+        parts={n: LowRank(p.a, p.b * 1e-8) if isinstance(p, LowRank) else p * 1e-8 for n, p in knob.parts.items()},
+        scales={layer: scale * 1e-8 for layer, scale in knob.scales.items()},
+    )
+    whole, small = (moved(model, {k: 1.0}, 1).float() for k in (knob, tiny))
+    assert cosine(whole, small) > 0.999
+    assert float(small.norm() / whole.norm()) == pytest.approx(1, rel=0.02)
+
+
+def test_gradients_that_are_no_numbers_are_refused(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    name = next(iter(knob.parts))
+    broken = replace(knob, parts={**knob.parts, name: torch.full_like(model.get_parameter(name), float("nan"))})
+    with pytest.raises(KnobError, match="holds values that are not finite"):
+        stream(model, {broken: 1.0})
+
+
+def test_embeddings_in_place_of_tokens_are_refused(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    with torch.no_grad(), pytest.raises(OptionError, match=r"embeddings in place of token ids\. Pass input_ids"):
+        stream(model, {knob: 1.0}, inputs_embeds=embeddings(torch.tensor(TEXTS)))
+
+
+def test_weights_that_a_module_lends_are_kept_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    knob = learn_lookahead(pico.model("mamba"), tokenizer, pairs(), layers=[1], rank=2)
+    lent = [part for name, part in knob.parts.items() if name.endswith("dt_proj.weight")]
+    assert lent
+    assert not any(isinstance(part, LowRank) for part in lent)
+    assert any(isinstance(part, LowRank) for part in knob.parts.values())
+
+
+def test_learning_sees_no_dropout_and_works_in_inference_mode(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = pico.model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    wanted = learn_lookahead(model, tokenizer, pairs(), layers=[1])
+    model.train()
+    found = learn_lookahead(model, tokenizer, pairs(), layers=[1])
+    assert model.training
+    assert found.scales == pytest.approx(wanted.scales)
+    with torch.inference_mode():
+        inside = learn_lookahead(model.eval(), tokenizer, pairs(), layers=[1])
+        learn_step(model, tokenizer, pairs())
+        learn(model, tokenizer, pairs(), method="cold-kernel")
+    assert inside.scales == pytest.approx(wanted.scales)
 
 
 def test_an_error_within_leaves_the_model_as_it_was(model: PreTrainedModel, knob: LookaheadKnob) -> None:
@@ -578,6 +699,10 @@ def test_a_lookahead_comes_back_from_its_file_bit_for_bit(
     for name in (*names, "provenance", "diagnostics", "tuning", "digest"):
         assert getattr(again, name) == getattr(made, name), name
     assert describe_knob(again, 2.0)["gradient_sha256"] == made.digest
+    for other in (made.with_(per_token=False), made.with_(step=None), made.with_(backend="exact")):
+        assert describe_knob(other, 2.0) != describe_knob(made, 2.0)
+    assert made.with_(step=None).step is None
+    assert (-made).provenance["scaled"] == -1
     card = again.card()
     for said in ("ahead (lookahead, cold-fd)", "by a step of 0.5 times it", "energy kept", "arXiv:2603.06495", "CC0"):
         assert said in card
@@ -593,7 +718,7 @@ def test_a_lookahead_comes_back_from_its_file_bit_for_bit(
 
 def test_memory_is_that_of_the_rank(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     sizes = {rank: learn_lookahead(model, tokenizer, pairs(), layers=[2], rank=rank).described() for rank in (1, 2, 4)}
-    matrices = [p for n in parameters_to(Adapter(model), 2) if (p := model.get_parameter(n)).dim() == 2]
+    matrices = [p for n in parameters_to(Adapter(model), 2).names if (p := model.get_parameter(n)).dim() == 2]
     per_rank = sum(sum(p.shape) for p in matrices)
     assert sizes[2]["values"] - sizes[1]["values"] == per_rank
     assert sizes[4]["values"] - sizes[2]["values"] == 2 * per_rank
@@ -665,6 +790,10 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
     assert [site.layer for site in made.sites] == list(range(Adapter(model).n_layers))
     assert made.provenance["options"]["rank"] == 16
     assert made.provenance["pairs_count"] == 4
+    with pytest.raises(OptionError, match=r"holds another job: .*weights"):  # another choice of weights, as many or not
+        learn_step(model, tokenizer, pairs(), checkpoint=tmp_path / "kept", token_budget=100, seed=1)
+    with pytest.raises(OptionError, match=r"A checkpoint cannot tell the loss function .* from another"):
+        learn_step(model, tokenizer, pairs(), checkpoint=tmp_path / "kept", loss=lambda logits, labels: logits.sum())
     monkeypatch.setattr("trimtab.train.steps.weight_gradients", None)
     assert learn_lookahead(model, tokenizer, pairs(), **options).digest == made.digest
     with pytest.raises(OptionError, match=r"holds another job: loss \(dpo there, sft here\)"):
@@ -693,11 +822,11 @@ def test_pairs_without_a_gradient_are_an_error(model: PreTrainedModel, tokenizer
     def nothing(logits: Tensor, labels: Tensor) -> Tensor:
         return 0 * logits.sum()
 
-    for learn in (learn_lookahead, learn_step):
+    for function in (learn_lookahead, learn_step):
         with pytest.raises(TrainError, match="no gradient"):
-            learn(model, tokenizer, pairs(), loss=nothing)
+            function(model, tokenizer, pairs(), loss=nothing)
         with pytest.raises(PairsError, match="at least one"):
-            learn(model, tokenizer, Pairs())
+            function(model, tokenizer, Pairs())
 
 
 def test_embeddings_that_scale_their_rows_are_found_out() -> None:

@@ -74,6 +74,7 @@ def test_a_recipe_with_a_mistake_says_where(old: str, new: str, words: str, tmp_
 
 
 def test_a_question_turned_round_has_its_options_and_its_letter_exchanged() -> None:
+    assert Question("Q\n(A)Yes \n (B) No \n", 0).turned() == Question("Q\n (A) No\n (B) Yes", 1)
     asked = Question("Choose one.\n (A) Stay.\n (B) Go.", 0)
     assert asked.turned() == Question("Choose one.\n (A) Go.\n (B) Stay.", 1)
     assert asked.turned().turned() == asked
@@ -112,6 +113,7 @@ def test_files_of_caa_are_read_and_what_is_none_is_named(tmp_path: Path) -> None
         }
         for i in range(20)
     ]
+    rows += [rows[0] | {"question": "Three?\n (A) 1\n (B) 2\n (C) 3"}, rows[0] | {"answer_matching_behavior": "(C)"}]
     (folder / "generate_dataset.json").write_text(json.dumps(rows))
     (test / "test_dataset_ab.json").write_text(json.dumps(rows[:5]))
     source = "caa:generate/b"
@@ -123,7 +125,7 @@ def test_files_of_caa_are_read_and_what_is_none_is_named(tmp_path: Path) -> None
     other = tmp_path / "generate" / "c"
     other.mkdir()
     (other / "generate_dataset.json").write_text('[{"question": "no options"}]')
-    with pytest.raises(OptionError, match="Item 1 is no question with options"):
+    with pytest.raises(OptionError, match=r"Item 1 is no question with options \(A\) and \(B\)"):
         behaviour_questions("caa:generate/c", "train", 1, seed=0, root=tmp_path)
 
 

@@ -9,19 +9,15 @@ The gradient is never multiplied out: what it adds to a linear layer is the prod
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from trimtab.adapter import (
     CACHE_NAMES,
@@ -37,9 +33,10 @@ from trimtab.adapter import (
 )
 from trimtab.artifact import LookaheadKnob, LowRank
 from trimtab.errors import CacheError, KnobError, OptionError
+from trimtab.forward import NoDerivative, derivative, dual, forward_mode, halves
 from trimtab.weights.rows import is_linear
 
-NOTE = "streams"
+NOTE, BROKEN = "streams", -1
 FLOOR, USUAL, LEAST = 1e-3, 0.5, 4.0
 """The step that is taken moves the stream by `USUAL` times the root of the dtype's resolution, as a share of its norm:
 the best of 1/4 to 4 on trained models; and by `FLOOR` at least, which float32 can afford, for the sake of tokens that
@@ -66,8 +63,15 @@ class _State:
     """What the streams of one knob know of the tokens in a KV cache; lies on that cache as a note."""
 
     caches: list[Any]
+    rows: int
     tangents: list[Tensor | None] = field(default_factory=list["Tensor | None"])
     columns: int = 0
+
+    def said(self) -> str:
+        """Say what was seen, for a message."""
+        if self.columns == BROKEN:
+            return "lost track at an error"
+        return f"seen {self.columns} in {self.rows}"
 
 
 class Stream:
@@ -88,14 +92,13 @@ class Stream:
             )
         self._adapter, self._knob = adapter, knob
         self._exact = knob.backend == "exact"
-        if self._exact:
-            _load_forward_mode()
         self._apart = (apart or len(knob.layers) > 1) and not self._exact
         top = knob.top
         self._unit = knob.norms[top] / knob.scales[top]  # makes of G a gradient that moves the stream by its own norm
         self._step = self._unit if self._exact else _resolved_step(adapter, knob)
         self._along = False  # whether a run goes along the gradient
         self._weights: dict[str, Tensor] = {}
+        self._table = False  # whether the table of token embeddings moves
         self._hooks = self._prepare()
         self._key = f"{level} {knob.digest} {knob.backend} {top} {self._step} {self._apart}"
         self._found: dict[int, Tensor] = {}
@@ -115,24 +118,26 @@ class Stream:
 
     def begin(self, call: CallInfo) -> None:
         """Run beside a call that the decoder is about to make."""
+        self._refuse_what_it_cannot_follow(call)
         notes = _notes(call.cache)
         state = notes.get(self._key)
         past = call.past(state.columns if state else None)
         if past == 0:
             self._refuse_moving_rows()
             count = 2 if self._apart else 1
-            state = _State([second_cache(self._adapter, call) for _ in range(count)])
-        elif state is None or state.columns != past:
+            state = _State([second_cache(self._adapter, call) for _ in range(count)], rows=call.batch)
+        elif state is None or (state.columns, state.rows) != (past, call.batch):
             raise CacheError(
-                f"This call continues a KV cache of {past} tokens, of which the lookahead knob {self._knob.name!r} has "
-                f"seen {state.columns if state else 'none'}, and it has to follow every token. Pass the whole prompt, "
-                "inside steer()."
+                f"This call continues a KV cache of {past} tokens in {call.batch} rows, of which the lookahead knob "
+                f"{self._knob.name!r} has {state.said() if state else 'seen none'}, and it has to follow every token. "
+                "Pass the whole prompt, inside steer()."
             )
+        seen, state.columns = past + call.tokens, BROKEN  # until all runs are through
         with _no_gradients():
             self._found = self._along_gradient(call, state)
             if self._apart:
                 self._plain = self._run(call, state.caches[1], {})
-        state.columns = past + call.tokens
+        state.columns = seen
         self._pending = state
         if call.cache is not None:
             self._note(call.cache, {**notes, self._key: state})
@@ -140,17 +145,22 @@ class Stream:
     def keep(self, cache: object) -> None:
         """Remember the latest call's tokens as those of a cache which that call has made."""
         notes = _notes(cache)
-        if self._pending is not None and notes.get(self._key) is not self._pending:
+        followed = self._pending is not None and None not in self._pending.caches  # else the next call is refused
+        if self._pending is not None and followed and notes.get(self._key) is not self._pending:
             self._note(cache, {**notes, self._key: self._pending})
         self._pending = None
 
-    def displacement(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return what alpha 1 adds at an active layer whose output is `hidden [B, T, D]`, as float32 of that shape."""
+    def displacement(self, layer: int, hidden: Tensor | None = None) -> Tensor:
+        """Return what alpha 1 adds at an active layer, `[B, T, D]` float32.
+
+        `hidden` is the layer's output in the model, of that shape, which a stream that is not apart is compared with.
+        """
         knob, found = self._knob, self._found[layer].float()
         if self._exact:
             moved = found / self._step
         else:
             plain = self._plain[layer] if self._apart else hidden
+            assert plain is not None
             moved = (found - plain.float()) / self._step
         if knob.per_token:
             moved = moved / moved.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
@@ -164,24 +174,19 @@ class Stream:
         self._along = True
         try:
             if not self._exact:
-                weights = {name: self._own(name) + self._step * g for name, g in self._weights.items()}
+                weights = {name: self._own(name) + moved for name, moved in self._weights.items()}
                 return self._run(call, state.caches[0], weights)
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Rules():
+            with forward_mode():
                 _dual(state)
-                weights = {
-                    name: forward_ad.make_dual(self._own(name), self._step * g) for name, g in self._weights.items()
-                }
+                weights = {name: dual(self._own(name), moved) for name, moved in self._weights.items()}
                 outputs = self._run(call, state.caches[0], weights)
                 _undual(state)
-                return {layer: _tangent(output) for layer, output in outputs.items()}
-        except (NotImplementedError, RuntimeError) as error:
-            if not self._exact or "forward" not in str(error):
-                raise
-            said, model = str(error).splitlines()[0][:160], type(self._adapter.model).__name__
+                return {layer: derivative(output) for layer, output in outputs.items()}
+        except NoDerivative as error:
             raise KnobError(
-                f"A part of this {model} has no forward-mode derivative, which the exact back end of "
-                f"{self._knob.name!r} needs ({said}). Use backend='scaled', or load the model with "
-                "attn_implementation='eager' and, of experts, experts_implementation='eager'."
+                f"A part of this {type(self._adapter.model).__name__} has no forward-mode derivative, which the exact "
+                f"back end of {self._knob.name!r} needs ({str(error)[:160]}). Use backend='scaled', or load the model "
+                "with attn_implementation='eager' and, of experts, experts_implementation='eager'."
             ) from error
         finally:
             self._along = False
@@ -192,8 +197,6 @@ class Stream:
         return run_aside(self._adapter, self._knob.layers, arguments, weights)
 
     def _cache_name(self) -> str:
-        from inspect import signature
-
         known = signature(self._adapter.decoder.forward).parameters
         return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[0])
 
@@ -202,6 +205,21 @@ class Stream:
             raise CacheError(
                 f"Cannot follow a KV cache of type {type(cache).__name__} from call to call, which the lookahead knob "
                 f"{self._knob.name!r} needs. Use use_cache=False."
+            )
+
+    def _refuse_what_it_cannot_follow(self, call: CallInfo) -> None:
+        """Refuse embeddings in place of tokens, whose table the gradient moves, and a dtype that nobody can see."""
+        if self._table and call.ids is None:
+            raise OptionError(
+                f"The lookahead knob {self._knob.name!r} moves the table of embeddings too, and this call brings "
+                "embeddings in place of token ids. Pass input_ids."
+            )
+        kind = call.device.type
+        if not self._exact and torch.is_autocast_enabled(kind):
+            said = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+            raise KnobError(
+                f"Under autocast the model computes in {said}, for which the step of {self._knob.name!r} was not "
+                "chosen. Use backend='exact', or load the model in that dtype."
             )
 
     def _refuse_moving_rows(self) -> None:
@@ -216,29 +234,39 @@ class Stream:
         return self._adapter.model.get_parameter(name).detach()
 
     def _prepare(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Return what each module's output gains along the gradient; gradients of other weights go to `_weights`."""
+        """Return what each module's output gains by a step; how far it moves other weights goes to `_weights`."""
         model, hooks = self._adapter.model, dict[str, Callable[[Tensor, Tensor], Tensor]]()
         for name, part in self._knob.parts.items():
             path, _, _ = name.rpartition(".")
             module, own = model.get_submodule(path), self._own(name)
-            if not isinstance(part, LowRank):
-                self._weights[name] = part.to(own)
+            scale = embedding_scale(module)
+            self._table = self._table or module is self._adapter.embedding
+            thin = isinstance(part, LowRank) and (is_linear(model, name) or scale is not None)
+            if not thin:
+                whole = part.dense() if isinstance(part, LowRank) else part.float()
+                self._weights[name] = self._finite((whole * self._step).to(own), name)
                 continue
+            assert isinstance(part, LowRank)
             factor = self._step**0.5  # on both sides: what is thin in float16 would vanish on one
-            a, b = (part.a.float() * factor).to(own), (part.b.float() * factor).to(own)
-            if is_linear(model, name):
+            a, b = (self._finite((half.float() * factor).to(own), name) for half in part)
+            if scale is None:
                 a, b = (a, b) if isinstance(module, nn.Linear) else (b.T, a.T)
                 hooks[path] = partial(self._linear, a, b)
-            elif (scale := embedding_scale(module)) is not None:
-                hooks[path] = partial(self._embedding, a * scale, b)
             else:
-                self._weights[name] = part.dense().to(own)
+                hooks[path] = partial(self._embedding, a * scale, b)
         return hooks
+
+    def _finite(self, moved: Tensor, name: str) -> Tensor:
+        if not bool(moved.isfinite().all()):
+            raise KnobError(
+                f"The gradient of {name!r} in {self._knob.name!r} holds values that are not finite in {moved.dtype}."
+            )
+        return moved
 
     def _linear(self, a: Tensor, b: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
         if not self._along:
             return output
-        plain = forward_ad.unpack_dual(inputs).primal if self._exact else inputs
+        plain = halves(inputs)[0] if self._exact else inputs
         return self._moved(output, plain @ a.T @ b.T)
 
     def _embedding(self, a: Tensor, b: Tensor, ids: Tensor, output: Tensor) -> Tensor:
@@ -247,8 +275,8 @@ class Stream:
     def _moved(self, output: Tensor, by: Tensor) -> Tensor:
         if not self._exact:
             return output + by
-        primal, tangent = forward_ad.unpack_dual(output)
-        return forward_ad.make_dual(primal, by if tangent is None else tangent + by)
+        plain, own = halves(output)
+        return dual(plain, by if own is None else own + by)
 
 
 def _notes(cache: object) -> dict[str, _State]:
@@ -270,22 +298,13 @@ def embedding_scale(module: nn.Module) -> float | None:
     try:
         with torch.no_grad():
             shown = module(torch.tensor([[number]], device=module.weight.device))
-    except (TypeError, AttributeError, IndexError, RuntimeError):  # one that wants masks, as OPT's positions do
+    except (TypeError, AttributeError, IndexError):  # one that wants masks, as OPT's positions do
         return None
     if not isinstance(shown, Tensor) or shown.numel() != row.numel() or not bool(row.any()):
         return None
     scale = float(shown.float().flatten() @ row / (row @ row))
     near = torch.allclose(shown.float().flatten(), scale * row, rtol=0.02, atol=1e-6 * abs(scale))
     return scale if near else None
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Let torch load its rules for forward mode, with which it uses what it has deprecated itself, and says so."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def _resolved_step(adapter: Adapter, knob: LookaheadKnob) -> float:
@@ -311,80 +330,15 @@ def _dual(state: _State) -> None:
     found = cache_tensors(state.caches[0])
     for (put, tensor), tangent in zip(found, state.tangents, strict=False):
         if tangent is not None:
-            put(forward_ad.make_dual(tensor, tangent))
+            put(dual(tensor, tangent))
 
 
 def _undual(state: _State) -> None:
     state.tangents = []
     for put, tensor in cache_tensors(state.caches[0]):
-        primal, tangent = forward_ad.unpack_dual(tensor)
-        put(primal)
+        plain, tangent = halves(tensor)
+        put(plain)
         state.tangents.append(tangent)
-
-
-class _Rules(TorchFunctionMode):
-    """Derive products and sums where only some of the operands have a derivative.
-
-    Torch writes a missing derivative out as zeros, those of a linear layer's weights too and at every token, which more
-    than doubles what a layer costs. Here its weights are read once, for values and derivatives together.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        rule = None if kwargs else _RULES.get(func)
-        made = None if rule is None else rule(func, *args)
-        return func(*args, **(kwargs or {})) if made is None else made
-
-
-def _halves(value: object) -> tuple[Any, Tensor | None]:
-    """Return a value and its derivative, if it has one."""
-    return forward_ad.unpack_dual(value) if isinstance(value, Tensor) else (value, None)
-
-
-def _linear(_func: object, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    (x, dx), (w, dw), (b, db) = _halves(inputs), _halves(weight), _halves(bias)
-    if dx is None:
-        return None
-    y, dy = linear(torch.stack([x, dx]), w)
-    dy = dy if dw is None else dy + linear(x, dw)
-    return forward_ad.make_dual(y if b is None else y + b, dy if db is None else dy + db)
-
-
-def _conv1d(func: object, bias: Tensor, inputs: Tensor, weight: Tensor) -> Tensor | None:
-    return _linear(func, inputs, weight.t(), bias)
-
-
-def _times(func: Callable[..., Tensor], one: object, other: object) -> Tensor | None:
-    (a, da), (b, db) = _halves(one), _halves(other)
-    if (da is None) == (db is None):
-        return None
-    return forward_ad.make_dual(func(a, b), func(a if da is None else da, b if db is None else db))
-
-
-def _plus(func: Callable[..., Tensor], one: object, other: object) -> Tensor | None:
-    (a, da), (b, db) = _halves(one), _halves(other)
-    moved = da if db is None else db
-    if moved is None or (da is not None and db is not None):
-        return None
-    total = func(a, b)
-    if total.shape != moved.shape or total.dtype != moved.dtype:
-        return None
-    return forward_ad.make_dual(total, moved.clone())  # a sum may be added to in place, its operand's derivative not
-
-
-_RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-    linear: _linear,
-    torch.addmm: _conv1d,  # in the module of that name, which GPT-2 has
-    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _times),
-    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _plus),
-}
-"""By function: what takes it and its arguments, and returns a result with its derivative, or None to leave it be."""
-
-
-def _tangent(output: Tensor) -> Tensor:
-    primal, tangent = forward_ad.unpack_dual(output)
-    return torch.zeros_like(primal) if tangent is None else tangent
 
 
 @contextmanager
@@ -412,7 +366,8 @@ def mean_lengths(
         with stream.ready(), adapter.write({}, before=stream.begin):
             adapter.run_to(0, **inputs)
         for layer in knob.layers:
-            moved = stream.displacement(layer, torch.empty(0))[counted]
+            moved = stream.displacement(layer)
+            moved = moved[counted.to(moved.device)]
             sums[layer] += float(moved.norm(dim=-1).sum()) * knob.scales[layer] / knob.norms[layer]
         count += int(counted.sum())
     return {layer: total / count for layer, total in sums.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -24,8 +25,9 @@ IGNORED = -100
 """The label of a token that belongs to no answer."""
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""`(logits [R, T, V], labels [R, T]) -> loss`, [] or [pairs]: the chosen answers of a batch of pairs, then the rejected
-ones. `labels[r, t]` is the token that `logits[r, t]` predicts, `IGNORED` outside of the answer."""
+"""`(logits [R, T, V], labels [R, T]) -> loss`, one for each pair `[pairs]`, or their sum `[]`: the chosen answers of a
+batch of pairs come first, then the rejected ones. `labels[r, t]` is the token that `logits[r, t]` predicts, `IGNORED`
+outside of the answer. A mean would make a pair's gradient depend on the batch it is in."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ class Loss:
         answers = shares.shape[1]
         likelihoods, tokens = (rows.unflatten(0, (answers, -1)).T for rows in (sums, counts))  # [B, K]
         return self.function(likelihoods, tokens, shares, **self.options).sum()
+
+    def check_checkpoint(self, folder: object) -> None:
+        """Raise `OptionError` for a function of the caller's where a folder would keep what it made."""
+        if self.own and folder is not None:
+            raise OptionError(
+                f"A checkpoint cannot tell the loss {self.name} from another function of that name. Leave checkpoint "
+                "out, or use a loss that Trimtab names."
+            )
 
     def texts(self, pair: Pair, number: int) -> tuple[str, ...]:
         """Return the answers of one pair that the loss looks at."""
@@ -141,7 +151,9 @@ def read_loss(loss: str | LossFn | Loss) -> Loss:
     if not isinstance(loss, str):
         if not callable(loss):  # pyright: ignore[reportUnnecessaryComparison]
             raise OptionError(f"A loss is a name or a function of logits and labels; got {brief(loss)}.")
-        return Loss(getattr(loss, "__qualname__", type(loss).__name__), loss, "both", own=True)
+        function = loss.func if isinstance(loss, partial) else loss
+        named = getattr(function, "__qualname__", type(function).__name__)
+        return Loss(f"function {getattr(function, '__module__', '?')}.{named}", loss, "both", own=True)
     name, _, text = loss.partition(":")
     if name not in LOSSES:
         raise unknown_name("loss", name, LOSSES)
@@ -153,6 +165,8 @@ def read_loss(loss: str | LossFn | Loss) -> Loss:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in defaults:
             raise unknown_name(f"option of loss {name}", key, defaults)
+        if key in options:
+            raise OptionError(f"The loss {loss!r} sets {key} twice.")
         options[key] = _option(key, value)
     return Loss(name, known.function, known.answers, options)
 

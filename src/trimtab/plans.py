@@ -66,6 +66,8 @@ def make_plan(
         asked = (fixed.position,)
     notes: list[str] = []
     if entry.evidence == "gradients":
+        if format not in (None, "question_response"):
+            raise OptionError(f"Gradients are of answers after their questions; got format={format!r}. Leave it out.")
         format = "question_response"  # a gradient is one at an answer after its question
     if format is None:
         format = _format_for(asked) or entry.format

@@ -9,14 +9,14 @@ import copy
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter.calls import CallInfo, write_note
-from trimtab.errors import AdapterError, CacheError
+from trimtab.errors import AdapterError
 
 if TYPE_CHECKING:
     from trimtab.adapter.stream import Adapter
@@ -101,13 +101,14 @@ def _set(flag: Aside) -> Generator[None]:
 
 
 def second_cache(adapter: Adapter, call: CallInfo) -> Any:
-    """Return an empty KV cache like that of a call which begins with one, or asks for one; None where it does not."""
+    """Return an empty KV cache like that of a call which begins with one, or makes one; None where it does not."""
     if call.cache is not None:
         twin = copy.deepcopy(call.cache)
         for subject in ("", "streams"):
             write_note(twin, None, subject)
         return twin
-    if not call.caching:
+    default = call.arguments.get("use_cache") is None and bool(getattr(adapter.text_config, "use_cache", False))
+    if not (call.caching or default):
         return None
     from transformers import DynamicCache
 
@@ -157,35 +158,44 @@ def _put(holder: Any, key: Any, value: Tensor) -> None:
         setattr(holder, key, value)
 
 
-def parameters_to(adapter: Adapter, layer: int) -> list[str]:
-    """Return the names of the parameters that the decoder uses up to and including a block.
+class Used(NamedTuple):
+    """Parameters of the decoder up to a block, by name, and those of them whose module was called."""
 
-    Those of blocks are all that the blocks have; what comes before the blocks is found by running two tokens.
+    names: list[str]
+    called: set[str]
+
+
+def parameters_to(adapter: Adapter, layer: int) -> Used:
+    """Return the parameters that the decoder uses up to and including a block, found by running two tokens.
+
+    Those of blocks are all that the blocks have, called or not: an expert may get no token, and some modules lend their
+    weights without being called. Raises `AdapterError` where nothing is found, or weights lie outside of the decoder.
     """
-    inside = {id(module): number for number, block in enumerate(adapter.blocks) for module in block.modules()}
-    called: set[int] = set()
+    blocks = {id(module): number for number, block in enumerate(adapter.blocks) for module in block.modules()}
     running: list[bool] = []
+    called: set[int] = set()
 
     def note(module: nn.Module, _args: object) -> None:
         if running:
             called.add(id(module))
 
-    prefix = adapter.decoder_path
-    own = {name: module for name, module in adapter.decoder.named_modules() if id(module) not in inside}
+    paths = {path: module for path, module in adapter.model.named_modules() if blocks.get(id(module), 0) <= layer}
     with ExitStack() as exits:
         begins = adapter.decoder.register_forward_pre_hook(lambda _module, _args: running.append(True))
         exits.callback(begins.remove)
-        for module in own.values():
+        for module in paths.values():
             exits.callback(module.register_forward_pre_hook(note).remove)
         ids = torch.zeros(1, 2, dtype=torch.long, device=adapter.input_device)
         with torch.no_grad():
-            adapter.run_to(0, input_ids=ids)
-    names = [f"{prefix}{name}." if name else prefix for name, module in own.items() if id(module) in called]
-    known = dict(adapter.model.named_parameters())
-    before = [name for name in known if name.rpartition(".")[0] + "." in names]
-    blocks = [f"{adapter.path}.{number}." for number in range(layer + 1)]
-    within = [name for name in known if name.startswith(tuple(blocks))]
-    tied = [name for name in before + within if not name.startswith(prefix)]
-    if tied or not before + within:
-        raise CacheError(f"Weights of {type(adapter.model).__name__} lie outside of its decoder: {tied[:3]}.")
-    return [*before, *within]
+            adapter.run_to(layer, input_ids=ids)
+    owners = {name: paths.get(name.rpartition(".")[0]) for name, _ in adapter.model.named_parameters()}
+    inside = [n for n, module in owners.items() if module is not None and id(module) in blocks]
+    before = [n for n, module in owners.items() if n not in inside and module is not None and id(module) in called]
+    stray = [name for name in (*before, *inside) if not name.startswith(adapter.decoder_path)]
+    if stray or not inside:
+        raise AdapterError(
+            f"Weights of {type(adapter.model).__name__} that its first blocks use lie outside of its decoder, "
+            f"{', '.join(stray[:3]) or 'all of them'}: no gradient of them can be followed. Pass layers_path for "
+            "another list of blocks."
+        )
+    return Used([*before, *inside], {name for name, module in owners.items() if id(module) in called})

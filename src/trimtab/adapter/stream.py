@@ -74,7 +74,7 @@ class Adapter:
     @property
     def vocabulary(self) -> int | None:
         """Number of tokens that the model has embeddings for; None where it does not show them."""
-        rows = getattr(self._embedding(), "num_embeddings", None)
+        rows = getattr(self.embedding, "num_embeddings", None)
         return rows if isinstance(rows, int) else None
 
     def check_ids(self, ids: Sequence[int]) -> None:
@@ -89,13 +89,15 @@ class Adapter:
     @property
     def has_position_table(self) -> bool:
         """Whether positions are embeddings, as in GPT-2, so that there are none beyond the context."""
-        limit, tokens = self.context_length, self._embedding()
+        limit, tokens = self.context_length, self.embedding
         if limit is None:
             return False
         tables = (m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
         return any(limit <= table.num_embeddings <= limit + 8 for table in tables)  # OPT has two rows more
 
-    def _embedding(self) -> object:
+    @property
+    def embedding(self) -> object:
+        """The table of token embeddings; None where the model does not show it."""
         try:
             return cast(Any, self.model).get_input_embeddings()
         except (AttributeError, NotImplementedError):  # a home-made model; one whose class does not say
@@ -167,7 +169,7 @@ class Adapter:
         reading = Reading()
         with ExitStack() as exits, _compiled_code_sees_hooks():
             for layer in {self.layer(index) for index in layers}:
-                hook = partial(_record, reading.acts, layer)
+                hook = partial(_record, aside_of(self.blocks[0]), reading.acts, layer)
                 exits.callback(self.blocks[layer].register_forward_hook(hook).remove)
             yield reading
 
@@ -183,10 +185,8 @@ class Adapter:
         `before` is called once per forward of the decoder, ahead of every function; `after` once it is through, with
         the KV cache that the decoder returns, if it returns one.
         """
-        resolved, aside = (
-            {self.layer(index): function for index, function in functions.items()},
-            aside_of(self.blocks[0]),
-        )
+        aside = aside_of(self.blocks[0])
+        resolved = {self.layer(index): function for index, function in functions.items()}
         if len(resolved) != len(functions):
             raise AdapterError(f"A layer is written twice: got {sorted(functions)} with {self.n_layers} layers.")
         with ExitStack() as exits, _compiled_code_sees_hooks():
@@ -304,8 +304,9 @@ def _hand_over(aside: Aside, after: Callable[[object], None], module: nn.Module,
         after(cache)
 
 
-def _record(acts: dict[int, Tensor], layer: int, module: nn.Module, args: object, output: object) -> None:
-    acts[layer] = hidden_of(output).detach()
+def _record(aside: Aside, acts: dict[int, Tensor], layer: int, module: nn.Module, args: object, output: object) -> None:
+    if not aside.on:
+        acts[layer] = hidden_of(output).detach()
 
 
 def _replace(

@@ -145,13 +145,15 @@ class LookaheadKnob:
         gain: float | None = None,
         where: Where | None = None,
         backend: Backend | None = None,
-        step: float | None = None,
+        step: float | Literal["kept"] | None = "kept",
         per_token: bool | None = None,
         provenance: Mapping[str, Any] | None = None,
         diagnostics: Mapping[str, Any] | None = None,
         tuning: Mapping[str, Any] | None = None,
     ) -> LookaheadKnob:
         """Return a copy with some fields replaced; `site` names one active layer, as in "4/lookahead".
+
+        A `step` of None is the one that the dtype resolves.
 
         Tuning belongs to one choice of layers, gain, place and way: replacing any of them drops it, unless a new
         `tuning` is passed along.
@@ -170,7 +172,7 @@ class LookaheadKnob:
             gain=self.gain if gain is None else gain,
             where=self.where if where is None else where,
             backend=self.backend if backend is None else backend,
-            step=self.step if step is None else step,
+            step=self.step if step == "kept" else step,
             per_token=self.per_token if per_token is None else per_token,
             provenance=self.provenance if provenance is None else provenance,
             diagnostics=self.diagnostics if diagnostics is None else diagnostics,
@@ -195,7 +197,8 @@ class LookaheadKnob:
         """Scale the knob: strength 1 of `2 * knob` is strength 2 of `knob`; a negative factor turns it round."""
         factor = check_strength(factor, "factor")
         parts = self.parts if factor >= 0 else {name: scaled(part, -1.0) for name, part in self.parts.items()}
-        return replace(self, parts=parts, gain=self.gain * abs(factor), diagnostics={}, tuning=None)
+        told = {**self.provenance, "scaled": factor * number(self.provenance.get("scaled", 1.0), "scale")}
+        return replace(self, parts=parts, gain=self.gain * abs(factor), provenance=told, diagnostics={}, tuning=None)
 
     __rmul__ = __mul__
 

@@ -115,7 +115,8 @@ def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module) -> None:
     if missing:
         raise KnobError(
             f"Knob {knob!r} changes {len(parts)} weights; this {type(model).__name__} lacks "
-            f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model."
+            f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model"
+            + (", and model.compile() in place of torch.compile(model)." if hasattr(model, "_orig_mod") else ".")
         )
     for name, part in parts.items():
         own = known[name]

@@ -94,13 +94,14 @@ def capture_gradients(
     if not wanted:
         raise OptionError("There are no layers to read; pass at least one, or None for all.")
     run = _Run(model, tokenizer, pairs, read_loss(loss), token_budget, padding)
+    run.loss.check_checkpoint(checkpoint)
     kept = Checkpoint(
         checkpoint, lambda: run.job("reading gradients") | {"positions": list(positions), "layers": wanted}
     )
     names = list(dict.fromkeys(positions))
-    found = torch.zeros(3, len(pairs), len(wanted), len(names), adapter.hidden_size)
     losses: list[Tensor] = []
     with evaluating(model), trainable(model, ()):
+        found = torch.zeros(3, len(pairs), len(wanted), len(names), adapter.hidden_size)
         for number, batch in enumerate(run.batches):
             step = partial(run.halving, partial(run.at_stream, wanted, names), batch)
             tensors = kept.tensors(f"batch {number}", step)
@@ -132,28 +133,35 @@ def weight_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over pairs by parameter, float32, on the parameters' devices.
 
-    `names` are parameters of the model; other ones are frozen, and memory is that of these gradients alone. Batches add
-    up in float32, whatever the weights are stored in. A tied weight's gradient is that of all its uses. Other arguments
-    and errors: see `capture_gradients`.
+    `names` are parameters of the model; other ones are frozen. Memory: these gradients in float32, and those of one
+    batch in the weights' dtype. Batches add up in float32. A tied weight's gradient is that of all its uses. Other
+    arguments and errors: see `capture_gradients`.
     """
     known = dict(model.named_parameters())
     run = _Run(model, tokenizer, pairs, read_loss(loss), token_budget, padding)
-    sums = {name: torch.zeros_like(known[name], dtype=torch.float32) for name in names}
-    done = 0
+    sums: dict[str, Tensor] = {}
+    done, fresh = 0, dict[str, Tensor]()
 
     def collect(name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            sums[name] += parameter.grad.float()
+            fresh[name] = parameter.grad
             parameter.grad = None
 
-    kept = {name: known[name].grad for name in sums}  # of a training that goes on afterwards
+    def one(batch: list[Item]) -> dict[str, Tensor]:
+        fresh.clear()  # of a batch that ran out of memory half way
+        result = run.at_weights(batch)
+        for name, gradient in fresh.items():
+            sums[name] = sums[name] + gradient if name in sums else gradient.float()
+        return result
+
+    kept = {name: known[name].grad for name in names}  # of a training that goes on afterwards
     with evaluating(model), trainable(model, names):
-        handles = [known[name].register_post_accumulate_grad_hook(partial(collect, name)) for name in sums]
+        handles = [known[name].register_post_accumulate_grad_hook(partial(collect, name)) for name in names]
         try:
-            for name in sums:
+            for name in names:
                 known[name].grad = None
             for batch in run.batches:
-                run.halving(run.at_weights, batch)
+                run.halving(one, batch)
                 done += len(batch)
                 progress(done, len(pairs))
         finally:
@@ -161,14 +169,14 @@ def weight_gradients(
                 handle.remove()
             for name, gradient in kept.items():
                 known[name].grad = gradient
-    for name, total in sums.items():
-        total /= len(pairs)
-        if not bool(total.isfinite().all()):
+    means = {n: sums[n] / len(pairs) if n in sums else torch.zeros_like(known[n], dtype=torch.float32) for n in names}
+    for name, mean in means.items():
+        if not bool(mean.isfinite().all()):
             raise TrainError(
                 f"The gradient of the loss {run.loss} is not finite at {name!r}. Check the model with trimtab check, "
                 "or load it with dtype='float32'."
             )
-    return sums
+    return means
 
 
 def residual_norms(
@@ -200,7 +208,8 @@ def trainable(model: nn.Module, names: Collection[str]) -> Generator[None]:
     try:
         for parameter in before:
             parameter.requires_grad_(parameter in wanted)
-        yield
+        with torch.inference_mode(False):  # which records nothing at all
+            yield
     finally:
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)

@@ -121,7 +121,9 @@ def describe_knob(knob: AnyKnob, strength: float) -> dict[str, Any]:
     if isinstance(knob, DeltaKnob):
         return spec | {"weights_sha256": knob.digest, "weights": len(knob.parts)}
     if isinstance(knob, LookaheadKnob):
-        reach = {"gradient_sha256": knob.digest, "layers": list(knob.layers), "backend": knob.backend}
+        reach = {"gradient_sha256": knob.digest, "layers": list(knob.layers)}
+        reach |= {name: getattr(knob, name) for name in ("backend", "step", "per_token")}
+        reach |= {"norms": [knob.norms[i] for i in knob.layers], "scales": [knob.scales[i] for i in knob.layers]}
         return spec | reach | {"steered_of_neutral": STEERED_OF_NEUTRAL[knob.where]}
     if knob.kernel is not None:
         spec["kernel"] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trimtab.errors import OptionError
 from trimtab.kernels import KERNELS, Kernel, check_kernel, kernel_weights
 
 __all__ = ["KERNELS", "Kernel", "cold_kernel", "example_values", "kernel_weights"]
@@ -27,6 +28,8 @@ def cold_kernel(gradients: Tensor, activations: Tensor, *, kernel: Kernel = "uni
     [[-2.0, -2.0]]
     """
     check_kernel(kernel, temperature)
+    if temperature != 1.0 and kernel != "softmax":
+        raise OptionError(f"A temperature is of the softmax kernel; got {temperature:g} for {kernel}. Leave it out.")
     return -gradients.mean(dim=0, dtype=torch.float64)
 
 

@@ -22,7 +22,8 @@ from trimtab.reproduce.data import WORLD, Split
 from trimtab.types import Message, Pair
 
 LETTERS = ("(A)", "(B)")
-_OPTIONS = re.compile(r"\n \(A\) (?P<a>.*)\n \(B\) (?P<b>.*)", re.DOTALL)
+_OPTIONS = re.compile(r"\n\s*\(A\)\s*(?P<a>.*?)\s*\n\s*\(B\)\s*(?P<b>.*)", re.DOTALL)
+_MORE = re.compile(r"\n\s*\(C\)")
 KINDS: Mapping[str, tuple[int, ...]] = {"train": (0, 1), "validation": (2,), "test": (3,)}
 """Which of the four statements of a theme each split asks about: a group's stance on a theme has to carry over."""
 
@@ -81,6 +82,7 @@ def _caa(folder: Path) -> dict[str, list[Question]]:
 
 
 def _read_caa(file: Path) -> list[Question]:
+    """Read the questions of a file that have two options, of which one matches; those with more are left out."""
     try:
         records = read_file(file)
     except PairsError as error:
@@ -89,11 +91,12 @@ def _read_caa(file: Path) -> list[Question]:
     for place, record in records:
         fields = cast(Mapping[str, Any], record) if isinstance(record, Mapping) else {}
         question, right = fields.get("question"), str(fields.get("answer_matching_behavior")).strip()
-        if not isinstance(question, str) or right not in LETTERS or not _OPTIONS.search(question):
-            raise OptionError(
-                f"{file}: {place} is no question with options (A) and (B) and one that matches: {brief(record)}"
-            )
-        found.append(Question(question, LETTERS.index(right)))
+        if not isinstance(question, str) or not _OPTIONS.search(question):
+            raise OptionError(f"{file}: {place} is no question with options (A) and (B): {brief(record)}.")
+        if right in LETTERS and not _MORE.search(question):
+            found.append(Question(question, LETTERS.index(right)))
+    if not found:
+        raise OptionError(f"{file} has no question with two options, of which one matches.")
     return found
 
 

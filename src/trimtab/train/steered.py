@@ -42,7 +42,7 @@ def frozen(model: PreTrainedModel) -> Generator[None]:
 
     Blocks below the one where something is added record nothing: nothing in them has a gradient.
     """
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad(), trainable(model, ()):
+    with evaluating(model), trainable(model, ()), torch.enable_grad():
         yield
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,8 +20,8 @@ from trimtab.adapter import Adapter, parameters_to
 from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
 from trimtab.artifact.lookahead import Backend
 from trimtab.artifact.parts import Part, labelled, parts_of
-from trimtab.capture import residual_norms, weight_gradients
-from trimtab.checkpoint import Checkpoint, describe_model, learned_from
+from trimtab.capture import evaluating, residual_norms, weight_gradients
+from trimtab.checkpoint import Checkpoint, describe_model, fingerprint, learned_from
 from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.evals.likelihood import render_texts
 from trimtab.lookahead import embedding_scale, mean_lengths
@@ -94,11 +94,12 @@ def learn_lookahead(
     wanted = sorted(set(kept))
     if not wanted:
         raise OptionError("There are no layers to choose from; pass at least one, or None for all.")
+    adapter.check_plain("learning")
     begun = time.perf_counter()
-    names = parameters_to(adapter, wanted[-1])
-    parts, told = _gradient(
-        model, tokenizer, pairs, names, asked, rank, token_budget, seed, checkpoint, progress, embeddings=True
-    )
+    with evaluating(model):
+        used = parameters_to(adapter, wanted[-1])
+    names, thin = used.names, {n for n in used.names if n in used.called and _is_matrix(model, n)}
+    parts, told = _gradient(model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress)
     norms = residual_norms(model, tokenizer, pairs, wanted, token_budget=token_budget)
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in names))
     guess = {layer: norm * told["gradient_norm"] / length for layer, norm in norms.items()}
@@ -118,7 +119,8 @@ def learn_lookahead(
         backend,
         provenance=learned_from(model, tokenizer, pairs, PAPER, options, licence),
     )
-    scales = mean_lengths(adapter, knob, _answers(adapter, tokenizer, pairs[:CALIBRATED], token_budget))
+    with evaluating(model), torch.no_grad():
+        scales = mean_lengths(adapter, knob, _answers(adapter, tokenizer, pairs[:CALIBRATED], token_budget))
     if not all(scales.values()):
         raise TrainError("The gradient moves the stream nowhere. Check that chosen and rejected answers differ.")
     told["seconds"] = time.perf_counter() - begun
@@ -154,9 +156,8 @@ def learn_step(
     _check(pairs, rank)
     begun = time.perf_counter()
     names = [n for n, _ in model.named_parameters() if rank is None or is_linear(model, n)]
-    parts, told = _gradient(
-        model, tokenizer, pairs, names, asked, rank, token_budget, seed, checkpoint, progress, embeddings=False
-    )
+    thin = set(names) if rank is not None else set[str]()
+    parts, told = _gradient(model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress)
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in parts))
     norm, step = DeltaKnob(name, "one-step", parts).norm(), SHARE * length
     options: dict[str, Any] = {"rank": rank, "loss": str(asked), "token_budget": token_budget, "seed": seed}
@@ -181,16 +182,16 @@ def _gradient(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     names: Sequence[str],
+    thin: Collection[str],
     loss: Loss,
     rank: int | None,
     token_budget: int,
     seed: int,
     checkpoint: str | Path | None,
     progress: Callable[[int, int], None],
-    *,
-    embeddings: bool,
 ) -> tuple[dict[str, Part], dict[str, Any]]:
-    """Return the gradient by parameter, matrices cut to a rank, and what a record says of it."""
+    """Return the gradient by parameter, those of `thin` cut to a rank, and what a record says of it."""
+    loss.check_checkpoint(checkpoint)
 
     def compute() -> dict[str, Tensor]:
         found = weight_gradients(
@@ -202,7 +203,7 @@ def _gradient(
             gradient = found.pop(name)
             size = float(gradient.double().square().sum())
             square += size
-            if rank is not None and size and _is_matrix(model, name, embeddings=embeddings):
+            if rank is not None and size and name in thin:
                 low = truncate(gradient, rank=rank, seed=seed)
                 lost += size * relative_error(gradient, low) ** 2
                 parts[name] = LowRank(low.a.cpu(), low.b.cpu())
@@ -216,18 +217,24 @@ def _gradient(
     job = {"work": "a gradient of weights", "loss": str(loss), "rank": rank, "token budget": token_budget, "seed": seed}
     kept = Checkpoint(
         checkpoint,
-        lambda: {**job, **describe_model(model, tokenizer), "pairs": pairs.hash(), "weights of": len(names)},
+        lambda: (
+            {**job, **describe_model(model, tokenizer), "pairs": pairs.hash(), "targets": _targets(loss, pairs)}
+            | {"weights": fingerprint([*names]), "of a rank": fingerprint(sorted(thin))}
+        ),
     )
     tensors = kept.tensors("gradient", compute)
     norm, energy = tensors.pop("told").tolist()
     return parts_of(tensors), {"gradient_norm": norm, "energy": energy, "weights": len(names)}
 
 
-def _is_matrix(model: PreTrainedModel, name: str, *, embeddings: bool) -> bool:
+def _targets(loss: Loss, pairs: Pairs) -> str:
+    """Return a hash of what the loss wants beside the answers, which the pairs' own hash does not cover."""
+    return fingerprint([(loss.texts(pair, n), loss.shares(pair, n)) for n, pair in enumerate(pairs, 1)])
+
+
+def _is_matrix(model: PreTrainedModel, name: str) -> bool:
     """Tell whether a parameter's gradient can act as a product of two thin matrices, beside its module."""
-    if is_linear(model, name):
-        return True
-    return embeddings and embedding_scale(model.get_submodule(name.rpartition(".")[0])) is not None
+    return is_linear(model, name) or embedding_scale(model.get_submodule(name.rpartition(".")[0])) is not None
 
 
 def _times(part: Part, factor: float) -> Part:

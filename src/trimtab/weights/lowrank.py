@@ -130,8 +130,11 @@ def _decompose(wide: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tens
     if min(wide.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(wide, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank].T
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[wide.device] if wide.is_cuda else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would turn the accelerators' as well
+        if wide.is_cuda:
+            with torch.cuda.device(wide.device):
+                torch.cuda.manual_seed(seed)
         u, s, v = torch.svd_lowrank(wide, q=min(rank + OVERSAMPLING, min(wide.shape)), niter=ROUNDS)
     return u[:, :rank], s[:rank], v[:, :rank]
 
