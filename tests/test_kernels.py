@@ -24,9 +24,8 @@ from trimtab.errors import CacheError, KnobError, OptionError, TrimtabWarning, U
 from trimtab.evals.evaluation import describe_knob
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
-from trimtab.kernels import KERNELS, WARMEST, Kernel, make_weigher
+from trimtab.kernels import KERNELS, WARMEST, Kernel, kernel_weights, make_weigher
 from trimtab.learn import learn
-from trimtab.methods.cold_kernel import kernel_weights
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.render import Renderer
@@ -514,7 +513,7 @@ def test_learning_keeps_the_examples_and_their_mean(kernel: Kernel) -> None:
     lm, words = pico.model(), pico.tokenizer()
     plain = learn(lm, words, pairs(), method="cold-kernel")
     assert (plain.operation, plain.kernel) == ("add", None)
-    options = {"kernel": kernel, "temperature": 0.5}
+    options: dict[str, Any] = {"kernel": kernel, **({"temperature": 0.5} if kernel == "softmax" else {})}
     knob = learn(lm, words, pairs(), method="cold-kernel", options=options)
     assert knob.operation == "kernel"
     assert knob.kernel is not None
@@ -580,9 +579,8 @@ def test_tuning_leaves_out_the_examples_of_sites_that_the_pairs_do_not_agree_on(
 @pytest.mark.parametrize("kernel", DEPENDENT)
 def test_a_preference_of_the_bundled_world_is_followed_and_reversed(kernel: Kernel) -> None:
     lm, words = trimtab.load("prefworld")
-    knob = trimtab.learn(
-        lm, words, world.pairs("risk", 24), method="cold-kernel", options={"kernel": kernel, "temperature": 0.5}
-    )
+    options: dict[str, Any] = {"kernel": kernel, **({"temperature": 0.5} if kernel == "softmax" else {})}
+    knob = trimtab.learn(lm, words, world.pairs("risk", 24), method="cold-kernel", options=options)
     test = world.pairs("risk", 24, split="validation")
     minus, base, plus = (m.margin.mean() for m in pair_margins(lm, words, test, [{knob: s} for s in (-1, 0, 1)]))
     assert minus < base - 0.5 < base + 0.5 < plus

@@ -19,7 +19,7 @@ from trimtab.reproduce.cold_cells import Behaviours, divergences
 from trimtab.reproduce.cold_claims import headline_counts
 from trimtab.reproduce.cold_data import (
     EVERYBODY,
-    KINDS,
+    STATEMENTS,
     Question,
     behaviour_questions,
     by_question,
@@ -130,7 +130,7 @@ def test_files_of_caa_are_read_and_what_is_none_is_named(tmp_path: Path) -> None
 
 
 def test_statements_of_the_polls_are_in_one_split_and_pairs_carry_the_shares() -> None:
-    assert not set(KINDS["train"]) & {*KINDS["validation"], *KINDS["test"]}
+    assert not set(STATEMENTS["train"]) & {*STATEMENTS["validation"], *STATEMENTS["test"]}
     drawn = polls("train", 30, seed=0)
     assert len(drawn) == 30
     for group in (*GROUPS, EVERYBODY):
@@ -203,6 +203,11 @@ def test_the_share_of_an_effect_is_the_planted_one_with_an_interval_around_it() 
     share = e.share("cold-fd", 10, "bipo", 500)
     assert share.estimate == pytest.approx(0.95, abs=0.02)
     assert share.low < 0.95 < share.high
+    assert e.surplus("cold-fd", 10, "bipo", 500, 0.5).low > 0
+    assert e.surplus("cold-fd", 10, "bipo", 500, 0.99).high < 0
+    harm = planted({("cold-fd", 10): -0.2, ("bipo", 500): -0.1, ("diffmean", 500): -0.1})
+    assert harm.share("cold-fd", 10, "bipo", 500).low > 1.5  # which says nothing, where both do harm
+    assert harm.surplus("cold-fd", 10, "bipo", 500, 0.95).high < 0
     assert e.validated("bipo", 500) == pytest.approx(0.7)
     assert headline_counts(e) == [(10, 500)]
 

@@ -34,7 +34,7 @@ from trimtab.adapter import (
 from trimtab.artifact import LookaheadKnob, LowRank
 from trimtab.errors import CacheError, KnobError, OptionError
 from trimtab.forward import NoDerivative, derivative, dual, forward_mode, halves
-from trimtab.weights.rows import is_linear
+from trimtab.weights.rows import embedding_scale, is_linear
 
 NOTE, BROKEN = "streams", -1
 FLOOR, USUAL, LEAST = 1e-3, 0.5, 4.0
@@ -282,29 +282,6 @@ class Stream:
 def _notes(cache: object) -> dict[str, _State]:
     note = read_note(cache, NOTE)
     return cast(dict[str, _State], note) if isinstance(note, dict) else {}
-
-
-def embedding_scale(module: nn.Module) -> float | None:
-    """Return by what an embedding multiplies its rows; None for what is no plain table of rows.
-
-    Some classes scale what they look up, as Gemma's does; what they are is found by asking for a row.
-    """
-    if not isinstance(module, nn.Embedding):
-        return None
-    if type(module).forward is nn.Embedding.forward:
-        return 1.0
-    number = 1 if module.padding_idx == 0 and module.num_embeddings > 1 else 0
-    row = module.weight[number].detach().float()
-    try:
-        with torch.no_grad():
-            shown = module(torch.tensor([[number]], device=module.weight.device))
-    except (TypeError, AttributeError, IndexError):  # one that wants masks, as OPT's positions do
-        return None
-    if not isinstance(shown, Tensor) or shown.numel() != row.numel() or not bool(row.any()):
-        return None
-    scale = float(shown.float().flatten() @ row / (row @ row))
-    near = torch.allclose(shown.float().flatten(), scale * row, rtol=0.02, atol=1e-6 * abs(scale))
-    return scale if near else None
 
 
 def _resolved_step(adapter: Adapter, knob: LookaheadKnob) -> float:

@@ -84,7 +84,8 @@ def doubts(
     if lengths is not None and max(lengths) > 1.5 * min(lengths):
         notes.append(
             f"Chosen answers have {lengths[0]:.1f} tokens on average and rejected ones {lengths[1]:.1f}: the knob may "
-            "steer length. Compare with length_match='bucket' or 'regress'."
+            "steer length. Compare with length_match='bucket'"
+            + ("." if selection == "first_order" else " or 'regress'.")
         )
     gap, share = at["norm_gap"], at["top5_share"]
     if selection == "eq3_cosine" and gap is not None and gap > 0.5:

@@ -73,8 +73,8 @@ def tune(
     """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
 
     A weight knob has neither sites nor tokens: its gain alone is chosen, in multiples of the difference. The sites of a
-    lookahead knob are its candidate layers, one of which is taken. `gains` are
-    `GAINS` or, for weights, `WEIGHT_GAINS` where none are given.
+    lookahead knob are its candidate layers, one of which is taken. `gains` are `GAINS` or, for weights, `WEIGHT_GAINS`
+    where none are given.
 
     `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob. A candidate
     is a site with one of them. Sites whose plain differences the two halves of the learning pairs do not share (a

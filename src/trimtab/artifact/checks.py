@@ -59,6 +59,7 @@ def check_knob_name(name: str) -> None:
 
 
 def check_fields(knob: Knob) -> None:
+    """Raise `KnobError` or `UnknownName` for a field that no knob can have, tensors aside."""
     check_knob_name(knob.name)
     if not (0 < len(knob.method) <= 100 and knob.method.isprintable()):
         raise KnobError(f"A method's name is 1 to 100 printable characters; got {brief(knob.method)}.")
@@ -87,6 +88,7 @@ def check_fields(knob: Knob) -> None:
 
 
 def check_vectors(knob: Knob) -> None:
+    """Raise `KnobError` for vectors of several shapes, values that are not finite, and a layer without its norm."""
     shape = knob.vectors[knob.site].shape
     for site, vector in knob.vectors.items():
         if vector.dim() != 1 or not len(vector):
@@ -113,6 +115,7 @@ def check_vectors(knob: Knob) -> None:
 
 
 def check_alike(a: Knob, b: Knob) -> None:
+    """Raise `KnobError` for two knobs that have no sum."""
     if (a.operation, b.operation) != ("add", "add"):
         raise KnobError(
             "Only knobs that add can be summed; ablation is not linear, and what is piece-wise or a kernel depends on "

@@ -151,7 +151,10 @@ def weight_gradients(
         fresh.clear()  # of a batch that ran out of memory half way
         result = run.at_weights(batch)
         for name, gradient in fresh.items():
-            sums[name] = sums[name] + gradient if name in sums else gradient.float()
+            if name in sums:
+                sums[name] += gradient
+            else:
+                sums[name] = gradient.to(torch.float32, copy=True)
         return result
 
     kept = {name: known[name].grad for name in names}  # of a training that goes on afterwards

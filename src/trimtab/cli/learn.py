@@ -69,7 +69,7 @@ def add_options(parser: ArgumentParser) -> None:
         type=options.names,
         metavar="LIST",
         help="post_instruction, response_end, demonstrated, last, response_mean; one token of the first two as in "
-        "post_instruction[-1]",
+        "post_instruction[-1]; of gradients last_prompt, all_prompt, response_mean",
     )
     reading.add_argument("--format", help="response_as_user or question_response (default: as the positions need)")
     reading.add_argument("--layers", type=options.layers, metavar="LIST", help="candidates, as in 2,4-6")
@@ -79,7 +79,8 @@ def add_options(parser: ArgumentParser) -> None:
     reading.add_argument(
         "--loss",
         metavar="LOSS",
-        help="of gradients: dpo, sft, negative-sft, simpo, distribution; dpo where none is given",
+        help="of gradients: dpo, sft, negative-sft, simpo, distribution, with options as in dpo:per=token or "
+        "simpo:beta=2,gamma=1; dpo where none is given",
     )
     reading.add_argument("--length-match", metavar="RULE", help="off, bucket or regress (default off)")
     reading.add_argument("--duplicates", default="error", help="error, drop or keep pairs seen before (default error)")

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import OptionError
-from trimtab.kernels import KERNELS, Kernel, check_kernel, kernel_weights
-
-__all__ = ["KERNELS", "Kernel", "cold_kernel", "example_values", "kernel_weights"]
+from trimtab.kernels import Kernel, check_kernel
 
 
 def cold_kernel(gradients: Tensor, activations: Tensor, *, kernel: Kernel = "unit", temperature: float = 1.0) -> Tensor:
@@ -21,7 +19,7 @@ def cold_kernel(gradients: Tensor, activations: Tensor, *, kernel: Kernel = "uni
 
     With kernel "unit" that is all there is: exactly one step of gradient descent, from zero, of an additive vector at
     the tokens where the gradients were read. The other kernels keep the examples and weigh them by the stream's state
-    at every token, see `kernel_weights`; the mean is then what they have in common.
+    at every token, see `trimtab.kernels.kernel_weights`; the mean is then what they have in common.
 
     >>> import torch
     >>> cold_kernel(torch.tensor([[[1.0, 4.0]], [[3.0, 0.0]]]), torch.ones(2, 1, 2)).tolist()

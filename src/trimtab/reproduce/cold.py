@@ -16,7 +16,7 @@ from trimtab.reproduce.bench import Bench
 from trimtab.reproduce.cold_data import EVERYBODY, behaviour_questions
 from trimtab.reproduce.cold_facts import facts, speed
 from trimtab.reproduce.cold_recipe import CURVES, POLLS, WRITING, Recipe, Sizes, load_recipe
-from trimtab.reproduce.cold_report import NOTES, build
+from trimtab.reproduce.cold_report import build, notes
 from trimtab.reproduce.cold_sections import sections
 from trimtab.reproduce.document import Report, write
 from trimtab.reproduce.steps import (
@@ -73,8 +73,7 @@ def waves(recipe: Recipe, sizes: Sizes, model: str) -> Iterator[list[Step]]:
         for name, system, seed in product(
             recipe.behaviours if every else some, recipe.systems if every else curves, seeds
         ):
-            if every or n in sizes.counts:
-                keys.append((model, "behaviour", name, system, str(n), str(seed)))
+            keys.append((model, "behaviour", name, system, str(n), str(seed)))
     for name, system, seed in product(recipe.writing, ("base", *WRITING), seeds):
         if system in recipe.systems or (system == "base" and seed == 0):
             keys.append((model, "writing", name, system, str(seed)))
@@ -139,5 +138,5 @@ def reproduce(
     records = measure(recipe, sizes, names[0], folder, Path(data), workers=count, progress=progress)
     report = build(recipe, sizes, names[0], records, command, quick=quick)
     report |= {"seconds": time.perf_counter() - begun, "steps_kept": kept}
-    write(report, sections(report), NOTES, folder)
+    write(report, sections(report), notes(recipe, sizes), folder)
     return report

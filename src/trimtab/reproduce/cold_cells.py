@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from trimtab.adapter import Adapter
+from trimtab.artifact import Knob
 from trimtab.errors import TrainError
 from trimtab.evals.choices import ChoiceTask
 from trimtab.evals.cost import Cost, measured
@@ -49,27 +50,32 @@ class Behaviours:
     def __init__(self, bench: ColdBench, root: Path) -> None:
         self.bench, self._root = bench, root
         sizes, sources, seed = bench.sizes, bench.recipe.behaviours, bench.recipe.data_seed
-        self._held = {
-            name: behaviour_questions(source, "validation", sizes.validation, seed=seed, root=root)
-            for name, source in sources.items()
-        }
-        self.validation = {name: letters_task(name, questions) for name, questions in self._held.items()}
         self.test = {
             name: letters_task(name, behaviour_questions(source, "test", sizes.test, seed=seed, root=root))
             for name, source in sources.items()
         }
+        self._held = {
+            name: behaviour_questions(
+                source, "validation", sizes.validation, seed=seed, root=root, without=asked_by(self.test[name])
+            )
+            for name, source in sources.items()
+        }
+        self.validation = {name: letters_task(name, questions) for name, questions in self._held.items()}
 
     def pairs(self, behaviour: str, n: int, seed: int) -> Pairs:
         """Draw the pairs that one seed learns from."""
         source = self.bench.recipe.behaviours[behaviour]
-        asked = {p for task in (self.validation[behaviour], self.test[behaviour]) for p in task.prompts}
-        return letter_pairs(
-            behaviour_questions(source, "train", n, seed=seed, root=self._root, without=cast(set[str], asked))
-        )
+        asked = asked_by(self.validation[behaviour]) | asked_by(self.test[behaviour])
+        return letter_pairs(behaviour_questions(source, "train", n, seed=seed, root=self._root, without=asked))
 
     def held(self, behaviour: str) -> Pairs:
         """Return the validation questions as pairs, for early stopping."""
         return letter_pairs(self._held[behaviour])
+
+
+def asked_by(task: ChoiceTask) -> set[str]:
+    """Return a task's prompts, which are texts."""
+    return {prompt for prompt in task.prompts if isinstance(prompt, str)}
 
 
 def _learned(bench: ColdBench, name: str, pairs: Pairs, held: Pairs, seed: int, loss: str | None = None) -> Any:
@@ -89,6 +95,10 @@ def _chosen(bench: ColdBench, ladder: Ladder | str, score: Callable[[System], fl
     with measured() as cost:
         system, row, rows = chosen(bench, ladder, score)
     record: Record = {"table": rows, "tune": cost_record(cost)}
+    if isinstance(ladder.knob, Knob) and ladder.knob.method == "bipo":
+        runs = ladder.knob.diagnostics["table"]
+        epochs = ladder.knob.provenance["options"]["epochs"]
+        record["converged"] = all(run["best_epoch"] < epochs for run in runs)
     if system is None:
         return bench.base, record | {"refused": "no dose keeps the budget of KL"}
     return system, record | {"chosen": row}

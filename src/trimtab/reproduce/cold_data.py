@@ -24,7 +24,7 @@ from trimtab.types import Message, Pair
 LETTERS = ("(A)", "(B)")
 _OPTIONS = re.compile(r"\n\s*\(A\)\s*(?P<a>.*?)\s*\n\s*\(B\)\s*(?P<b>.*)", re.DOTALL)
 _MORE = re.compile(r"\n\s*\(C\)")
-KINDS: Mapping[str, tuple[int, ...]] = {"train": (0, 1), "validation": (2,), "test": (3,)}
+STATEMENTS: Mapping[str, tuple[int, ...]] = {"train": (0, 1), "validation": (2,), "test": (3,)}
 """Which of the four statements of a theme each split asks about: a group's stance on a theme has to carry over."""
 
 
@@ -75,7 +75,7 @@ def _from_world(family: str, split: Split | str, n: int, seed: int) -> list[Ques
 @lru_cache(maxsize=16)
 def _caa(folder: Path) -> dict[str, list[Question]]:
     test = folder.parent.parent / "test" / folder.name / "test_dataset_ab.json"
-    learned = _read_caa(folder / "generate_dataset.json")
+    learned = list(dict.fromkeys(_read_caa(folder / "generate_dataset.json")))  # some ask twice
     order = random.Random(folder.name).sample(learned, len(learned))
     cut = len(order) // 5
     return {"train": order[cut:], "validation": order[:cut], "test": _read_caa(test)}
@@ -101,7 +101,7 @@ def _read_caa(file: Path) -> list[Question]:
 
 
 def letter_pairs(questions: Sequence[Question]) -> Pairs:
-    """Return questions as pairs of letters; every second one the other way round, so that letters say nothing."""
+    """Return questions as pairs of letters, (A) and (B) by turns, so that letters say nothing."""
     asked = [q.turned() if n % 2 == q.right else q for n, q in enumerate(questions)]
     pairs = (Pair((Message("user", q.prompt),), LETTERS[q.right], LETTERS[1 - q.right]) for q in asked)
     return Pairs({(pair.prompt, pair.chosen): pair for pair in pairs}.values())
@@ -138,7 +138,7 @@ class Poll:
 
 def polls(split: Split | str, n: int, *, seed: int) -> list[Poll]:
     """Draw survey questions; statements of one split are in no other."""
-    wanted = KINDS[split]
+    wanted = STATEMENTS[split]
     drawn: list[Poll] = []
     size = 4 * n
     while len(drawn) < n:

@@ -54,24 +54,36 @@ class Evidence:
         return bootstrap_runs(groups)
 
     def share(self, few: str, n: int, many: str, of: int) -> Interval:
-        """Return the effect of `few` from n pairs over that of `many` from `of`, averaged over behaviours first.
+        """Return the effect of `few` from n pairs over that of `many` from `of`; to read where the latter is large."""
+        (a, draws_a), (b, draws_b) = self._effects(few, n, many, of)
+        ratio = draws_a / np.where(np.abs(draws_b) < 1e-9, np.nan, draws_b)
+        if abs(b) < 1e-9 or np.isnan(ratio).all():
+            return Interval(0.0, 0.0, 0.0)
+        low, high = np.nanquantile(ratio, [0.025, 0.975])
+        return Interval(a / b, float(low), float(high))
 
-        Questions are resampled together for both, seeds apart; the interval is of percentiles.
+    def surplus(self, few: str, n: int, many: str, of: int, share: float) -> Interval:
+        """Return by how much the effect of `few` from n pairs exceeds that share of the effect of `many` from `of`."""
+        (a, draws_a), (b, draws_b) = self._effects(few, n, many, of)
+        low, high = np.quantile(draws_a - share * draws_b, [0.025, 0.975])
+        return Interval(a - share * b, float(low), float(high))
+
+    def _effects(self, few: str, n: int, many: str, of: int) -> list[tuple[float, Matrix]]:
+        """Return both effects, averaged over the behaviours with curves, and their bootstrap draws.
+
+        Questions are resampled together for both, seeds apart.
         """
-        random, draws = np.random.default_rng(0), np.zeros((2, DRAWS))
-        points = np.zeros(2)
+        random, draws, points = np.random.default_rng(0), np.zeros((2, DRAWS)), np.zeros(2)
         for name in self.curved:
             bare = self.behaviour(name, "base", 0)[0]
-            sides = [self.behaviour(name, s, k) - bare for s, k in ((few, n), (many, of))]
             items = random.integers(len(bare), size=(DRAWS, len(bare)))
-            for side, effects in enumerate(sides):
+            for side, (system, count) in enumerate(((few, n), (many, of))):
+                effects = self.behaviour(name, system, count) - bare
                 runs = random.integers(len(effects), size=(DRAWS, len(effects)))
                 by_item = np.stack([effects[row].mean(axis=0) for row in runs])  # [draws, questions]
-                draws[side] += np.take_along_axis(by_item, items, axis=1).mean(axis=1)
-                points[side] += effects.mean()
-        ratio = draws[0] / np.where(np.abs(draws[1]) < 1e-9, np.nan, draws[1])
-        low, high = np.nanquantile(ratio, [0.025, 0.975])
-        return Interval(float(points[0] / points[1]), float(low), float(high))
+                draws[side] += np.take_along_axis(by_item, items, axis=1).mean(axis=1) / len(self.curved)
+                points[side] += effects.mean() / len(self.curved)
+        return [(float(points[side]), draws[side]) for side in (0, 1)]
 
     def written(self, name: str, system: str) -> Matrix:
         """Return 0 or 1 by test prompt: whether the answer is on the target side."""

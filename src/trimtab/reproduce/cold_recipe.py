@@ -17,8 +17,8 @@ SYSTEMS: dict[str, str] = {
     "diffmean-projection": "DiffMean, projection",
     "pca": "PCA",
     "icv": "ICV",
-    "bipo": "BiPO, to convergence",
-    "bipo-released": "ReFT vector, released schedule",
+    "bipo": "BiPO, stopped by validation",
+    "bipo-released": "BiPO, two epochs at 1e-3",
     "few-step-lora": "few-step LoRA (DPO)",
     "one-step": "one step, rank 16",
     "cold-kernel": "COLD-Kernel, unit",
@@ -28,8 +28,8 @@ SYSTEMS: dict[str, str] = {
     "random": "random direction",
 }
 """Systems by name, with their titles. "cold-kernel-released" holds what the released code's pair loss leaves."""
-BASELINES = ("examples", "diffmean", "diffmean-piecewise", "diffmean-projection", "pca", "icv", "bipo", "few-step-lora")
-"""What the headline compares with: everything that is neither COLD-Steer nor a gradient step nor a control."""
+BASELINES = ("diffmean", "bipo", "few-step-lora")
+"""What the headline compares with, the best of them on validation: learned from every number of pairs."""
 CURVES = ("diffmean", "bipo", "few-step-lora", "one-step", "cold-kernel", "cold-fd")
 """Systems that are learned from every number of pairs."""
 WRITING = ("examples", "diffmean", "bipo", "few-step-lora", "one-step", "cold-kernel", "cold-fd", "random")

@@ -9,24 +9,44 @@ import numpy as np
 
 from trimtab.checkpoint import versions
 from trimtab.prefworld.families.surveys import GROUPS
-from trimtab.reproduce.cold_claims import best_baseline, claims, headline_counts
+from trimtab.reproduce.cold_claims import COLD, best_baseline, claims, headline_counts
 from trimtab.reproduce.cold_data import EVERYBODY
 from trimtab.reproduce.cold_evidence import Evidence
 from trimtab.reproduce.cold_recipe import CURVES, POLLS, SYSTEMS, WRITING, Recipe, Sizes
 from trimtab.reproduce.document import Report, percent
 from trimtab.reproduce.steps import Key
 
-NOTES = (
-    "A behaviour's questions come in the form of CAA: two options, and the answer is (A) or (B). Each is asked with "
-    "its options both ways round, so that always saying (A) scores exactly one half; the score is the probability of "
-    "the matching letter of the two. Every system has the same tokens (all), candidate layers and validation "
-    "questions; the middle dose ranks the layers, and the best layer is tried at every dose, within a budget of KL to "
-    "the base model on its own answers to guardrails. Trained vectors have the highest candidate layer alone. Test "
-    "questions were used once. Intervals are from a bootstrap of questions and of seeds, of which three make it "
-    "somewhat narrow. The best baseline is the one with the best validation score. Opinions are of statements that "
-    "nothing was learned from; KL is from the group's shares to the model's, over four options. Seconds are of this "
-    "machine with whatever else ran on it; on a model this small a step is mostly overhead."
-)
+
+def notes(recipe: Recipe, sizes: Sizes) -> str:
+    """Return how to read the report of a recipe."""
+    budget = (
+        f"within a budget of KL to the base model on its own answers to guardrails ({recipe.kl_budget:g} nats per "
+        "token)"
+        if recipe.guardrails
+        else "without any budget, since the recipe has no guardrails"
+    )
+    told = [
+        "A behaviour's questions come in the form of CAA: two options, and the answer is (A) or (B). Each is asked "
+        "with "
+        "its options both ways round, so that always saying (A) scores exactly one half; the score is the probability "
+        "of "
+        "the matching letter of the two.",
+        f"All systems choose on the same {sizes.validation} validation questions. What moves the stream acts on all "
+        "tokens; the middle dose ranks the candidate layers, and the best layer is tried at every dose, "
+        + budget
+        + ". "
+        "Trained vectors have the highest candidate layer alone; examples and weights have no layer.",
+        f"Test questions were used once. Intervals are from a bootstrap of questions and of {sizes.seeds} seeds, which "
+        "makes it somewhat narrow.",
+    ]
+    if recipe.groups:
+        told.append(
+            "Opinions are of statements that nothing was learned from; KL is from the group's shares to the model's, "
+            "over "
+            "four options."
+        )
+    told.append("Seconds are of this machine with whatever else ran on it; on a small model a step is mostly overhead.")
+    return " ".join(told)
 
 
 def build(recipe: Recipe, sizes: Sizes, model: str, records: Mapping[Key, Any], command: str, *, quick: bool) -> Report:
@@ -87,6 +107,7 @@ def _behaviours(e: Evidence) -> Iterator[dict[str, Any]]:
             "kl": _mean([side["kl"] for side in sides]),
             "moved": float(np.mean(moved)) if moved else None,
             "refused": sum("refused" in record for record in every),
+            "converged": [record["converged"] for record in every if "converged" in record],
             "doses": [record["chosen"]["dose"] for record in every if "chosen" in record],
             "sites": sorted({str(record["chosen"]["site"]) for record in every if "chosen" in record}),
             "learn_seconds": float(np.median([record["learn"]["seconds"] for record in every])),
@@ -136,8 +157,14 @@ def _samples(e: Evidence) -> dict[str, Any]:
         for system in systems
         for n in counts
     ]
-    best = {str(many): best_baseline(e, many) for _, many in headline_counts(e)}
-    return {"behaviours": e.curved, "base": bare, "rows": rows, "best_baseline": best}
+    headline = [
+        {"system": system, "few": few, "many": many, "best": best, "share": e.share(system, few, best, many)}
+        for few, many in headline_counts(e)
+        if (best := best_baseline(e, many)) is not None
+        for system in COLD
+        if system in e.recipe.systems
+    ]
+    return {"behaviours": e.curved, "base": bare, "rows": rows, "headline": headline}
 
 
 def _writing(e: Evidence) -> Iterator[dict[str, Any]]:

@@ -33,9 +33,16 @@ def _samples(report: Report) -> Section:
         f"Probability of the matching letter in percent, test questions of {' and '.join(samples['behaviours'])}, mean "
         f"over seeds; the model as it is gives it {percent(samples['base'])}."
     )
+    shares = [
+        f"{SYSTEMS[row['system']]} from {row['few']} pairs has {100 * row['share'][0]:.0f} % "
+        f"({100 * row['share'][1]:.0f} to {100 * row['share'][2]:.0f}) of the effect of {SYSTEMS[row['best']]} from "
+        f"{row['many']}"
+        for row in samples["headline"]
+    ]
+    told = [text, *([f"Fifty times fewer: {'; '.join(shares)}."] if shares else [])]
     label = "Probability of the matching letter by number of pairs, one line for each system"
     heads = ("system", *(f"{n} pairs" for n in counts))
-    return Section("How many pairs it takes", heads, rows, texts=[text], plot=plots.by_pairs(samples), label=label)
+    return Section("How many pairs it takes", heads, rows, texts=told, plot=plots.by_pairs(samples), label=label)
 
 
 def _behaviours(report: Report) -> Section:
@@ -70,12 +77,13 @@ def _side(report: Report) -> Section:
                 percent(row["letter_a"]),
                 f"{row['learn_seconds']:.1f}",
                 f"{row['tune_seconds']:.1f}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
                 str(row["refused"] or ""),
             ]
         )
     heads = (
         "system", "doses chosen (runs)", "last layer moves", "other behaviours shift", "guardrails", "KL", "(A)",
-        "s to learn", "s to choose", "refused",
+        "s to learn", "s to choose", "MB to learn", "refused",
     )  # fmt: skip
     base = report["behaviours"][0]
     text = (
@@ -153,14 +161,14 @@ def _numerics(report: Report) -> Section:
         for row in facts["steps"]
     ]
     heads = ("loss", "weights", "epsilon", "% of weights that change", "cosine", "length", "our scaled step")
-    said = next((row["refused"] for row in facts["steps"] if row["refused"]), "")
+    said = next((row["refused"] for row in facts["steps"] if row["refused"]), None)
     kernel = facts["kernel"]
     pair = next(value for loss, value in kernel.items() if loss.startswith("dpo"))
     texts = [
         f"The released algorithm at layer {facts['layer']}: epsilon G is added to a copy of the weights, the plain "
         "stream is subtracted, the difference divided by epsilon; cosine with the exact derivative, and length over "
         "its length.",
-        f"What our code says of such a step: {said}",
+        *([f"What our code says of such a step: {said}"] if said else []),
         "At the residual stream, eta 1 moves by "
         + ", ".join(
             f"{100 * value['share_of_norm_at_eta_1']:.2g} % of the norm ({loss})" for loss, value in kernel.items()
@@ -180,11 +188,11 @@ def _cost(report: Report) -> Section:
     ]
     text = (
         f"Decoding one row of this model, {1000 * speed['seconds_per_token']:.1f} ms per token without steering. The "
-        "bound counts plain steps: 1 + (site + 1) / blocks of a scaled step, 1 + 2 (site + 1) / blocks of the exact "
+        "count is of plain steps: 1 + (site + 1) / blocks of a scaled step, 1 + 2 (site + 1) / blocks of the exact "
         f"derivative. The knob holds {speed['knob_values']} values; the released copy of the weights up to the site "
         f"would be {speed['weights_of_a_copy']}. At a width of 1,024: `make bench`."
     )
-    return Section("Cost per token", ("way", "times plain", "bound"), rows, texts=[text])
+    return Section("Cost per token", ("way", "times plain", "steps counted"), rows, texts=[text])
 
 
 def _answers(report: Report) -> Section:
@@ -206,25 +214,35 @@ def _mean(row: Row) -> float:
 def _why_fd(rows: Mapping[str, Row]) -> str:
     if not {"cold-fd", "bipo", "bipo-released"} <= rows.keys():
         return ""
-    ahead, short, long = (percent(_mean(rows[name])) for name in ("cold-fd", "bipo-released", "bipo"))
+    ahead, short, long = (_mean(rows[name]) for name in ("cold-fd", "bipo-released", "bipo"))
+    runs = rows["bipo"]["converged"]
+    stopped = f"; {sum(runs)} of {len(runs)} runs stopped before their last epoch" if runs else ""
     return (
-        "Why does COLD-FD beat trained interventions? Here, a vector trained on the released schedule reaches "
-        f"{short}, one trained to convergence {long}, and COLD-FD {ahead}: what training longer brings is the "
-        "difference of the first two; what remains is that COLD-FD adds something else after every prompt, as the "
-        "letter asks for."
+        f"Why does COLD-FD beat trained interventions? Here COLD-FD reaches {percent(ahead)}. A vector at the top "
+        f"candidate layer, trained for as long and as fast as the released code trains one, reaches {percent(short)}, "
+        "and "
+        f"trained until validation stops it {percent(long)}{stopped}: training longer brings {points(long - short)}, "
+        "and "
+        f"COLD-FD is {points(ahead - long)} from there."
     )
 
 
 def _why_kernel(rows: Mapping[str, Row]) -> str:
-    names = ("cold-kernel", "cold-kernel-released", "cold-kernel-softmax", "diffmean")
+    names = ("cold-kernel", "cold-kernel-released", "cold-kernel-softmax", "diffmean", "bipo")
     if not set(names) <= rows.keys():
         return ""
-    kernel, half, soft, contrast = (percent(_mean(rows[name])) for name in names)
+    kernel, half, soft, contrast, trained = (percent(_mean(rows[name])) for name in names)
+    letters = ", ".join(
+        f"{percent(rows[name]['letter_a'])} ({rows[name]['title']})" for name in ("cold-kernel", "diffmean")
+    )
     return (
         "Why does COLD-Kernel, which generalises DiffMean, lose to it? With both sides of the pair and a dose of its "
-        f"own it reaches {kernel} (rejected side alone {half}, softmax kernel {soft}), DiffMean {contrast}: with "
-        "options both ways round a constant vector can at most move the letters themselves (DiffMean's share of (A) is "
-        f"{percent(rows['diffmean']['letter_a'])})."
+        f"own it reaches {kernel}, from the rejected side alone {half}, with the softmax kernel {soft}; DiffMean "
+        f"{contrast}. "
+        "With options both ways round a shift of the letters alone brings nothing: shares of (A) are "
+        f"{letters}. A vector of the same kind that is trained reaches {trained}: that the direction is constant does "
+        "not "
+        "stand in the way, which direction it is does."
     )
 
 
@@ -264,7 +282,7 @@ def _threshold(report: Report) -> str:
         if row["dtype"] == "float32" and row["epsilon"] in (1e-6, 1e-4, 1e-2)
     ]
     return (
-        "How was the threshold on small updates chosen? The share of weights that change at all is a property of the "
-        f"step in float32, not of the update: {', '.join(shares)}. A threshold that keeps 4 % of them keeps what "
-        "rounding left."
+        "How was the threshold on small updates chosen? The share of weights that change at all depends on epsilon G "
+        f"beside the spacing of float32 at each weight: {', '.join(shares)}. A few percent are what a small epsilon "
+        "leaves."
     )

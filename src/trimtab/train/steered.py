@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from trimtab.adapter import Adapter, WriteFn
 from trimtab.capture import evaluating, trainable
 from trimtab.checkpoint import Checkpoint
 from trimtab.evals.cost import measured
 from trimtab.evals.likelihood import Text
+from trimtab.losses import IGNORED, answer_likelihoods
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.train.bench import MIN_IMPROVEMENT, render_sides
@@ -79,8 +80,10 @@ class SteeredPairs:
             logits = self.adapter.model(
                 **{name: value.to(device) for name, value in padded._asdict().items()}, use_cache=False
             ).logits  # [B, T, V]
-        sums = [_log_likelihood(rows, text) for rows, text in zip(logits, texts, strict=True)]
-        return torch.stack(sums).reshape(2, len(numbers))
+        labels = torch.full(padded.input_ids.shape, IGNORED)
+        for row, (ids, start) in enumerate(texts):
+            labels[row, start - 1 : len(ids) - 1] = padded.input_ids[row, start : len(ids)]
+        return answer_likelihoods(logits, labels.to(logits.device))[0].reshape(2, len(numbers))
 
     def all_log_likelihoods(self, batch_size: int, layer: int = 0, addend: Tensor | None = None) -> Tensor:
         """Return those of all pairs, `[2, N]` float32 on the CPU, without gradients, in batches that never change."""
@@ -101,12 +104,6 @@ def steered_tokens(texts: Sequence[Text], where: Where) -> Tensor:
         end = {"prompt": start, "context": start - 1}.get(where, len(ids))
         tokens[row, first:end] = True
     return tokens
-
-
-def _log_likelihood(logits: Tensor, text: Text) -> Tensor:
-    """Sum over the answer's tokens, `[]` float32, of logits `[T, V]` that begin with the text's first token."""
-    told = torch.tensor(text.ids[text.start :], device=logits.device)
-    return -cross_entropy(logits[text.start - 1 : len(text.ids) - 1].float(), told, reduction="sum")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

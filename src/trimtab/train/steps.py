@@ -24,14 +24,14 @@ from trimtab.capture import evaluating, residual_norms, weight_gradients
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint, learned_from
 from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.evals.likelihood import render_texts
-from trimtab.lookahead import embedding_scale, mean_lengths
+from trimtab.lookahead import mean_lengths
 from trimtab.losses import Loss, LossFn, read_loss
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.selection import layers_between
 from trimtab.types import Where, check_where
 from trimtab.weights.lowrank import relative_error, truncate
-from trimtab.weights.rows import is_linear
+from trimtab.weights.rows import embedding_scale, is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

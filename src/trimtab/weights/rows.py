@@ -88,3 +88,26 @@ def is_linear(model: nn.Module, name: str) -> bool:
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
     return kind == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+
+
+def embedding_scale(module: nn.Module) -> float | None:
+    """Return by what an embedding multiplies its rows; None for what is no plain table of rows.
+
+    Some classes scale what they look up, as Gemma's does; what they are is found by asking for a row.
+    """
+    if not isinstance(module, nn.Embedding):
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    number = 1 if module.padding_idx == 0 and module.num_embeddings > 1 else 0
+    row = module.weight[number].detach().float()
+    try:
+        with torch.no_grad():
+            shown = module(torch.tensor([[number]], device=module.weight.device))
+    except (TypeError, AttributeError, IndexError):  # one that wants masks, as OPT's positions do
+        return None
+    if not isinstance(shown, Tensor) or shown.numel() != row.numel() or not bool(row.any()):
+        return None
+    scale = float(shown.float().flatten() @ row / (row @ row))
+    near = torch.allclose(shown.float().flatten(), scale * row, rtol=0.02, atol=1e-6 * abs(scale))
+    return scale if near else None
