@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
 
 def reads_the_input(old: Any) -> Any:
-    return lambda acts, layer, module, args, output: acts.update({layer: args[0].detach()})
+    return lambda aside, acts, layer, module, args, output: acts.update({layer: args[0].detach()})
 
 
 def counts_from_the_embeddings(old: Any) -> Any:

@@ -85,7 +85,7 @@ def test_a_recipe_with_a_mistake_says_where(change: str, words: str, tmp_path: P
 def test_an_unknown_recipe_names_those_there_are() -> None:
     with pytest.raises(UnknownName, match="palrs-llama3"):
         load_recipe("palrs-lama3")
-    with pytest.raises(OptionError, match=r"Recipes that come along: alignment-vectors, palrs,"):
+    with pytest.raises(OptionError, match=r"Recipes that come along: alignment-vectors, cold-steer,"):
         load_recipe("missing.toml")
 
 

@@ -206,7 +206,7 @@ def test_a_knob_remembers_how_it_was_trained_and_progress_counts_settings(tmp_pa
     assert known["licence"] == "CC0-1.0"
     assert known["pairs_hash"] == PAIRS.hash()
     wanted: dict[str, Any] = {"lora_rank": 2, "learning_rates": [1e-3, 3e-3], "betas": [0.1, 0.3], "epochs": 2}
-    wanted |= {"patience": 1, "batch_size": 3, "seed": 5, "dtype": "float16"}
+    wanted |= {"max_steps": None, "patience": 1, "batch_size": 3, "seed": 5, "dtype": "float16"}
     assert known["options"] == wanted
     sides = knob.diagnostics["training"]
     assert len(sides["plus"]["table"]) == 4
@@ -352,10 +352,10 @@ def test_the_verb_subtracts_weights_that_were_trained_elsewhere(
     [
         ("--method preference-vector", "Pass either PAIRS"),
         ("PAIRS --method preference-vector --plus base", "Pass either PAIRS"),
-        ("PAIRS --method preference-vector --site 1/last", "--site is for methods that read activations"),
-        ("PAIRS --method preference-vector --option a=1", "--option is for methods that read activations"),
-        ("PAIRS --lora-rank 3", "--lora-rank is for preference-vector and alignment-vector"),
-        ("PAIRS --method palrs --plus base", "--plus is for preference-vector"),
+        ("PAIRS --method preference-vector --site 1/last", "--site is for other methods"),
+        ("PAIRS --method preference-vector --option a=1", "--option is for other methods"),
+        ("PAIRS --lora-rank 3", "--lora-rank is for methods that train"),
+        ("PAIRS --method palrs --plus base", "--plus is for methods that train"),
         ("PAIRS --method alignment-vector --minus base", "--minus is for a difference of given weights"),
         ("--method alignment-vector --plus base --epochs 2", "--epochs is for training"),
         ("--method preference-vector --plus base", "pass --minus too"),
