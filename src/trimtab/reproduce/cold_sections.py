@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 def sections(report: Report) -> list[Section]:
     """Return the parts of a report, in order."""
-    made = [_samples(report), _behaviours(report), _side(report), _doses(report)]
+    made = [_samples(report), _behaviours(report), _side(report), _learning(report), _doses(report)]
     made += [_writing(report)] if report["writing"] else []
     made += [_opinions(report)] if report["opinions"] else []
     return [*made, _numerics(report), _cost(report), _answers(report)]
@@ -62,9 +62,7 @@ def _behaviours(report: Report) -> Section:
 
 def _side(report: Report) -> Section:
     rows: list[list[str]] = []
-    for row in report["behaviours"]:
-        if row["system"] in ("base", "always-a"):
-            continue
+    for row in _steered(report):
         doses = Counter(f"{dose:g}" for dose in row["doses"])
         rows.append(
             [
@@ -75,16 +73,9 @@ def _side(report: Report) -> Section:
                 percent(row["rails"]),
                 _number(row["kl"], 4),
                 percent(row["letter_a"]),
-                f"{row['learn_seconds']:.1f}",
-                f"{row['tune_seconds']:.1f}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
-                str(row["refused"] or ""),
             ]
         )
-    heads = (
-        "system", "doses chosen (runs)", "last layer moves", "other behaviours shift", "guardrails", "KL", "(A)",
-        "s to learn", "s to choose", "MB to learn", "refused",
-    )  # fmt: skip
+    heads = ("system", "doses chosen (runs)", "last layer moves", "others shift", "guardrails", "KL", "(A)")
     base = report["behaviours"][0]
     text = (
         "Doses are alphas, multiples of weights, shares removed or shots. The last layer's output at the prompts' last "
@@ -93,7 +84,27 @@ def _side(report: Report) -> Section:
         f"the base model's answers to them; (A) is that letter's share of probability (as it is: "
         f"{percent(base['letter_a'])})."
     )
-    return Section("What else changes, and what it costs to get there", heads, rows, words=(0, 1), texts=[text])
+    return Section("What else changes", heads, rows, words=(0, 1), texts=[text])
+
+
+def _learning(report: Report) -> Section:
+    rows = [
+        [
+            row["title"],
+            f"{row['learn_seconds']:.1f}",
+            f"{row['tune_seconds']:.1f}",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            str(row["refused"] or ""),
+        ]
+        for row in _steered(report)
+    ]
+    heads = ("system", "seconds to learn", "seconds to choose", "largest peak in MB", "runs refused")
+    text = f"From {report['sizes']['pairs']} pairs, median over runs; memory is that of the process beyond its start."
+    return Section("What it takes to learn", heads, rows, texts=[text])
+
+
+def _steered(report: Report) -> list[Row]:
+    return [row for row in report["behaviours"] if row["system"] not in ("base", "always-a")]
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -136,10 +147,10 @@ def _opinions(report: Report) -> Section:
         ]
         for row in report["opinions"]
     ]
-    heads = ("system", *GROUPS, "mean KL", "mean TV", "KL to the other groups", "KL if pooled", "spread")
+    heads = ("system", *GROUPS, "mean KL", "TV", "others", "pooled", "spread")
     text = (
         "KL in nats from a group's shares to those of the model turned to it, on statements that nothing was learned "
-        "from. To the other groups: what the same systems do to those they were not turned to. If pooled: the same "
+        "from. Others: KL of the same systems to the groups they were not turned to. Pooled: the same "
         "method learned from everybody's answers. Spread: how far the model's shares differ from question to question "
         "(standard deviation)."
     )
@@ -240,9 +251,7 @@ def _why_kernel(rows: Mapping[str, Row]) -> str:
         f"own it reaches {kernel}, from the rejected side alone {half}, with the softmax kernel {soft}; DiffMean "
         f"{contrast}. "
         "With options both ways round a shift of the letters alone brings nothing: shares of (A) are "
-        f"{letters}. A vector of the same kind that is trained reaches {trained}: that the direction is constant does "
-        "not "
-        "stand in the way, which direction it is does."
+        f"{letters}. A constant vector that is trained, at the same tokens, reaches {trained}."
     )
 
 
@@ -255,10 +264,13 @@ def _why_more(report: Report) -> str:
     for system in dict.fromkeys(row["system"] for row in samples["rows"]):
         means = {row["pairs"]: row["mean"] for row in samples["rows"] if row["system"] == system}
         top = max(counts, key=lambda n: means[n])
+        if top == counts[-1]:
+            continue
         drops.append(
             f"{SYSTEMS[system]} is best at {top} pairs and {points(means[counts[-1]] - means[top])} at {counts[-1]}"
         )
-    return f"Why do more examples sometimes hurt? With doses chosen anew: {'; '.join(drops)}."
+    said = f"With doses chosen anew: {'; '.join(drops)}." if drops else "With doses chosen anew, here they do not."
+    return f"Why do more examples sometimes hurt? {said}"
 
 
 def _groups(report: Report) -> str:
