@@ -49,7 +49,7 @@ def learn(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str
         ("--method cold-kernel --loss distribution --positions all_prompt", Knob, {"method": "cold-kernel"}),
         ("--method icv", Knob, {"method": "icv"}),
         ("--method cold-fd --rank 2 --layers 0,1 --where completion", LookaheadKnob, {"where": "completion"}),
-        ("--method cold-fd --backend scaled --step 5 --per-token", LookaheadKnob, {"step": 5.0, "per_token": True}),
+        ("--method cold-fd --backend scaled --per-token", LookaheadKnob, {"step": None, "per_token": True}),
         ("--method one-step --rank 3 --loss simpo:beta=1 --seed 1", DeltaKnob, {"method": "one-step"}),
         ("--method bipo --layers 1 --epochs 2 --betas 0.2 --validation held.jsonl", Knob, {"method": "bipo"}),
     ],
@@ -68,8 +68,8 @@ def test_every_method_writes_a_knob_that_the_other_verbs_take(
         assert getattr(knob, name) == value
     assert main(["inspect", "k.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == knob.kind
-    if "--step" in words:  # one step fits one gradient: another model may refuse it
-        return
+    assert main(["eval", "model", "--knob", "k.safetensors", "--pairs", "held.jsonl"]) == 0
+    assert "model" in capsys.readouterr().out
     assert main(["generate", "model", "q", "--knob", "k.safetensors", "--strength", "1", "--max-new-tokens", "2"]) == 0
 
 
@@ -98,6 +98,7 @@ def test_the_text_says_what_strength_one_is_and_what_to_do_next(
         ("--method palrs --backend scaled", "--backend is for methods that train"),
         ("--method palrs --loss dpo", "A loss is of methods whose evidence is gradients; got loss='dpo' for palrs."),
         ("--method cold-fd --loss dop", "Unknown loss 'dop'. Known: distribution, dpo, negative-sft, sft, simpo."),
+        ("--method cold-fd --step 1", "A step is of backend='scaled'; got 1.0 for the exact one"),
         ("--method cold-fd --rank 0", "rank counts from 1; got 0."),
         ("--method cold-kernel --option kernel=wat", "Unknown kernel 'wat'"),
         ("--method cold-fb", "Did you mean 'cold-fd'?"),

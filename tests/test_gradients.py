@@ -394,6 +394,8 @@ def test_any_callable_of_logits_and_labels_is_a_loss(
         return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
     assert bool(capture_gradients(model, tokenizer, pairs(), loss=plain).gradients.isfinite().all())
+    with pytest.raises(OptionError, match=r"one value for each of 3 pairs, or their sum; got shape \[6, "):
+        capture_gradients(model, tokenizer, pairs(), loss=lambda logits, labels: logits.sum(-1))
     with pytest.raises(OptionError, match=r"loss .*lambda.* must return a tensor that depends on the logits"):
         capture_gradients(model, tokenizer, pairs(), loss=lambda logits, labels: torch.zeros(()))
 
@@ -404,9 +406,9 @@ def test_any_callable_of_logits_and_labels_is_a_loss(
         ("wat", UnknownName, r"Unknown loss 'wat'\. Known: distribution, dpo, negative-sft, sft, simpo\."),
         ("dpo:gamma=1", UnknownName, r"Unknown option of loss dpo 'gamma'\. Known: beta, per\."),
         ("dpo:per=word", UnknownName, r"Unknown per 'word'\. Known: answer, token\."),
-        ("dpo:beta", UnknownName, "Unknown option of loss dpo"),
+        ("dpo:beta", OptionError, "names beta without a value, as in dpo:beta=0.1"),
         ("dpo:beta=1,beta=2", OptionError, "sets beta twice"),
-        ("dpo:beta=0", OptionError, "beta above 0; got 0"),
+        ("dpo:beta=0", OptionError, "beta is above 0; got 0"),
         ("simpo:gamma=x", OptionError, "gamma must be a number; got 'x'"),
         (3, OptionError, "a name or a function of logits and labels; got 3"),
     ],
@@ -422,14 +424,20 @@ def test_losses_read_their_text_back() -> None:
     assert read_loss(LOSSES["sft"]) is LOSSES["sft"]
 
 
-@pytest.mark.parametrize("meta", [{}, {"options": ["a"], "shares": [1]}, {"options": ["a", "b"], "shares": [0, 0]}])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {"options": ["a"], "shares": [1]},
+        {"options": ["a", "b"], "shares": [0, 0]},
+        {"options": ["a", "a"], "shares": [1, 1]},
+    ],
+)
 def test_a_distribution_needs_options_with_shares(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, meta: dict[str, object]
 ) -> None:
     asked = Pairs([Pair((Message("user", "q"),), "a", "b", meta=meta)])
-    with pytest.raises(
-        PairsError, match=r"Pair 1: the loss 'distribution' needs options \(a list of texts\) and shares"
-    ):
+    with pytest.raises(PairsError, match=r"Pair 1: the loss 'distribution' needs options .* and shares"):
         capture_gradients(model, tokenizer, asked, loss="distribution")
 
 

@@ -520,6 +520,20 @@ def test_two_lookaheads_add_up(model: PreTrainedModel, knob: LookaheadKnob, toke
         _ = knob + other
 
 
+def test_a_knob_and_its_copy_follow_a_cache_each_for_itself(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    half, rest, rows = knob.with_(gain=1.0), knob.with_(gain=1.0, name="copy"), pico.prompts([5])
+    assert torch.equal(decode(model, {half: 1.0, rest: 1.0}, rows), decode(model, {knob.with_(gain=2.0): 1.0}, rows))
+
+
+def test_a_step_that_goes_too_far_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(KnobError, match=r"too far for a derivative\. A step of .* works"):
+        learn_lookahead(model, tokenizer, pairs(), layers=[1], backend="scaled", step=1e9)
+    with pytest.raises(KnobError, match="cannot resolve"):
+        learn_lookahead(model, tokenizer, pairs(), layers=[1], backend="scaled", step=1e-9)
+    with pytest.raises(OptionError, match=r"A step is of backend='scaled'; got 1\.0 for the exact one"):
+        learn_lookahead(model, tokenizer, pairs(), layers=[1], step=1.0)
+
+
 def test_inference_mode_and_half_precision(model: PreTrainedModel, knob: LookaheadKnob) -> None:
     with torch.inference_mode():
         inside = moved(model, {knob: 1.0}, 2)
@@ -696,8 +710,10 @@ def test_an_error_within_leaves_the_model_as_it_was(model: PreTrainedModel, knob
 def test_a_lookahead_comes_back_from_its_file_bit_for_bit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, knob: LookaheadKnob, tmp_path: Path
 ) -> None:
-    made = learn_lookahead(model, tokenizer, pairs(), name="ahead", layers=[0, 2], rank=4, step=0.5, licence="CC0")
-    made = made.with_(where="completion", backend="scaled", per_token=True, provenance={**made.provenance, "x": 1})
+    made = learn_lookahead(model, tokenizer, pairs(), name="ahead", layers=[0, 2], rank=4, licence="CC0")
+    made = made.with_(
+        where="completion", backend="scaled", step=0.5, per_token=True, provenance={**made.provenance, "x": 1}
+    )
     made.save(tmp_path / "k")
     again = load_knob(tmp_path / "k")
     assert isinstance(again, LookaheadKnob)
@@ -796,7 +812,7 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
     assert [site.layer for site in made.sites] == list(range(Adapter(model).n_layers))
     assert made.provenance["options"]["rank"] == 16
     assert made.provenance["pairs_count"] == 4
-    with pytest.raises(OptionError, match=r"holds another job: .*weights"):  # another choice of weights, as many or not
+    with pytest.raises(OptionError, match=r"holds another job: work .* for cold-fd there, .* for one-step here"):
         learn_step(model, tokenizer, pairs(), checkpoint=tmp_path / "kept", token_budget=100, seed=1)
     with pytest.raises(OptionError, match=r"A checkpoint cannot tell the loss function .* from another"):
         learn_step(model, tokenizer, pairs(), checkpoint=tmp_path / "kept", loss=lambda logits, labels: logits.sum())
@@ -814,7 +830,7 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
         ({"where": "wat"}, UnknownName, "Unknown where 'wat'"),
         ({"loss": "wat"}, UnknownName, "Unknown loss 'wat'"),
         ({"backend": "wat"}, UnknownName, "Unknown backend 'wat'"),
-        ({"step": 0.0}, OptionError, "number of gradients, above 0; got 0"),
+        ({"step": 0.0, "backend": "scaled"}, OptionError, "number of gradients, above 0; got 0"),
     ],
 )
 def test_wrong_options_are_errors(

@@ -37,11 +37,11 @@ from trimtab.forward import NoDerivative, derivative, dual, forward_mode, halves
 from trimtab.weights.rows import embedding_scale, is_linear
 
 NOTE, BROKEN = "streams", -1
-FLOOR, USUAL, LEAST = 1e-3, 0.5, 4.0
+FLOOR, USUAL, LEAST, MOST = 1e-3, 0.5, 4.0, 0.25
 """The step that is taken moves the stream by `USUAL` times the root of the dtype's resolution, as a share of its norm:
 the best of 1/4 to 4 on trained models; and by `FLOOR` at least, which float32 can afford, for the sake of tokens that
 move less than others. Steps that move it by less than `LEAST` times the resolution itself are refused, since
-differences would be rounding."""
+differences would be rounding, and so are those that move it by more than `MOST` of its norm: no derivative any more."""
 
 
 def usual_share(dtype: torch.dtype) -> float:
@@ -78,12 +78,15 @@ class Stream:
     """Runs beside a model along one knob's gradient; `begin` before each call of the decoder, then `displacement`.
 
     `apart`: the stream that the model computes is not the plain one below the knob's highest layer, since other knobs
-    act there, or this one does; a scaled step then needs a plain run of its own to be compared with. `level` tells this
-    stream's notes on KV caches from those of others. Raises `KnobError` for a knob that does not fit the model, and for
-    a step that the model's dtype cannot resolve; the message names one that works.
+    act there, or this one does; a scaled step then needs a plain run of its own to be compared with. `level`, and the
+    `number` among copies of one knob, tell this stream's notes on KV caches from those of others. Raises `KnobError`
+    for a knob that does not fit the model, and for a step that is too short for the model's dtype or too long; the
+    message names one that works.
     """
 
-    def __init__(self, adapter: Adapter, knob: LookaheadKnob, *, level: int = 0, apart: bool = False) -> None:
+    def __init__(
+        self, adapter: Adapter, knob: LookaheadKnob, *, level: int = 0, number: int = 0, apart: bool = False
+    ) -> None:
         knob.check_shapes(adapter.model)
         if knob.top >= adapter.n_layers:
             raise KnobError(
@@ -100,7 +103,7 @@ class Stream:
         self._weights: dict[str, Tensor] = {}
         self._table = False  # whether the table of token embeddings moves
         self._hooks = self._prepare()
-        self._key = f"{level} {knob.digest} {knob.backend} {top} {self._step} {self._apart}"
+        self._key = f"{level} {number} {knob.digest} {knob.backend} {top} {self._step} {self._apart}"
         self._found: dict[int, Tensor] = {}
         self._plain: dict[int, Tensor] = {}
         self._pending: _State | None = None
@@ -298,6 +301,12 @@ def _resolved_step(adapter: Adapter, knob: LookaheadKnob) -> float:
             f"A step of {knob.step:g} times the gradient of {knob.name!r} moves the stream at layer {weakest} by "
             f"{moved:.2g} of its norm, which {str(dtype).removeprefix('torch.')} cannot resolve: of differences below "
             f"{least:.2g} most is rounding. A step of {usual:.2g} works; so does backend='exact', which takes none."
+        )
+    if (farthest := knob.step * max(share.values())) > MOST:
+        raise KnobError(
+            f"A step of {knob.step:g} times the gradient of {knob.name!r} moves the stream by {farthest:.2g} of its "
+            "norm, "
+            f"too far for a derivative. A step of {usual:.2g} works; so does backend='exact', which takes none."
         )
     return knob.step
 

@@ -52,6 +52,12 @@ class Loss:
             value = self.function(logits, labels)
             if not isinstance(value, Tensor) or not value.requires_grad:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptionError(f"The loss {self.name} must return a tensor that depends on the logits.")
+            if value.dim() > 1 or value.numel() not in (1, len(shares)):
+                raise OptionError(
+                    f"The loss {self.name} must return one value for each of {len(shares)} pairs, or their sum; got "
+                    "shape "
+                    f"{list(value.shape)}."
+                )
             return value.float().sum()
         sums, counts = answer_likelihoods(logits, labels)
         answers = shares.shape[1]
@@ -163,8 +169,10 @@ def read_loss(loss: str | LossFn | Loss) -> Loss:
     options: dict[str, float | str] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in defaults:
+        if key not in defaults:
             raise unknown_name(f"option of loss {name}", key, defaults)
+        if not equals:
+            raise OptionError(f"The loss {loss!r} names {key} without a value, as in {name}:{key}={defaults[key]}.")
         if key in options:
             raise OptionError(f"The loss {loss!r} sets {key} twice.")
         options[key] = _option(key, value)
@@ -178,7 +186,7 @@ def _option(key: str, value: str) -> float | str:
         return value
     number = check_strength(cast(float, value), key)
     if number < 0 or (key == "beta" and number == 0):
-        raise OptionError(f"A loss's {key} is not negative, and its beta above 0; got {value}.")
+        raise OptionError(f"A loss's {key} is {'above 0' if key == 'beta' else '0 or more'}; got {value}.")
     return number
 
 
@@ -197,11 +205,13 @@ def _survey(pair: Pair, number: int) -> tuple[tuple[str, ...], tuple[float, ...]
         and all(isinstance(option, str) and option for option in cast(list[object], options))
         and all(isinstance(s, int | float) and not isinstance(s, bool) and s >= 0 for s in cast(list[object], shares))
         and 0 < sum(cast(list[float], shares)) < float("inf")
+        and len(set(cast(list[str], options))) == len(cast(list[str], options))
     )
     if not good:
         raise PairsError(
-            f"Pair {number}: the loss 'distribution' needs options (a list of texts) and shares (as many numbers, not "
-            f"negative and not all 0) beside the answers; got {brief(options)} and {brief(shares)}."
+            f"Pair {number}: the loss 'distribution' needs options (two texts or more, none empty or twice) and shares "
+            f"(as many numbers, not negative and not all 0) beside the answers; got {brief(options)} and "
+            f"{brief(shares)}."
         )
     total = float(sum(cast(list[float], shares)))
     return tuple(cast(list[str], options)), tuple(float(share) / total for share in cast(list[float], shares))

@@ -9,6 +9,7 @@ model.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -93,9 +94,12 @@ class Steering:
     def _open_streams(self) -> None:
         """Prepare a second stream for each lookahead knob that is turned."""
         self._streams = {}
-        for knob in dict.fromkeys(move.knob for table in self._tables.values() for move in table.moves):
-            apart = min(self._tables) < knob.top or len(self._active) > 1
-            stream = Stream(self._adapter, knob, level=self._level, apart=apart)
+        knobs = dict.fromkeys(move.knob for table in self._tables.values() for move in table.moves)
+        alike: Counter[str] = Counter()  # copies of a knob follow a cache each for itself
+        for knob in sorted(knobs, key=lambda knob: (knob.digest, knob.name)):
+            apart, number = min(self._tables) < knob.top or len(self._active) > 1, alike[knob.digest]
+            alike[knob.digest] += 1
+            stream = Stream(self._adapter, knob, level=self._level, number=number, apart=apart)
             self._hooks.enter_context(stream.ready())
             self._streams[knob] = stream
 

@@ -215,7 +215,10 @@ def _subject(record: Row) -> str:
 
 
 def _place(knob: Row) -> str:
-    """Say where a knob acts: at a layer on some tokens, or in the weights."""
+    """Say where a knob acts: at a layer, or several, on some tokens, or in the weights."""
+    if "layers" in knob:
+        layers = ", ".join(map(str, knob["layers"]))
+        return f"layer{'s' if len(knob['layers']) > 1 else ''} {layers}, {knob['where']} tokens"
     if "site" not in knob:
         return f"{knob['weights']} weight matrices" if knob["weights"] > 1 else "one weight matrix"
     return f"layer {knob['site'].replace('/', ', ')}, {knob['where']} tokens"

@@ -131,7 +131,7 @@ def check_knobs(rack: Rack, loaded: Loaded, *, strict: bool) -> None:
         knob.check(loaded.model, loaded.tokenizer, strict=strict)
 
 
-ADDING = ("add", "piecewise", "kernel")
+ADDING = ("add", "piecewise", "kernel", "lookahead")
 """Operations whose strength is a length."""
 LARGE_ALPHA = 3.0
 """A rough guess, in mean residual norms: tuned gains on the bundled model are 0.4, and few papers go beyond 1."""

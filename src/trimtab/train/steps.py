@@ -24,7 +24,7 @@ from trimtab.capture import evaluating, residual_norms, weight_gradients
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint, learned_from
 from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.evals.likelihood import render_texts
-from trimtab.lookahead import mean_lengths
+from trimtab.lookahead import Stream, mean_lengths
 from trimtab.losses import Loss, LossFn, read_loss
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -88,6 +88,8 @@ def learn_lookahead(
     check_where(where)
     if backend not in get_args(Backend):
         raise unknown_name("backend", str(backend), get_args(Backend))
+    if step is not None and backend == "exact":
+        raise OptionError(f"A step is of backend='scaled'; got {step!r} for the exact one, which takes none.")
     if step is not None and not 0 < step < math.inf:
         raise OptionError(f"The step is a number of gradients, above 0; got {step!r}.")
     kept = layers_between(adapter.n_layers, first, last) if layers is None else [adapter.layer(i) for i in layers]
@@ -99,7 +101,9 @@ def learn_lookahead(
     with evaluating(model):
         used = parameters_to(adapter, wanted[-1])
     names, thin = used.names, {n for n in used.names if n in used.called and _is_matrix(model, n)}
-    parts, told = _gradient(model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress)
+    parts, told = _gradient(
+        model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress, "cold-fd"
+    )
     norms = residual_norms(model, tokenizer, pairs, wanted, token_budget=token_budget)
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in names))
     guess = {layer: norm * told["gradient_norm"] / length for layer, norm in norms.items()}
@@ -125,7 +129,9 @@ def learn_lookahead(
         raise TrainError("The gradient moves the stream nowhere. Check that chosen and rejected answers differ.")
     told["seconds"] = time.perf_counter() - begun
     top = (wanted[-1],)
-    return replace(knob, scales=scales, layers=top, step=step, per_token=per_token, diagnostics=told)
+    made = replace(knob, scales=scales, layers=top, step=step, per_token=per_token, diagnostics=told)
+    Stream(adapter, made)  # a step that no dtype resolves is refused before it is saved
+    return made
 
 
 def learn_step(
@@ -157,7 +163,9 @@ def learn_step(
     begun = time.perf_counter()
     names = [n for n, _ in model.named_parameters() if rank is None or is_linear(model, n)]
     thin = set(names) if rank is not None else set[str]()
-    parts, told = _gradient(model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress)
+    parts, told = _gradient(
+        model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress, "one-step"
+    )
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in parts))
     norm, step = DeltaKnob(name, "one-step", parts).norm(), SHARE * length
     options: dict[str, Any] = {"rank": rank, "loss": str(asked), "token_budget": token_budget, "seed": seed}
@@ -189,6 +197,7 @@ def _gradient(
     seed: int,
     checkpoint: str | Path | None,
     progress: Callable[[int, int], None],
+    kind: str,
 ) -> tuple[dict[str, Part], dict[str, Any]]:
     """Return the gradient by parameter, those of `thin` cut to a rank, and what a record says of it."""
     loss.check_checkpoint(checkpoint)
@@ -210,11 +219,19 @@ def _gradient(
             elif size:
                 parts[name] = gradient.cpu()
         if not parts:
-            raise TrainError("The pairs have no gradient. Check that chosen and rejected answers differ.")
+            raise TrainError(
+                f"The loss {loss} has no gradient on these pairs: it asks for nothing more, or answers do not differ."
+            )
         told = torch.tensor([math.sqrt(square), 1 - lost / square], dtype=torch.float64)
         return {**labelled(parts), "told": told}
 
-    job = {"work": "a gradient of weights", "loss": str(loss), "rank": rank, "token budget": token_budget, "seed": seed}
+    job = {
+        "work": f"a gradient of weights for {kind}",
+        "loss": str(loss),
+        "rank": rank,
+        "token budget": token_budget,
+        "seed": seed,
+    }
     kept = Checkpoint(
         checkpoint,
         lambda: (
