@@ -95,7 +95,7 @@ def test_the_text_says_what_strength_one_is_and_what_to_do_next(
         ("--method one-step --layers 1", "--layers is of other methods than one-step"),
         ("--method bipo --loss dpo", "--loss is of other methods than bipo"),
         ("--method bipo --betas 0.1,0.2", "--betas takes one number for bipo; got 2."),
-        ("--method palrs --backend scaled", "--backend is for methods that train"),
+        ("--method palrs --backend scaled", "--backend is for methods that take a step"),
         ("--method palrs --loss dpo", "A loss is of methods whose evidence is gradients; got loss='dpo' for palrs."),
         ("--method cold-fd --loss dop", "Unknown loss 'dop'. Known: distribution, dpo, negative-sft, sft, simpo."),
         ("--method cold-fd --step 1", "A step is of backend='scaled'; got 1.0 for the exact one"),

@@ -409,6 +409,7 @@ def test_any_callable_of_logits_and_labels_is_a_loss(
         ("dpo:beta", OptionError, "names beta without a value, as in dpo:beta=0.1"),
         ("dpo:beta=1,beta=2", OptionError, "sets beta twice"),
         ("dpo:beta=0", OptionError, "beta is above 0; got 0"),
+        ("simpo:", OptionError, "Unknown option of loss simpo ''"),
         ("simpo:gamma=x", OptionError, "gamma must be a number; got 'x'"),
         (3, OptionError, "a name or a function of logits and labels; got 3"),
     ],
@@ -487,7 +488,7 @@ def test_what_gradients_cannot_do_is_an_error(
     [
         ({"positions": ["wat"]}, UnknownName, "Unknown position of gradients 'wat'"),
         ({"positions": []}, OptionError, "There are no positions to read"),
-        ({"layers": []}, OptionError, "There are no layers to read"),
+        ({"layers": []}, OptionError, "There are no layers to choose from"),
         ({"token_budget": 0}, OptionError, "token budget must be at least 1; got 0"),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,7 @@ NO_FORWARD_MODE = (
 )
 """Architectures with a function of their own, or a grouped product for experts, that has no forward-mode derivative."""
 TEXTS = pico.prompts([9, 9, 9])
+pytestmark = pytest.mark.filterwarnings("ignore:Chosen answers have")  # the pairs here are of unequal lengths
 
 
 def pairs(n: int = 4) -> Pairs:
@@ -695,6 +697,25 @@ def test_learning_sees_no_dropout_and_works_in_inference_mode(tokenizer: PreTrai
     assert inside.scales == pytest.approx(wanted.scales)
 
 
+@pytest.mark.parametrize("learned", [learn_lookahead, learn_step])
+def test_a_single_pair_and_unequal_lengths_are_warned_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, learned: Callable[..., LookaheadKnob | DeltaKnob]
+) -> None:
+    with pytest.warns(TrimtabWarning, match="There is one pair"):
+        assert len(learned(model, tokenizer, pairs(1)).diagnostics["warnings"]) == 1
+    uneven = r"4\.5 tokens on average and rejected ones 7\.0: .*loss='dpo:per=token'"
+    with pytest.warns(TrimtabWarning, match=uneven):
+        assert len(learned(model, tokenizer, pairs()).diagnostics["warnings"]) == 1
+    for loss in ("dpo:per=token", "simpo", "sft"):
+        assert learned(model, tokenizer, pairs(), loss=loss).diagnostics["warnings"] == []
+
+
+def test_gradients_of_one_side_say_nothing_of_lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert learn(model, tokenizer, pairs(), method="cold-kernel", loss="sft").diagnostics["warnings"] == []
+
+
 def test_an_error_within_leaves_the_model_as_it_was(model: PreTrainedModel, knob: LookaheadKnob) -> None:
     plain = stream(model, {})
     with pytest.raises(RuntimeError, match="planted"), steer(model, {knob: 1.0}):
@@ -827,6 +848,9 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
     [
         ({"rank": 0}, OptionError, "rank counts from 1; got 0"),
         ({"layers": []}, OptionError, "no layers to choose from"),
+        ({"layers": 2}, OptionError, "Layers are a list of numbers"),
+        ({"layers": ["a"]}, OptionError, "Layers are a list of numbers"),
+        ({"backend": "scaled", "step": "a"}, OptionError, "step"),
         ({"where": "wat"}, UnknownName, "Unknown where 'wat'"),
         ({"loss": "wat"}, UnknownName, "Unknown loss 'wat'"),
         ({"backend": "wat"}, UnknownName, "Unknown backend 'wat'"),

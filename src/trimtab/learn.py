@@ -21,7 +21,7 @@ from trimtab.ops import alpha_from_multiplier, alpha_from_palrs, describe_site, 
 from trimtab.pairs import Pairs
 from trimtab.plans import Plan, Selection, make_plan
 from trimtab.render import Renderer
-from trimtab.selection import doubts, rank_sites
+from trimtab.selection import doubts, doubts_of_lengths, doubts_of_one, rank_sites
 from trimtab.texts import Format
 from trimtab.types import Site, Where, check_seed, check_where
 
@@ -116,7 +116,13 @@ def learn(
     best = ranking[0].site
 
     lengths, width = evidence.lengths.double().mean(dim=0).tolist(), evidence.chosen.shape[-1]
-    notes = [*plan.notes, *_doubts(statistics[best], plan.selection, width, length_match, evidence.lengths)]
+    notes = list(plan.notes)
+    if plan.gradients:
+        uneven = length_match == "off" and asked.answers == "both"
+        notes += doubts_of_one(len(used))
+        notes += doubts_of_lengths(lengths, "length_match='bucket'") if uneven else []
+    else:
+        notes += _doubts(statistics[best], plan.selection, width, length_match, evidence.lengths)
     for note in notes:
         warnings.warn(note, TrimtabWarning, stacklevel=2)
     settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}

@@ -160,14 +160,14 @@ def read_loss(loss: str | LossFn | Loss) -> Loss:
         function = loss.func if isinstance(loss, partial) else loss
         named = getattr(function, "__qualname__", type(function).__name__)
         return Loss(f"function {getattr(function, '__module__', '?')}.{named}", loss, "both", own=True)
-    name, _, text = loss.partition(":")
+    name, colon, text = loss.partition(":")
     if name not in LOSSES:
         raise unknown_name("loss", name, LOSSES)
     known = LOSSES[name]
     signature = inspect.signature(known.function).parameters.values()
     defaults = {p.name: p.default for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
     options: dict[str, float | str] = {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in defaults:
             raise unknown_name(f"option of loss {name}", key, defaults)

@@ -79,7 +79,7 @@ def make_plan(
             )
     if asked is None:
         asked = (entry.position or _default_position(renderer, format),)
-    kept = layers_between(adapter.n_layers, first, last) if layers is None else [adapter.layer(i) for i in layers]
+    kept = layers_between(adapter.n_layers, first, last) if layers is None else adapter.layers(layers)
     if fixed is not None and layers is None:
         kept = [*kept, fixed.layer]
     names = _gradient_positions(asked) if entry.evidence == "gradients" else expand_positions(renderer, asked, format)

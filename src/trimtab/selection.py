@@ -75,18 +75,8 @@ def doubts(
 
     `lengths` are the mean tokens of chosen and rejected answers, None where they are accounted for; `count` the pairs.
     """
-    notes: list[str] = []
-    if count == 1:
-        notes.append(
-            "There is one pair, so no halves of the pairs can agree: the knob may hold this pair's wording and not a "
-            "preference. Add pairs; about a hundred do."
-        )
-    if lengths is not None and max(lengths) > 1.5 * min(lengths):
-        notes.append(
-            f"Chosen answers have {lengths[0]:.1f} tokens on average and rejected ones {lengths[1]:.1f}: the knob may "
-            "steer length. Compare with length_match='bucket'"
-            + ("." if selection == "first_order" else " or 'regress'.")
-        )
+    notes = doubts_of_one(count)
+    notes += [] if lengths is None else doubts_of_lengths(lengths, "length_match='bucket' or 'regress'")
     gap, share = at["norm_gap"], at["top5_share"]
     if selection == "eq3_cosine" and gap is not None and gap > 0.5:
         notes.append(
@@ -100,3 +90,23 @@ def doubts(
             "strengths in units of that norm are destructive. Choose another position."
         )
     return notes
+
+
+def doubts_of_one(count: int) -> list[str]:
+    """Say so where there is a single pair."""
+    if count != 1:
+        return []
+    return [
+        "There is one pair, so no halves of the pairs can agree: the knob may hold this pair's wording and not a "
+        "preference. Add pairs; about a hundred do."
+    ]
+
+
+def doubts_of_lengths(lengths: Sequence[float], remedy: str) -> list[str]:
+    """Say so where chosen and rejected answers, of so many tokens on average, differ much; compare with `remedy`."""
+    if max(lengths) <= 1.5 * min(lengths):
+        return []
+    return [
+        f"Chosen answers have {lengths[0]:.1f} tokens on average and rejected ones {lengths[1]:.1f}: the knob may "
+        f"steer length. Compare with {remedy}."
+    ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,7 @@ from trimtab.adapter.calls import (
     parameters,
     returned_cache,
 )
-from trimtab.errors import AdapterError, brief
+from trimtab.errors import AdapterError, OptionError, brief
 
 WriteFn = Callable[[Tensor], Tensor]
 """Takes a block's output `[B, T, D]` and returns its replacement; must not edit its argument in place."""
@@ -134,14 +135,24 @@ class Adapter:
         devices = (p.device for p in self.model.parameters())
         return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
-    def layer(self, index: int) -> int:
+    def layer(self, number: int) -> int:
         """Resolve a layer number, counting from the end if negative; the only place where that is done."""
-        if not -self.n_layers <= index < self.n_layers:
+        if not -self.n_layers <= number < self.n_layers:
             raise AdapterError(
-                f"There is no layer {index}: {type(self.model).__name__} has {self.n_layers} layers, "
+                f"There is no layer {number}: {type(self.model).__name__} has {self.n_layers} layers, "
                 f"0 to {self.n_layers - 1} (or -{self.n_layers} to -1)."
             )
-        return index % self.n_layers
+        return number % self.n_layers
+
+    def layers(self, wanted: Iterable[int]) -> list[int]:
+        """Resolve layer numbers: in order, each once; raises `OptionError` where there are none."""
+        try:
+            numbers = [index(number) for number in wanted]
+        except TypeError:
+            raise OptionError(f"Layers are a list of numbers, as in [2, 4]; got {wanted!r}.") from None
+        if not numbers:
+            raise OptionError("There are no layers to choose from; pass at least one, or None.")
+        return sorted({self.layer(number) for number in numbers})
 
     @contextmanager
     def steered(self) -> Generator[None]:

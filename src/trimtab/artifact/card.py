@@ -58,7 +58,9 @@ def describe_delta(knob: DeltaKnob) -> str:
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
         "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
         "anchors": _anchors(known),
-        **{key: known.get(key) for key in ("paper", "licence", "created", "tool")},
+        "paper": known.get("paper"),
+        "options": _pairs(known.get("options")),
+        **{key: known.get(key) for key in ("licence", "created", "tool")},
     }
     return _card(lines, knob.diagnostics)
 
@@ -67,10 +69,11 @@ def describe_lookahead(knob: LookaheadKnob) -> str:
     """Describe a lookahead knob in a few lines."""
     known, made = knob.provenance, knob.described()
     energy: object = knob.diagnostics.get("energy")
-    layers = ", ".join(map(str, knob.layers))
+    layers, every = ", ".join(map(str, knob.layers)), sorted(knob.norms)
+    others = f", of {', '.join(map(str, every))}" if len(every) > len(knob.layers) else ""
     lines = {
         "knob": f"{knob.name} ({knob.kind}, {knob.method})",
-        "layers": f"{layers}, of {len(knob.norms)} in layers {min(knob.norms)} to {max(knob.norms)}",
+        "layers": layers + others,
         "strength 1": f"alpha {knob.gain:.4g}" + (" at every token alike" if knob.per_token else " on average"),
         "where": f"lookahead at {knob.where} tokens",
         "derivative": "exact, in forward mode" if knob.backend == "exact" else _step(knob),
@@ -148,4 +151,4 @@ def _dose(knob: Knob) -> str:
 
 def _pairs(options: object) -> str:
     items = cast(Mapping[str, object], options).items() if isinstance(options, Mapping) else ()
-    return ", ".join(f"{key}={value}" for key, value in items)
+    return ", ".join(f"{key}={value}" for key, value in items if not isinstance(value, Mapping))

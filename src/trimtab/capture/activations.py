@@ -76,9 +76,7 @@ def capture(
         raise PairsError("There are no pairs to read.")
     adapter, renderer = Adapter(model), Renderer(tokenizer)
     adapter.check_plain("learning")
-    wanted = sorted({adapter.layer(i) for i in (range(adapter.n_layers) if layers is None else layers)})
-    if not wanted:
-        raise OptionError("There are no layers to read; pass at least one, or None for all.")
+    wanted = adapter.layers(range(adapter.n_layers) if layers is None else layers)
     if token_budget < 1:
         raise OptionError(f"The token budget must be at least 1; got {token_budget}.")
     names = expand_positions(renderer, positions, format)

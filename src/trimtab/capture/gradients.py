@@ -90,9 +90,7 @@ def capture_gradients(
             raise unknown_name("position of gradients", position, GRADIENT_POSITIONS)
     if not positions:
         raise OptionError(f"There are no positions to read. Known: {', '.join(GRADIENT_POSITIONS)}.")
-    wanted = sorted({adapter.layer(i) for i in (range(adapter.n_layers) if layers is None else layers)})
-    if not wanted:
-        raise OptionError("There are no layers to read; pass at least one, or None for all.")
+    wanted = adapter.layers(range(adapter.n_layers) if layers is None else layers)
     run = _Run(model, tokenizer, pairs, read_loss(loss), token_budget, padding)
     run.loss.check_checkpoint(checkpoint)
     kept = Checkpoint(

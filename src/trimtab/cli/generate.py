@@ -50,7 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
     options.add_model(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what the user says")
-    parser.add_argument("--input", metavar="FILE", help="prompts, one per line; - is stdin")
+    parser.add_argument("--input", metavar="FILE", help="prompts, one per line, as text or as JSON objects; - is stdin")
     options.add_knobs(parser)
     options.add_decoding(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="prompts answered at once (default 64)")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli import options, steps, vectors
 from trimtab.cli.options import given, output_file
 from trimtab.cli.sources import WORLD, load_pairs, open_model
-from trimtab.cli.tables import facts
+from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
 from trimtab.types import WHERE, is_knob_name
@@ -124,8 +124,8 @@ def run(args: Namespace, terminal: Terminal) -> None:
         own_name = args.name or _name_from(out)
         steps.run(args, terminal, out, own_name, tuple(n for n in known if n not in ("method", "name")))
         return
-    trained = "methods that train"
-    vectors.refuse(args, (*vectors.OWN, *vectors.SOURCES, *steps.OWN), args.method or "palrs", trained)
+    vectors.refuse(args, (*vectors.OWN, *vectors.SOURCES), args.method or "palrs", "methods that train")
+    vectors.refuse(args, steps.OWN, args.method or "palrs", "methods that take a step")
     if args.pairs is None:
         raise OptionError("Pass the pairs to learn from: a file, or prefworld:math.")
     pairs = load_pairs(args.pairs, split="train", duplicates=args.duplicates)
@@ -138,7 +138,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         raise unknown_name("method", args.method, [*METHODS, *steps.METHODS, *vectors.METHODS])
     with open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
-        working = terminal.working(f"Learning from {len(pairs)} pairs", counted=True)
+        working = terminal.working(f"Learning from {counted(len(pairs), 'pair')}", counted=True)
         with options.resumable(args.checkpoint), working as progress:
             knob = learn(model, tokenizer, pairs, options=own, progress=progress, **chosen)
         seconds = time.perf_counter() - begun
@@ -173,7 +173,8 @@ def _text(knob: Knob, args: Namespace, out: Path, seconds: float) -> str:
     held_out = args.pairs if args.pairs.startswith(f"{WORLD}:") else "HELD_OUT.jsonl"
     tuned = shlex.quote(str(out.with_name(f"{knob.name}.tuned.safetensors")))
     sites, rule = len(knob.vectors), knob.diagnostics["selection"]["rule"]
-    head = f"Learned {knob.name} ({knob.method}) from {knob.provenance['pairs_count']} pairs in {seconds:.1f} s."
+    pairs = counted(knob.provenance["pairs_count"], "pair")
+    head = f"Learned {knob.name} ({knob.method}) from {pairs} in {seconds:.1f} s."
     return f"{head}\n" + facts(
         {
             "site": f"{knob.site} ({rule}; {sites} kept)",

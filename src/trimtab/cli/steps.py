@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given
-from trimtab.cli.sources import load_pairs, open_model
-from trimtab.cli.tables import facts
+from trimtab.cli.sources import WORLD, load_pairs, open_model
+from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
 
@@ -64,7 +64,7 @@ def run(args: Namespace, terminal: Terminal, out: Path, name: str, known: tuple[
     learn: Any = {"cold-fd": learn_lookahead, "one-step": learn_step, "bipo": learn_vector}[args.method]
     with open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
-        working = terminal.working(f"Learning from {len(pairs)} pairs ({args.method})", counted=True)
+        working = terminal.working(f"Learning from {counted(len(pairs), 'pair')} ({args.method})", counted=True)
         with options.resumable(args.checkpoint), working as progress:
             knob: AnyKnob = learn(model, tokenizer, pairs, name=name, progress=progress, **chosen)
         seconds = time.perf_counter() - begun
@@ -92,6 +92,7 @@ def _record(knob: AnyKnob, out: Path, seconds: float) -> dict[str, Any]:
 
 def _text(knob: AnyKnob, args: Namespace, out: Path, seconds: float) -> str:
     model, file = shlex.quote(args.model), shlex.quote(str(out))
+    held_out = args.pairs if args.pairs.startswith(f"{WORLD}:") else "HELD_OUT.jsonl"
     tuned = shlex.quote(str(out.with_name(f"{knob.name}.tuned.safetensors")))
     meaning = {
         "lookahead": f"alpha {knob.gain:.4g}: the mean displacement, in multiples of the mean residual norm",
@@ -99,14 +100,15 @@ def _text(knob: AnyKnob, args: Namespace, out: Path, seconds: float) -> str:
         "steering": f"alpha {knob.gain:.4g}, in multiples of the mean residual norm",
     }
     energy = knob.diagnostics.get("energy")
-    head = f"Learned {knob.name} ({knob.method}) from {knob.provenance['pairs_count']} pairs in {seconds:.1f} s."
+    pairs = counted(knob.provenance["pairs_count"], "pair")
+    head = f"Learned {knob.name} ({knob.method}) from {pairs} in {seconds:.1f} s."
     return f"{head}\n" + facts(
         {
             "site": None if knob.kind == "delta" else str(knob.site),
             "strength 1": meaning[knob.kind],
             "energy kept": None if energy is None else f"{energy:.2%} of the gradient, by its rank",
             "written to": out,
-            "next": f"trimtab tune {model} --knob {file} --pairs HELD_OUT.jsonl --out {tuned}",
+            "next": f"trimtab tune {model} --knob {file} --pairs {held_out} --out {tuned}",
             "or": f'trimtab generate {model} "..." --knob {file} --strength 1',
         }
     )

@@ -12,8 +12,19 @@ from trimtab.errors import printable
 
 SHOWN_SITES = 8
 _STATISTICS = ("relative_norm", "cos_r_mu", "angle", "pairwise_cosine", "probe_auc", "top5_share")
+_OF_GRADIENTS = ("pairwise_cosine", "probe_auc", "top5_share")
+"""The rest compares two answers, where a gradient is one."""
 
 Row = Mapping[str, Any]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "pair"), counted(20, "pair")
+    ('1 pair', '20 pairs')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def columns(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -57,14 +68,16 @@ def sites_text(diagnostics: Row) -> str | None:
     selection, statistics = _object(diagnostics.get("selection")), _object(diagnostics.get("sites"))
     ranking = [pair for pair in _list(selection.get("table")) if isinstance(pair, list) and len(cast(Any, pair)) == 2]
     rows: list[list[object]] = []
+    gradients = any("first_order" in _object(about) for about in statistics.values())
+    names = _OF_GRADIENTS if gradients else _STATISTICS
     for site, score in cast(list[list[object]], ranking[:SHOWN_SITES]):
         about = _object(statistics.get(str(site)))
-        rows.append([site, score, *(about.get(name) for name in _STATISTICS)])
+        rows.append([site, score, *(about.get(name) for name in names)])
     if not rows:
         return None
     more = f", {SHOWN_SITES} of {len(ranking)}" if len(ranking) > SHOWN_SITES else ""
     return f"candidate sites, best first by {_cell(selection.get('rule'))}{more}\n" + columns(
-        ["site", "score", *_STATISTICS], rows
+        ["site", "score", *names], rows
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli import options
 from trimtab.cli.options import given, new_folder
 from trimtab.cli.sources import load_pairs, load_task, open_model
-from trimtab.cli.tables import columns, facts
+from trimtab.cli.tables import columns, counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import unknown_name
 
@@ -89,7 +89,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         task = load_task(args.task, grader="exact_match", max_new_tokens=128) if args.task else None
         load_trainers()  # before the model is loaded, which may take long
     with open_model(args, terminal) as (model, tokenizer):
-        working = terminal.working(f"Training on {len(pairs)} pairs ({args.loss})", counted=True)
+        working = terminal.working(f"Training on {counted(len(pairs), 'pair')} ({args.loss})", counted=True)
         with options.resumable(args.checkpoint), working as progress:
             trained = train(
                 model,

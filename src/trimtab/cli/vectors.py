@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli import options
 from trimtab.cli.options import given, input_folder
 from trimtab.cli.sources import load_pairs, open_model
-from trimtab.cli.tables import facts
+from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
 
@@ -126,7 +126,7 @@ def _trained(args: Namespace, terminal: Terminal, name: str) -> DeltaKnob:
     if args.stored_as is not None:
         chosen["dtype"] = args.stored_as
     with open_model(args, terminal) as (model, tokenizer):
-        working = terminal.working(f"Training on {len(pairs)} pairs ({args.method})", counted=True)
+        working = terminal.working(f"Training on {counted(len(pairs), 'pair')} ({args.method})", counted=True)
         with options.resumable(args.checkpoint), working as progress:
             made = learn_weights(
                 model,
@@ -197,7 +197,7 @@ def _text(knob: DeltaKnob, args: Namespace, out: Path, seconds: float) -> str:
     }
     cosine = knob.diagnostics.get("cosine_plus_minus")
     ranks = sorted({part["rank"] or 0 for part in knob.described()})
-    pairs = f" from {knob.provenance['pairs_count']} pairs" if training else ""
+    pairs = f" from {counted(knob.provenance['pairs_count'], 'pair')}" if training else ""
     if anchors := knob.provenance.get("options", {}).get("anchors"):
         pairs += f" and {anchors['count']} anchors"
     file = shlex.quote(str(out))

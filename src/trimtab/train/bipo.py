@@ -85,7 +85,7 @@ def learn_vector(
     adapter.check_plain("learning")
     check_knob_name(name)
     options: dict[str, Any] = {
-        "layers": _layers(adapter, layers, first, last),
+        "layers": adapter.layers(layers_between(adapter.n_layers, first, last) if layers is None else layers),
         "first": first,
         "last": last,
         "where": where,
@@ -170,14 +170,6 @@ def _costs(chosen: float, base: float) -> list[str]:
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
-
-
-def _layers(adapter: Adapter, layers: Sequence[int] | None, first: float, last: float) -> list[int]:
-    if layers is None:
-        return layers_between(adapter.n_layers, first, last)
-    if not len(layers):
-        raise OptionError("There are no layers to train at; pass at least one, or None for those of first and last.")
-    return sorted({adapter.layer(layer) for layer in layers})
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -22,14 +24,14 @@ from trimtab.artifact.lookahead import Backend
 from trimtab.artifact.parts import Part, labelled, parts_of
 from trimtab.capture import evaluating, residual_norms, weight_gradients
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint, learned_from
-from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
+from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, unknown_name
 from trimtab.evals.likelihood import render_texts
 from trimtab.lookahead import Stream, mean_lengths
 from trimtab.losses import Loss, LossFn, read_loss
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.selection import layers_between
-from trimtab.types import Where, check_where
+from trimtab.selection import doubts_of_lengths, doubts_of_one, layers_between
+from trimtab.types import Where, check_strength, check_where
 from trimtab.weights.lowrank import relative_error, truncate
 from trimtab.weights.rows import embedding_scale, is_linear
 
@@ -90,12 +92,9 @@ def learn_lookahead(
         raise unknown_name("backend", str(backend), get_args(Backend))
     if step is not None and backend == "exact":
         raise OptionError(f"A step is of backend='scaled'; got {step!r} for the exact one, which takes none.")
-    if step is not None and not 0 < step < math.inf:
+    if step is not None and not check_strength(step, "step") > 0:
         raise OptionError(f"The step is a number of gradients, above 0; got {step!r}.")
-    kept = layers_between(adapter.n_layers, first, last) if layers is None else [adapter.layer(i) for i in layers]
-    wanted = sorted(set(kept))
-    if not wanted:
-        raise OptionError("There are no layers to choose from; pass at least one, or None for all.")
+    wanted = adapter.layers(layers_between(adapter.n_layers, first, last) if layers is None else layers)
     adapter.check_plain("learning")
     begun = time.perf_counter()
     with evaluating(model):
@@ -127,7 +126,7 @@ def learn_lookahead(
         scales = mean_lengths(adapter, knob, _answers(adapter, tokenizer, pairs[:CALIBRATED], token_budget))
     if not all(scales.values()):
         raise TrainError("The gradient moves the stream nowhere. Check that chosen and rejected answers differ.")
-    told["seconds"] = time.perf_counter() - begun
+    told |= {"seconds": time.perf_counter() - begun, "warnings": _doubts(tokenizer, pairs, asked)}
     top = (wanted[-1],)
     made = replace(knob, scales=scales, layers=top, step=step, per_token=per_token, diagnostics=told)
     Stream(adapter, made)  # a step that no dtype resolves is refused before it is saved
@@ -169,12 +168,13 @@ def learn_step(
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in parts))
     norm, step = DeltaKnob(name, "one-step", parts).norm(), SHARE * length
     options: dict[str, Any] = {"rank": rank, "loss": str(asked), "token_budget": token_budget, "seed": seed}
+    told |= {"step_norm": step, "seconds": time.perf_counter() - begun, "warnings": _doubts(tokenizer, pairs, asked)}
     return DeltaKnob(
         name,
         "one-step",
         {n: _times(part, -step / norm) for n, part in parts.items()},
         provenance=learned_from(model, tokenizer, pairs, PAPER, options, licence),
-        diagnostics={**told, "step_norm": step, "seconds": time.perf_counter() - begun},
+        diagnostics=told,
     )
 
 
@@ -242,6 +242,21 @@ def _gradient(
     tensors = kept.tensors("gradient", compute)
     norm, energy = tensors.pop("told").tolist()
     return parts_of(tensors), {"gradient_norm": norm, "energy": energy, "weights": len(names)}
+
+
+def _doubts(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, loss: Loss) -> list[str]:
+    """Warn of what may make the knob mean something else than it seems to, and return the warnings."""
+    notes = doubts_of_one(len(pairs))
+    if loss.answers == "both" and loss.options.get("per") != "token" and loss.name != "simpo":
+        renderer = Renderer(tokenizer)
+        sides = (
+            [renderer.response_length(p.prompt, p.chosen) for p in pairs],
+            [renderer.response_length(p.prompt, p.rejected) for p in pairs],
+        )
+        notes += doubts_of_lengths([fmean(side) for side in sides], "loss='dpo:per=token', or pairs of equal lengths")
+    for note in notes:
+        warnings.warn(note, TrimtabWarning, stacklevel=3)
+    return notes
 
 
 def _targets(loss: Loss, pairs: Pairs) -> str:
