@@ -29,9 +29,10 @@ from trimtab.adapter import CACHE_NAMES, Adapter, parameters_to
 from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
 from trimtab.artifact.parts import Part, labelled
 from trimtab.errors import KnobError
-from trimtab.lookahead import Stream, usual_share
+from trimtab.lookahead import Stream
 from trimtab.pairs import Pairs
 from trimtab.runtime import steer
+from trimtab.steplength import usual_share
 from trimtab.train.steps import learn_lookahead
 
 Backend = Literal["exact", "scaled"]

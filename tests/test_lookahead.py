@@ -42,11 +42,12 @@ from trimtab.evals.tasks import Task
 from trimtab.forward import _load, _Rules
 from trimtab.generate import generate
 from trimtab.learn import learn
-from trimtab.lookahead import LEAST, Stream, resolution, usual_share
+from trimtab.lookahead import Stream
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.render import Renderer, load
 from trimtab.runtime import batches_of, steer
+from trimtab.steplength import LEAST, resolution, usual_share
 from trimtab.train.steps import GAIN, SHARE, learn_lookahead, learn_step
 from trimtab.tune import tune
 from trimtab.types import Message, Pair, Site

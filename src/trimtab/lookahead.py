@@ -34,28 +34,10 @@ from trimtab.adapter import (
 from trimtab.artifact import LookaheadKnob, LowRank
 from trimtab.errors import CacheError, KnobError, OptionError
 from trimtab.forward import NoDerivative, derivative, dual, forward_mode, halves
+from trimtab.steplength import resolved_step
 from trimtab.weights.rows import embedding_scale, is_linear
 
 NOTE, BROKEN = "streams", -1
-FLOOR, USUAL, LEAST, MOST = 1e-3, 0.5, 4.0, 0.25
-"""The step that is taken moves the stream by `USUAL` times the root of the dtype's resolution, as a share of its norm:
-the best of 1/4 to 4 on trained models; and by `FLOOR` at least, which float32 can afford, for the sake of tokens that
-move less than others. Steps that move it by less than `LEAST` times the resolution itself are refused, since
-differences would be rounding, and so are those that move it by more than `MOST` of its norm: no derivative any more."""
-
-
-def usual_share(dtype: torch.dtype) -> float:
-    """Return the share of the stream's norm by which a scaled step should move it, in a dtype.
-
-    Between rounding, which is the resolution over the share, and curvature, which grows with the share. The resolution
-    is float32's at best: models compute norms and softmax in it whatever their weights are.
-    """
-    return max(FLOOR, USUAL * resolution(dtype) ** 0.5)
-
-
-def resolution(dtype: torch.dtype) -> float:
-    """Return the spacing of numbers near 1 in a dtype, or in float32 where that is wider."""
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 @dataclass
@@ -98,7 +80,7 @@ class Stream:
         self._apart = (apart or len(knob.layers) > 1) and not self._exact
         top = knob.top
         self._unit = knob.norms[top] / knob.scales[top]  # makes of G a gradient that moves the stream by its own norm
-        self._step = self._unit if self._exact else _resolved_step(adapter, knob)
+        self._step = self._unit if self._exact else resolved_step(adapter.dtype, knob)
         self._along = False  # whether a run goes along the gradient
         self._weights: dict[str, Tensor] = {}
         self._table = False  # whether the table of token embeddings moves
@@ -285,30 +267,6 @@ class Stream:
 def _notes(cache: object) -> dict[str, _State]:
     note = read_note(cache, NOTE)
     return cast(dict[str, _State], note) if isinstance(note, dict) else {}
-
-
-def _resolved_step(adapter: Adapter, knob: LookaheadKnob) -> float:
-    """Return the length of the scaled step in multiples of G; raises `KnobError` where it would drown in rounding."""
-    layers = knob.layers
-    share = {layer: knob.scales[layer] / knob.norms[layer] for layer in layers}  # of the norm, at step 1
-    dtype, weakest = adapter.dtype, min(layers, key=lambda layer: share[layer])
-    usual = usual_share(dtype) / share[knob.top]
-    if knob.step is None:
-        return usual
-    moved, least = knob.step * share[weakest], LEAST * resolution(dtype)
-    if moved < least:
-        raise KnobError(
-            f"A step of {knob.step:g} times the gradient of {knob.name!r} moves the stream at layer {weakest} by "
-            f"{moved:.2g} of its norm, which {str(dtype).removeprefix('torch.')} cannot resolve: of differences below "
-            f"{least:.2g} most is rounding. A step of {usual:.2g} works; so does backend='exact', which takes none."
-        )
-    if (farthest := knob.step * max(share.values())) > MOST:
-        raise KnobError(
-            f"A step of {knob.step:g} times the gradient of {knob.name!r} moves the stream by {farthest:.2g} of its "
-            "norm, "
-            f"too far for a derivative. A step of {usual:.2g} works; so does backend='exact', which takes none."
-        )
-    return knob.step
 
 
 def _dual(state: _State) -> None:

@@ -55,8 +55,7 @@ class Loss:
             if value.dim() > 1 or value.numel() not in (1, len(shares)):
                 raise OptionError(
                     f"The loss {self.name} must return one value for each of {len(shares)} pairs, or their sum; got "
-                    "shape "
-                    f"{list(value.shape)}."
+                    f"shape {list(value.shape)}."
                 )
             return value.float().sum()
         sums, counts = answer_likelihoods(logits, labels)

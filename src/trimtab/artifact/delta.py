@@ -5,46 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from trimtab.artifact.base import PartsKnob
 from trimtab.artifact.card import describe_delta
-from trimtab.artifact.checks import check_knob_name, safe_range_of
-from trimtab.artifact.file import number, object_field, text_field
-from trimtab.artifact.identity import compare_identity
-from trimtab.artifact.large import LargeFile, entries_of, write_large
 from trimtab.artifact.parts import (
     LowRank,
     Part,
-    check_fit,
-    check_part,
-    digest_of,
     joined,
     labelled,
     norm,
-    parts_of,
     scaled,
 )
-from trimtab.errors import KnobError, brief
+from trimtab.errors import KnobError
 from trimtab.types import Where, check_strength
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FIELDS = frozenset("format_version sha256 kind name method gain provenance diagnostics tuning".split())
-"""What the header of a delta's file holds: each of them, and nothing else."""
+    pass
 
 
 @dataclass(frozen=True, eq=False)
-class DeltaKnob:
+class DeltaKnob(PartsKnob):
     """A preference as a difference of weights: strength s adds `s * gain * difference` to every weight it names.
 
     Preference Vectors (arXiv:2504.20106) and Alignment Vectors (arXiv:2410.19206) are such differences. Knobs are
     immutable and compare by identity.
     """
+
+    KIND = "delta"
 
     name: str
     method: str
@@ -58,22 +48,9 @@ class DeltaKnob:
     tuning: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_knob_name(self.name)
-        if not self.parts:
-            raise KnobError(f"Knob {self.name!r} holds no difference: nothing would change at any strength.")
-        if not math.isfinite(self.gain) or self.gain < 0:
-            raise KnobError(f"The gain must be finite and not negative; got {self.gain!r}. Turn a knob with -knob.")
-        object.__setattr__(self, "parts", dict(sorted(self.parts.items())))
-        for name, part in self.parts.items():
-            check_part(name, part)
-        _ = self.safe_range
+        self._settle("difference")
 
     # What it does
-
-    @property
-    def safe_range(self) -> tuple[float, float] | None:
-        """Strengths that tuning found safe, lowest and highest; None before tuning."""
-        return safe_range_of(self.tuning)
 
     @property
     def low_rank(self) -> bool:
@@ -106,11 +83,6 @@ class DeltaKnob:
     def operation(self) -> str:
         """What is done: "weights"."""
         return "weights"
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 of names, shapes and some values of every part, which tells the knob's content from another's."""
-        return digest_of(self.parts)
 
     # Other knobs from this one
 
@@ -186,75 +158,6 @@ class DeltaKnob:
         """Describe the knob in a few readable lines."""
         return describe_delta(self)
 
-    # File and model
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all parts as a file labels them; see `parts_of`."""
         return labelled(self.parts)
-
-    def save(self, path: str | Path) -> None:
-        """Write the knob to one safetensors file, tensor by tensor, atomically; see `Knob.save`."""
-        write_large(path, entries_of(self.tensors()), self.header())
-
-    def header(self) -> dict[str, Any]:
-        """Return what a file holds beside the tensors."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "method": self.method,
-            "gain": self.gain,
-            "provenance": dict(self.provenance),
-            "diagnostics": dict(self.diagnostics),
-            "tuning": None if self.tuning is None else dict(self.tuning),
-        }
-
-    @staticmethod
-    def load(path: str | Path) -> DeltaKnob:
-        """Read a knob file, which runs no code; tensors stay in the file until they are used.
-
-        Raises `KnobError` that names what is wrong with a damaged or foreign file.
-        """
-        try:
-            return _from_file(LargeFile(path))
-        except KnobError as error:
-            raise KnobError(f"Cannot load a knob from {brief(str(path), 240)}: {error}") from None
-
-    def check(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        strict: bool = True,
-        hashes: bool = True,
-    ) -> None:
-        """Compare the knob with a model, and with its tokenizer if given; see `Knob.check` and `check_shapes`."""
-        self.check_shapes(model)
-        compare_identity(self.name, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
-
-    def check_shapes(self, model: nn.Module) -> None:
-        """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
-        check_fit(self.name, self.parts, model)
-
-
-def _from_file(file: LargeFile) -> DeltaKnob:
-    header = file.header
-    kind = text_field(header, "kind")
-    if kind != "delta":
-        raise KnobError(f"it is a knob of kind {brief(kind)}; this reads 'delta'.")
-    missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS)
-    if missing or unknown:
-        wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
-        raise KnobError(f"its header is wrong: it {wrong}.")
-    parts = parts_of(file, "delta")
-    try:
-        return DeltaKnob(
-            name=text_field(header, "name"),
-            method=text_field(header, "method"),
-            parts=parts,
-            gain=number(header["gain"], "gain"),
-            provenance=object_field(header, "provenance"),
-            diagnostics=object_field(header, "diagnostics"),
-            tuning=None if header["tuning"] is None else object_field(header, "tuning"),
-        )
-    except KnobError as error:
-        raise KnobError(f"its content is wrong: {error}") from None

@@ -5,36 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from torch import nn
-
+from trimtab.artifact.base import PartsKnob
 from trimtab.artifact.card import describe_lookahead
-from trimtab.artifact.checks import check_knob_name, norms_of, safe_range_of
+from trimtab.artifact.checks import norms_of
 from trimtab.artifact.file import number, object_field, text_field
-from trimtab.artifact.identity import compare_identity
-from trimtab.artifact.large import LargeFile, entries_of, write_large
-from trimtab.artifact.parts import Part, check_fit, check_part, digest_of, labelled, norm, parts_of, scaled
+from trimtab.artifact.parts import Part, labelled, norm, scaled
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.types import WHERE, Site, Where, check_strength, check_where
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 Backend = Literal["exact", "scaled"]
 POSITION = "lookahead"
 """The position of a lookahead's sites: it reads every token."""
-FIELDS = frozenset(
-    "format_version sha256 kind name method layers blocks gain norms scales where backend step per_token provenance "
-    "diagnostics tuning".split()
-)
-"""What the header of a lookahead's file holds: each of them, and nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
-class LookaheadKnob:
+class LookaheadKnob(PartsKnob):
     """A preference as the effect that a step down a gradient would have on the residual stream (COLD-FD).
 
     With G the gradient of a loss on examples by the weights up to a layer, strength s adds
@@ -42,6 +32,9 @@ class LookaheadKnob:
     layer's output along G, for the tokens at hand: `alpha = s * gain` is in multiples of the mean residual norm. Paper:
     arXiv:2603.06495. Knobs are immutable and compare by identity.
     """
+
+    KIND = "lookahead"
+    OWN = frozenset("layers blocks norms scales where backend step per_token".split())
 
     name: str
     method: str
@@ -70,20 +63,13 @@ class LookaheadKnob:
     tuning: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_knob_name(self.name)
+        self._settle("gradient")
         check_where(self.where)
         if self.backend not in get_args(Backend):
             raise unknown_name("backend", str(self.backend), get_args(Backend))
-        if not self.parts:
-            raise KnobError(f"Knob {self.name!r} holds no gradient: nothing would be moved at any strength.")
-        if not math.isfinite(self.gain) or self.gain < 0:
-            raise KnobError(f"The gain must be finite and not negative; got {self.gain!r}. Turn a knob with -knob.")
         if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
             raise KnobError(f"The step of a lookahead is above 0; got {self.step!r}.")
-        object.__setattr__(self, "parts", dict(sorted(self.parts.items())))
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
-        for name, part in self.parts.items():
-            check_part(name, part)
         if self.norms.keys() != self.scales.keys():
             raise KnobError(f"Knob {self.name!r} knows norms of layers {[*self.norms]} and scales of {[*self.scales]}.")
         for what, values in (("norm", self.norms), ("scale", self.scales)):
@@ -92,14 +78,8 @@ class LookaheadKnob:
                     raise KnobError(f"Layer {layer} needs a positive {what}; got {value!r}.")
         if not self.layers or not set(self.layers) <= self.norms.keys():
             raise KnobError(f"Active layers are of {sorted(self.norms)}, and at least one; got {list(self.layers)}.")
-        _ = self.safe_range
 
     # What it does
-
-    @property
-    def safe_range(self) -> tuple[float, float] | None:
-        """Strengths that tuning found safe, lowest and highest; None before tuning."""
-        return safe_range_of(self.tuning)
 
     @property
     def operation(self) -> str:
@@ -128,11 +108,6 @@ class LookaheadKnob:
     def norm(self) -> float:
         """Return the Frobenius norm of the whole gradient."""
         return math.hypot(*(norm(part) for part in self.parts.values()))
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 of names, shapes and some values of every part."""
-        return digest_of(self.parts)
 
     # Other knobs from this one
 
@@ -227,53 +202,39 @@ class LookaheadKnob:
 
     # File and model
 
-    def save(self, path: str | Path) -> None:
-        """Write the knob to one safetensors file, tensor by tensor, atomically; see `Knob.save`."""
-        header = {
-            "kind": self.kind,
-            "name": self.name,
-            "method": self.method,
+    def header(self) -> dict[str, Any]:
+        """Return what a file holds beside the tensors."""
+        return {
+            **super().header(),
             "layers": list(self.layers),
             "blocks": self.blocks,
-            "gain": self.gain,
             "norms": {str(layer): value for layer, value in sorted(self.norms.items())},
             "scales": {str(layer): value for layer, value in sorted(self.scales.items())},
             "where": self.where,
             "backend": self.backend,
             "step": self.step,
             "per_token": self.per_token,
-            "provenance": dict(self.provenance),
-            "diagnostics": dict(self.diagnostics),
-            "tuning": None if self.tuning is None else dict(self.tuning),
         }
-        write_large(path, entries_of(labelled(self.parts)), header)
 
-    @staticmethod
-    def load(path: str | Path) -> LookaheadKnob:
-        """Read a knob file, which runs no code; tensors stay in the file until they are used.
-
-        Raises `KnobError` that names what is wrong with a damaged or foreign file.
-        """
-        try:
-            return _from_file(LargeFile(path))
-        except KnobError as error:
-            raise KnobError(f"Cannot load a knob from {brief(str(path), 240)}: {error}") from None
-
-    def check(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        strict: bool = True,
-        hashes: bool = True,
-    ) -> None:
-        """Compare the knob with a model, and with its tokenizer if given; see `Knob.check` and `check_shapes`."""
-        self.check_shapes(model)
-        compare_identity(self.name, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
-
-    def check_shapes(self, model: nn.Module) -> None:
-        """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
-        check_fit(self.name, self.parts, model)
+    @classmethod
+    def _own_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
+        where, backend = text_field(header, "where"), text_field(header, "backend")
+        if where not in WHERE or backend not in get_args(Backend):
+            raise KnobError(f"its header is wrong: where={brief(where)}, backend={brief(backend)}.")
+        layers, per_token, step = header["layers"], header["per_token"], header["step"]
+        whole = isinstance(layers, list) and all(type(layer) is int for layer in cast(list[object], layers))
+        if not whole or not isinstance(per_token, bool):
+            raise KnobError(f"its header is wrong: layers={brief(layers)}, per_token={brief(per_token)}.")
+        return {
+            "norms": norms_of(object_field(header, "norms")),
+            "scales": norms_of(object_field(header, "scales")),
+            "layers": tuple(cast(list[int], layers)),
+            "blocks": text_field(header, "blocks"),
+            "where": where,
+            "backend": backend,
+            "step": None if step is None else number(step, "step"),
+            "per_token": per_token,
+        }
 
 
 def block_of(name: str, blocks: str) -> int:
@@ -285,42 +246,3 @@ def block_of(name: str, blocks: str) -> int:
     inside = name.removeprefix(f"{blocks}.")
     first = inside.partition(".")[0]
     return int(first) if inside != name and first.isdigit() else -1
-
-
-def _from_file(file: LargeFile) -> LookaheadKnob:
-    header = file.header
-    kind = text_field(header, "kind")
-    if kind != "lookahead":
-        raise KnobError(f"it is a knob of kind {brief(kind)}; this reads 'lookahead'.")
-    missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS)
-    if missing or unknown:
-        wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
-        raise KnobError(f"its header is wrong: it {wrong}.")
-    where, backend = text_field(header, "where"), text_field(header, "backend")
-    if where not in WHERE or backend not in ("exact", "scaled"):
-        raise KnobError(f"its header is wrong: where={brief(where)}, backend={brief(backend)}.")
-    layers, per_token, step = header["layers"], header["per_token"], header["step"]
-    whole = isinstance(layers, list) and all(type(layer) is int for layer in cast(list[object], layers))
-    if not whole or not isinstance(per_token, bool):
-        raise KnobError(f"its header is wrong: layers={brief(layers)}, per_token={brief(per_token)}.")
-    parts = parts_of(file, kind)
-    try:
-        return LookaheadKnob(
-            name=text_field(header, "name"),
-            method=text_field(header, "method"),
-            parts=parts,
-            norms=norms_of(object_field(header, "norms")),
-            scales=norms_of(object_field(header, "scales")),
-            layers=tuple(cast(list[int], layers)),
-            blocks=text_field(header, "blocks"),
-            gain=number(header["gain"], "gain"),
-            where=where,
-            backend=backend,
-            step=None if step is None else number(step, "step"),
-            per_token=per_token,
-            provenance=object_field(header, "provenance"),
-            diagnostics=object_field(header, "diagnostics"),
-            tuning=None if header["tuning"] is None else object_field(header, "tuning"),
-        )
-    except KnobError as error:
-        raise KnobError(f"its content is wrong: {error}") from None

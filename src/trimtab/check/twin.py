@@ -19,8 +19,8 @@ LAYERS, WIDTH, VOCABULARY, CONTEXT, HEADS = 3, 32, 262, 256, 4
 
 _BY_VALUE: dict[int, str] = {
     WIDTH: (
-        "hidden_size d_model n_embd word_embed_proj_dim lru_width embedding_size embedding_dim attention_hidden_size "
-        "dim"
+        "hidden_size d_model n_embd word_embed_proj_dim lru_width embedding_size embedding_dim "
+        "attention_hidden_size dim"
     ),
     48: (
         "intermediate_size ffn_dim n_inner moe_intermediate_size shared_expert_intermediate_size intermediate_size_mlp "

@@ -210,8 +210,8 @@ class Chat:
             return self._longest
         if used >= window:
             raise OptionError(
-                f"The conversation has {used} tokens, and this model reads at most {window}. Shorten it with /undo or "
-                "/reset."
+                f"The conversation has {used} tokens, and this model reads at most {window}. Shorten it with /undo "
+                "or /reset."
             )
         self._terminal.note(f"The model's window of {window} tokens is nearly full: /undo or /reset makes room.")
         return window - used

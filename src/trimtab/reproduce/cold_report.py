@@ -19,31 +19,24 @@ from trimtab.reproduce.steps import Key
 
 def notes(recipe: Recipe, sizes: Sizes) -> str:
     """Return how to read the report of a recipe."""
-    budget = (
-        f"within a budget of KL to the base model on its own answers to guardrails ({recipe.kl_budget:g} nats per "
-        "token)"
-        if recipe.guardrails
-        else "without any budget, since the recipe has no guardrails"
-    )
+    budget = "without any budget, since the recipe has no guardrails"
+    if recipe.guardrails:
+        limit = f"{recipe.kl_budget:g} nats per token"
+        budget = f"within a budget of KL to the base model on its own answers to guardrails ({limit})"
     told = [
         "A behaviour's questions come in the form of CAA: two options, and the answer is (A) or (B). Each is asked "
-        "with "
-        "its options both ways round, so that always saying (A) scores exactly one half; the score is the probability "
-        "of "
-        "the matching letter of the two.",
+        "with its options both ways round, so that always saying (A) scores exactly one half; the score is the "
+        "probability of the matching letter of the two.",
         f"All systems choose on the same {sizes.validation} validation questions. What moves the stream acts on all "
-        "tokens; the middle dose ranks the candidate layers, and the best layer is tried at every dose, "
-        + budget
-        + ". "
+        f"tokens; the middle dose ranks the candidate layers, and the best layer is tried at every dose, {budget}. "
         "Trained vectors have the highest candidate layer alone; examples and weights have no layer.",
         f"Test questions were used once. Intervals are from a bootstrap of questions and of {sizes.seeds} seeds, which "
         "makes it somewhat narrow.",
     ]
     if recipe.groups:
         told.append(
-            "Opinions are of statements that nothing was learned from; KL is from the group's shares to the model's, "
-            "over "
-            "four options."
+            "Opinions are of statements that nothing was learned from; KL is from the group's shares to the "
+            "model's, over four options."
         )
     told.append("Seconds are of this machine with whatever else ran on it; on a small model a step is mostly overhead.")
     return " ".join(told)

@@ -230,11 +230,9 @@ def _why_fd(rows: Mapping[str, Row]) -> str:
     stopped = f"; {sum(runs)} of {len(runs)} runs stopped before their last epoch" if runs else ""
     return (
         f"Why does COLD-FD beat trained interventions? Here COLD-FD reaches {percent(ahead)}. A vector at the top "
-        f"candidate layer, trained for as long and as fast as the released code trains one, reaches {percent(short)}, "
-        "and "
-        f"trained until validation stops it {percent(long)}{stopped}: training longer brings {points(long - short)}, "
-        "and "
-        f"COLD-FD is {points(ahead - long)} from there."
+        "candidate layer, trained for as long and as fast as the released code trains one, reaches "
+        f"{percent(short)}, and trained until validation stops it {percent(long)}{stopped}: training longer brings "
+        f"{points(long - short)}, and COLD-FD is {points(ahead - long)} from there."
     )
 
 
@@ -247,10 +245,9 @@ def _why_kernel(rows: Mapping[str, Row]) -> str:
         f"{percent(rows[name]['letter_a'])} ({rows[name]['title']})" for name in ("cold-kernel", "diffmean")
     )
     return (
-        "Why does COLD-Kernel, which generalises DiffMean, lose to it? With both sides of the pair and a dose of its "
-        f"own it reaches {kernel}, from the rejected side alone {half}, with the softmax kernel {soft}; DiffMean "
-        f"{contrast}. "
-        "With options both ways round a shift of the letters alone brings nothing: shares of (A) are "
+        "Why does COLD-Kernel, which generalises DiffMean, lose to it? With both sides of the pair and a dose of "
+        f"its own it reaches {kernel}, from the rejected side alone {half}, with the softmax kernel {soft}; DiffMean "
+        f"{contrast}. With options both ways round a shift of the letters alone brings nothing: shares of (A) are "
         f"{letters}. A constant vector that is trained, at the same tokens, reaches {trained}."
     )
 
@@ -294,7 +291,7 @@ def _threshold(report: Report) -> str:
         if row["dtype"] == "float32" and row["epsilon"] in (1e-6, 1e-4, 1e-2)
     ]
     return (
-        "How was the threshold on small updates chosen? The share of weights that change at all depends on epsilon G "
-        f"beside the spacing of float32 at each weight: {', '.join(shares)}. A few percent are what a small epsilon "
-        "leaves."
+        "How was the threshold on small updates chosen? The share of weights that change at all depends on epsilon "
+        f"G beside the spacing of float32 at each weight: {', '.join(shares)}. A few percent are what a small "
+        "epsilon leaves."
     )
