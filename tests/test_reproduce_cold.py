@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trimtab.cli import main
-from trimtab.errors import OptionError, UnknownName
+from trimtab.errors import OptionError, TrainError, UnknownName
 from trimtab.prefworld.families.surveys import GROUPS
 from trimtab.reproduce.bench import Bench, System
 from trimtab.reproduce.cold import waves
@@ -31,7 +31,7 @@ from trimtab.reproduce.cold_data import (
 )
 from trimtab.reproduce.cold_evidence import Evidence
 from trimtab.reproduce.cold_recipe import BASELINES, CURVES, POLLS, SYSTEMS, WRITING, Recipe, Sizes, load_recipe
-from trimtab.reproduce.cold_systems import Ladder, candidate_layers, chosen
+from trimtab.reproduce.cold_systems import Ladder, candidate_layers, chosen, learned
 from trimtab.reproduce.steps import Key
 
 # --- recipes and data -----------------------------------------------------------------------------------------------
@@ -180,6 +180,18 @@ def test_the_best_layer_at_the_middle_dose_is_tried_at_every_dose_within_the_bud
     assert chosen(made, ladder, lambda system: 1.0)[0] is None
     assert candidate_layers(made) == [3]
     assert len(Behaviours(made, Path()).test) == 4
+
+
+def test_examples_leave_room_for_the_longest_question() -> None:
+    made = bench()
+    pairs = letter_pairs(behaviour_questions("prefworld:risk", "train", 8, seed=0, root=Path()))
+    every = [n for n in made.recipe.shots if n <= len(pairs)]
+    assert learned(made, "examples", pairs, pairs, 0).doses == every
+    assert learned(made, "examples", pairs, pairs, 0, longest="Which? " * 10).doses == every
+    fewer = learned(made, "examples", pairs, pairs, 0, longest="Which? " * 420).doses
+    assert 0 < len(fewer) < len(every)
+    with pytest.raises(TrainError, match="No example fits into the model's context of 1024 tokens"):
+        learned(made, "examples", pairs, pairs, 0, longest="Which? " * 600)
 
 
 def planted(effects: dict[tuple[str, int], float], *, seeds: int = 3, n: int = 40) -> Evidence:

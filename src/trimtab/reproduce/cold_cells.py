@@ -61,6 +61,9 @@ class Behaviours:
             for name, source in sources.items()
         }
         self.validation = {name: letters_task(name, questions) for name, questions in self._held.items()}
+        asked = set[str]().union(*map(asked_by, (*self.test.values(), *self.validation.values())))
+        renderer = Renderer(bench.tokenizer)
+        self.longest = max(asked, key=lambda prompt: len(renderer.prompt_ids(after((), prompt))))
 
     def pairs(self, behaviour: str, n: int, seed: int) -> Pairs:
         """Draw the pairs that one seed learns from."""
@@ -78,11 +81,11 @@ def asked_by(task: ChoiceTask) -> set[str]:
     return {prompt for prompt in task.prompts if isinstance(prompt, str)}
 
 
-def _learned(bench: ColdBench, name: str, pairs: Pairs, held: Pairs, seed: int, loss: str | None = None) -> Any:
+def _learned(bench: ColdBench, name: str, pairs: Pairs, held: Pairs, seed: int, **options: str) -> Any:
     """Learn with what it costs; returns a ladder, or what a training said that came to nothing."""
     with measured() as cost:
         try:
-            ladder: Ladder | str = learned(bench, name, pairs, held, seed, loss=loss)
+            ladder: Ladder | str = learned(bench, name, pairs, held, seed, **options)
         except TrainError as error:
             ladder = str(error)
     return ladder, cost
@@ -116,7 +119,8 @@ def base(behaviours: Behaviours) -> Record:
 def behaviour(behaviours: Behaviours, name: str, system: str, n: int, seed: int, *, full: bool) -> Record:
     """Learn a behaviour from `n` pairs, choose and test; with `full` side effects are measured too."""
     bench = behaviours.bench
-    ladder, cost = _learned(bench, system, behaviours.pairs(name, n, seed), behaviours.held(name), seed)
+    pairs, held = behaviours.pairs(name, n, seed), behaviours.held(name)
+    ladder, cost = _learned(bench, system, pairs, held, seed, longest=behaviours.longest)
     made, record = _chosen(bench, ladder, lambda s: bench.run(s, behaviours.validation[name]).accuracy)
     record |= {"learn": cost_record(cost), "test": _letters(made, bench, behaviours.test[name])}
     if full:
@@ -201,7 +205,7 @@ def opinions(asked: Polls, group: str, system: str, seed: int) -> Record:
     if system == "base":
         return {"test": _near(asked, bench.base)}
     pairs = poll_pairs(polls("train", bench.sizes.polls, seed=seed), group)
-    ladder, cost = _learned(bench, system, pairs, poll_pairs(asked.validation, group), seed, "distribution")
+    ladder, cost = _learned(bench, system, pairs, poll_pairs(asked.validation, group), seed, loss="distribution")
     wanted = np.array([shares_of(poll, group) for poll in asked.validation])
 
     def score(tried: System) -> float:

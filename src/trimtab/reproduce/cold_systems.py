@@ -9,9 +9,11 @@ from typing import Any
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
 from trimtab.capture import residual_norms
+from trimtab.errors import TrainError
 from trimtab.learn import learn
 from trimtab.pairs import Pairs
-from trimtab.reproduce.bench import Bench, System
+from trimtab.render import Renderer
+from trimtab.reproduce.bench import Bench, System, after
 from trimtab.reproduce.cold_recipe import Recipe, Sizes
 from trimtab.selection import layers_between
 from trimtab.train.bipo import learn_vector
@@ -28,6 +30,8 @@ FEW: dict[str, Any] = {"learning_rates": [3e-3], "max_steps": 16, "batch_size": 
 MANY, SHOWN = 100, 6000
 """From more pairs than `MANY` a vector is trained in batches of 16 in place of the paper's 4, at the larger of the
 usual rates alone, until it has been shown about `SHOWN` pairs, so that it converges in minutes."""
+ANSWER = 16
+"""Tokens that examples leave for an answer by letter."""
 REJECTED = "negative-sft:per=answer"
 """A loss with the gradient that is left of a pair's where the rejected forward overwrites what the chosen one left."""
 
@@ -49,16 +53,26 @@ def candidate_layers(bench: ColdBench) -> list[int]:
     return sorted({below[-1 - round(i * len(below) / count)] for i in range(count)})
 
 
-def learned(bench: ColdBench, name: str, pairs: Pairs, held: Pairs, seed: int, *, loss: str | None = None) -> Ladder:
+def learned(
+    bench: ColdBench,
+    name: str,
+    pairs: Pairs,
+    held: Pairs,
+    seed: int,
+    *,
+    loss: str | None = None,
+    longest: str | None = None,
+) -> Ladder:
     """Learn a system from pairs; `held` are validation pairs, for what is trained with early stopping.
 
-    `loss` replaces the pair loss of gradients; the systems that have none ignore it.
+    `loss` replaces the pair loss of gradients; the systems that have none ignore it. `longest` is the longest question
+    that will be asked: examples have to leave room for it. Raises `TrainError` where nothing can be learned.
     """
     layers, recipe = candidate_layers(bench), bench.recipe
     own: dict[str, Any] = {} if loss is None else {"loss": loss}
     model, tokenizer = bench.model, bench.tokenizer
     if name == "examples":
-        shots = [n for n in recipe.shots if n <= len(pairs)]
+        shots = _that_fit(bench, pairs, longest)
         return Ladder([None], shots, lambda _site, n: System(model, before=_shown(pairs, int(n))))
     if name in ("one-step", "few-step-lora"):
         if name == "one-step":
@@ -109,6 +123,19 @@ def _moving(bench: ColdBench, knob: Knob | LookaheadKnob) -> Ladder:
         return System(bench.model, {knob.with_(site=site, gain=alpha): 1.0})
 
     return Ladder(sites, bench.recipe.alphas, at, knob)
+
+
+def _that_fit(bench: ColdBench, pairs: Pairs, longest: str | None) -> list[int]:
+    """Return the recipe's numbers of examples that leave room in the model's context for the longest question."""
+    shots, limit = [n for n in bench.recipe.shots if n <= len(pairs)], Adapter(bench.model).context_length
+    if longest is None or limit is None:
+        return shots
+    renderer = Renderer(bench.tokenizer)
+    room = limit - ANSWER
+    fit = [n for n in shots if len(renderer.prompt_ids(after(_shown(pairs, n), longest))) <= room]
+    if not fit:
+        raise TrainError(f"No example fits into the model's context of {limit} tokens beside the longest question.")
+    return fit
 
 
 def _shown(pairs: Pairs, shots: int) -> tuple[Message, ...]:
