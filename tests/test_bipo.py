@@ -317,7 +317,7 @@ def test_a_stopped_job_goes_on_to_the_same_knob_bit_for_bit(tmp_path: Path) -> N
     ("options", "error", "words"),
     [
         ({"name": "two words"}, KnobError, "A knob's name is"),
-        ({"layers": []}, OptionError, "There are no layers to choose from"),
+        ({"layers": []}, OptionError, "There are no layers; name"),
         ({"layers": [3]}, AdapterError, "There is no layer 3"),
         ({"layers": None, "first": 0.9, "last": 0.2}, OptionError, "0 <= first < last <= 1"),
         ({"where": "everywhere"}, UnknownName, "completion"),

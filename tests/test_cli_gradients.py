@@ -68,6 +68,10 @@ def test_every_method_writes_a_knob_that_the_other_verbs_take(
         assert getattr(knob, name) == value
     assert main(["inspect", "k.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == knob.kind
+    assert main(["inspect", "k.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert ("cos_r_mu" in shown) == ("icv" in words)  # which compares two answers, where a gradient is one
+    assert ("top5_share" in shown) == any(method in words for method in ("icv", "cold-kernel"))
     assert main(["eval", "model", "--knob", "k.safetensors", "--pairs", "held.jsonl"]) == 0
     assert "model" in capsys.readouterr().out
     assert main(["generate", "model", "q", "--knob", "k.safetensors", "--strength", "1", "--max-new-tokens", "2"]) == 0

@@ -488,7 +488,7 @@ def test_what_gradients_cannot_do_is_an_error(
     [
         ({"positions": ["wat"]}, UnknownName, "Unknown position of gradients 'wat'"),
         ({"positions": []}, OptionError, "There are no positions to read"),
-        ({"layers": []}, OptionError, "There are no layers to choose from"),
+        ({"layers": []}, OptionError, "There are no layers; name"),
         ({"token_budget": 0}, OptionError, "token budget must be at least 1; got 0"),
     ],
 )

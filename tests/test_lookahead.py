@@ -711,10 +711,11 @@ def test_a_single_pair_and_unequal_lengths_are_warned_of(
         assert learned(model, tokenizer, pairs(), loss=loss).diagnostics["warnings"] == []
 
 
-def test_gradients_of_one_side_say_nothing_of_lengths(
+def test_losses_that_sum_over_no_tokens_are_not_warned_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert learn(model, tokenizer, pairs(), method="cold-kernel", loss="sft").diagnostics["warnings"] == []
+    for loss in ("sft", "simpo", "dpo:per=token"):
+        assert learn(model, tokenizer, pairs(), method="cold-kernel", loss=loss).diagnostics["warnings"] == []
 
 
 def test_an_error_within_leaves_the_model_as_it_was(model: PreTrainedModel, knob: LookaheadKnob) -> None:
@@ -848,10 +849,10 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
     ("options", "error", "said"),
     [
         ({"rank": 0}, OptionError, "rank counts from 1; got 0"),
-        ({"layers": []}, OptionError, "no layers to choose from"),
+        ({"layers": []}, OptionError, "There are no layers; name"),
         ({"layers": 2}, OptionError, "Layers are a list of numbers"),
         ({"layers": ["a"]}, OptionError, "Layers are a list of numbers"),
-        ({"backend": "scaled", "step": "a"}, OptionError, "step"),
+        ({"backend": "scaled", "step": "a"}, OptionError, "The step must be a number; got 'a'"),
         ({"where": "wat"}, UnknownName, "Unknown where 'wat'"),
         ({"loss": "wat"}, UnknownName, "Unknown loss 'wat'"),
         ({"backend": "wat"}, UnknownName, "Unknown backend 'wat'"),

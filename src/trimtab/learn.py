@@ -116,13 +116,11 @@ def learn(
     best = ranking[0].site
 
     lengths, width = evidence.lengths.double().mean(dim=0).tolist(), evidence.chosen.shape[-1]
-    notes = list(plan.notes)
     if plan.gradients:
-        uneven = length_match == "off" and asked.answers == "both"
-        notes += doubts_of_one(len(used))
-        notes += doubts_of_lengths(lengths, "length_match='bucket'") if uneven else []
+        found = _doubts_of_gradients(len(used), lengths, compared=length_match == "off" and asked.sums_tokens)
     else:
-        notes += _doubts(statistics[best], plan.selection, width, length_match, evidence.lengths)
+        found = _doubts(statistics[best], plan.selection, width, length_match, evidence.lengths)
+    notes = [*plan.notes, *found]
     for note in notes:
         warnings.warn(note, TrimtabWarning, stacklevel=2)
     settings: dict[str, Any] = {"format": plan.format, "positions": list(plan.positions), "layers": list(plan.layers)}
@@ -252,6 +250,11 @@ def _doubts(
     ]
     unmatched = (chosen, rejected) if length_match == "off" or alike else None
     return [*(notes if alike else ()), *doubts(at, selection, width, unmatched, len(lengths))]
+
+
+def _doubts_of_gradients(count: int, lengths: Sequence[float], *, compared: bool) -> list[str]:
+    """Say the same of gradients, which have no norms of activations; `compared`: answers, by sums over tokens."""
+    return [*doubts_of_one(count), *(doubts_of_lengths(lengths, "length_match='bucket'") if compared else ())]
 
 
 def _equally_long(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, ratio: float = 1.25) -> Pairs:

@@ -63,6 +63,11 @@ class Loss:
         likelihoods, tokens = (rows.unflatten(0, (answers, -1)).T for rows in (sums, counts))  # [B, K]
         return self.function(likelihoods, tokens, shares, **self.options).sum()
 
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether it compares two answers by sums over their tokens, so that a longer one counts for more."""
+        return self.answers == "both" and self.name != "simpo" and self.options.get("per", "answer") == "answer"
+
     def check_checkpoint(self, folder: object) -> None:
         """Raise `OptionError` for a function of the caller's where a folder would keep what it made."""
         if self.own and folder is not None:

@@ -33,7 +33,9 @@ def resolution(dtype: torch.dtype) -> float:
 
 
 def resolved_step(dtype: torch.dtype, knob: LookaheadKnob) -> float:
-    """Return the length of the scaled step in multiples of G; raises `KnobError` where it would drown in rounding."""
+    """Return the length of the scaled step in multiples of G; raises `KnobError` where it would drown in rounding,
+    and where it is too long for a derivative.
+    """
     layers = knob.layers
     share = {layer: knob.scales[layer] / knob.norms[layer] for layer in layers}  # of the norm, at step 1
     weakest = min(layers, key=lambda layer: share[layer])

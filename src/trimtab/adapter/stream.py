@@ -5,12 +5,12 @@ Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from operator import index
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -147,11 +147,11 @@ class Adapter:
     def layers(self, wanted: Iterable[int]) -> list[int]:
         """Resolve layer numbers: in order, each once; raises `OptionError` where there are none."""
         try:
-            numbers = [index(number) for number in wanted]
+            numbers = [operator.index(number) for number in wanted]
         except TypeError:
-            raise OptionError(f"Layers are a list of numbers, as in [2, 4]; got {wanted!r}.") from None
+            raise OptionError(f"Layers are a list of numbers, as in [2, 4]; got {brief(wanted)}.") from None
         if not numbers:
-            raise OptionError("There are no layers to choose from; pass at least one, or None.")
+            raise OptionError("There are no layers; name at least one, or leave layers out.")
         return sorted({self.layer(number) for number in numbers})
 
     @contextmanager

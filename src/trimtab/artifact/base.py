@@ -88,9 +88,9 @@ class PartsKnob:
         try:
             file = LargeFile(path)
             _check_header(file.header, cls.KIND, SHARED | cls.OWN)
-            fields = {**_shared_fields(file, cls.KIND), **cls._own_fields(file.header)}
+            parts = parts_of(file, cls.KIND)
             try:
-                return cls(**fields)
+                return cls(**_shared_fields(file.header, parts), **cls._own_fields(file.header))
             except KnobError as error:
                 raise KnobError(f"its content is wrong: {error}") from None
         except KnobError as error:
@@ -129,12 +129,11 @@ def _check_header(header: Mapping[str, Any], kind: str, fields: frozenset[str]) 
         raise KnobError(f"its header is wrong: it {wrong}.")
 
 
-def _shared_fields(file: LargeFile, kind: str) -> dict[str, Any]:
-    header = file.header
+def _shared_fields(header: Mapping[str, Any], parts: Mapping[str, Part]) -> dict[str, Any]:
     return {
         "name": text_field(header, "name"),
         "method": text_field(header, "method"),
-        "parts": parts_of(file, kind),
+        "parts": parts,
         "gain": number(header["gain"], "gain"),
         "provenance": object_field(header, "provenance"),
         "diagnostics": object_field(header, "diagnostics"),

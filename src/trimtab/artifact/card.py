@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from trimtab.artifact.lookahead import LookaheadKnob
 
 
+SHOWN = 8
+"""Candidate layers that are named one by one."""
+
+
 def describe(knob: Knob) -> str:
     """Describe a knob in a few lines, each a name and what is known under it."""
     known = knob.provenance
@@ -70,7 +74,8 @@ def describe_lookahead(knob: LookaheadKnob) -> str:
     known, made = knob.provenance, knob.described()
     energy: object = knob.diagnostics.get("energy")
     layers, every = ", ".join(map(str, knob.layers)), sorted(knob.norms)
-    others = f", of {', '.join(map(str, every))}" if len(every) > len(knob.layers) else ""
+    candidates = ", ".join(map(str, every)) if len(every) <= SHOWN else f"{len(every)}, {every[0]} to {every[-1]}"
+    others = f", of {candidates}" if len(every) > len(knob.layers) else ""
     lines = {
         "knob": f"{knob.name} ({knob.kind}, {knob.method})",
         "layers": layers + others,
@@ -151,4 +156,4 @@ def _dose(knob: Knob) -> str:
 
 def _pairs(options: object) -> str:
     items = cast(Mapping[str, object], options).items() if isinstance(options, Mapping) else ()
-    return ", ".join(f"{key}={value}" for key, value in items if not isinstance(value, Mapping))
+    return ", ".join(f"{key}={value}" for key, value in items if key != "anchors")

@@ -5,25 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from trimtab.artifact.base import PartsKnob
 from trimtab.artifact.card import describe_delta
-from trimtab.artifact.parts import (
-    LowRank,
-    Part,
-    joined,
-    labelled,
-    norm,
-    scaled,
-)
+from trimtab.artifact.parts import LowRank, Part, joined, labelled, norm, scaled
 from trimtab.errors import KnobError
 from trimtab.types import Where, check_strength
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, eq=False)

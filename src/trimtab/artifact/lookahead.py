@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from trimtab.artifact.base import PartsKnob
 from trimtab.artifact.card import describe_lookahead
@@ -14,9 +14,6 @@ from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.parts import Part, labelled, norm, scaled
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.types import WHERE, Site, Where, check_strength, check_where
-
-if TYPE_CHECKING:
-    pass
 
 Backend = Literal["exact", "scaled"]
 POSITION = "lookahead"
@@ -220,11 +217,11 @@ class LookaheadKnob(PartsKnob):
     def _own_fields(cls, header: Mapping[str, Any]) -> dict[str, Any]:
         where, backend = text_field(header, "where"), text_field(header, "backend")
         if where not in WHERE or backend not in get_args(Backend):
-            raise KnobError(f"its header is wrong: where={brief(where)}, backend={brief(backend)}.")
+            raise KnobError(f"where={brief(where)}, backend={brief(backend)}.")
         layers, per_token, step = header["layers"], header["per_token"], header["step"]
         whole = isinstance(layers, list) and all(type(layer) is int for layer in cast(list[object], layers))
         if not whole or not isinstance(per_token, bool):
-            raise KnobError(f"its header is wrong: layers={brief(layers)}, per_token={brief(per_token)}.")
+            raise KnobError(f"layers={brief(layers)}, per_token={brief(per_token)}.")
         return {
             "norms": norms_of(object_field(header, "norms")),
             "scales": norms_of(object_field(header, "scales")),

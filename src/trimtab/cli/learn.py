@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options, steps, vectors
 from trimtab.cli.options import given, output_file
-from trimtab.cli.sources import WORLD, load_pairs, open_model
+from trimtab.cli.sources import held_out_of, load_pairs, open_model
 from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
@@ -170,7 +170,6 @@ def _record(knob: Knob, out: Path, seconds: float) -> dict[str, Any]:
 
 def _text(knob: Knob, args: Namespace, out: Path, seconds: float) -> str:
     model, file = shlex.quote(args.model), shlex.quote(str(out))
-    held_out = args.pairs if args.pairs.startswith(f"{WORLD}:") else "HELD_OUT.jsonl"
     tuned = shlex.quote(str(out.with_name(f"{knob.name}.tuned.safetensors")))
     sites, rule = len(knob.vectors), knob.diagnostics["selection"]["rule"]
     pairs = counted(knob.provenance["pairs_count"], "pair")
@@ -180,7 +179,7 @@ def _text(knob: Knob, args: Namespace, out: Path, seconds: float) -> str:
             "site": f"{knob.site} ({rule}; {sites} kept)",
             "strength 1": f"alpha {knob.gain:.4g}, in multiples of the mean residual norm at layer {knob.site.layer}",
             "written to": out,
-            "next": f"trimtab tune {model} --knob {file} --pairs {held_out} --out {tuned}",
+            "next": f"trimtab tune {model} --knob {file} --pairs {held_out_of(args.pairs)} --out {tuned}",
             "or": f'trimtab generate {model} "..." --knob {file} --strength 1',
         }
     )

@@ -172,6 +172,11 @@ class WorldPart(NamedTuple):
     size: int
 
 
+def held_out_of(text: str) -> str:
+    """Return what to pass for held-out pairs, beside pairs that were learned from: a world has splits of its own."""
+    return text if text.startswith(f"{WORLD}:") else "HELD_OUT.jsonl"
+
+
 def world_part(text: str) -> WorldPart | None:
     """Read `prefworld:FAMILY` or `prefworld:FAMILY:COUNT`; None for anything else, which is a file."""
     world, _, rest = text.partition(":")

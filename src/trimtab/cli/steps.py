@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given
-from trimtab.cli.sources import WORLD, load_pairs, open_model
+from trimtab.cli.sources import held_out_of, load_pairs, open_model
 from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
@@ -92,7 +92,6 @@ def _record(knob: AnyKnob, out: Path, seconds: float) -> dict[str, Any]:
 
 def _text(knob: AnyKnob, args: Namespace, out: Path, seconds: float) -> str:
     model, file = shlex.quote(args.model), shlex.quote(str(out))
-    held_out = args.pairs if args.pairs.startswith(f"{WORLD}:") else "HELD_OUT.jsonl"
     tuned = shlex.quote(str(out.with_name(f"{knob.name}.tuned.safetensors")))
     meaning = {
         "lookahead": f"alpha {knob.gain:.4g}: the mean displacement, in multiples of the mean residual norm",
@@ -108,7 +107,7 @@ def _text(knob: AnyKnob, args: Namespace, out: Path, seconds: float) -> str:
             "strength 1": meaning[knob.kind],
             "energy kept": None if energy is None else f"{energy:.2%} of the gradient, by its rank",
             "written to": out,
-            "next": f"trimtab tune {model} --knob {file} --pairs {held_out} --out {tuned}",
+            "next": f"trimtab tune {model} --knob {file} --pairs {held_out_of(args.pairs)} --out {tuned}",
             "or": f'trimtab generate {model} "..." --knob {file} --strength 1',
         }
     )

@@ -137,7 +137,7 @@ def _text(record: dict[str, Any], out: Path) -> str:
     used, held = record["pairs"]["count"], record["validation"]["count"]
     head = facts(
         {
-            "trained": f"{record['loss']} on {used} pairs, {held} held out",
+            "trained": f"{record['loss']} on {counted(used, 'pair')}, {held} held out",
             "chosen": f"learning rate {chosen['learning_rate']:g}{beta}, by {record['chosen_by']} on validation{tied}",
             "stopped": f"after {at_best['steps']} steps; the weights are those of step {at_best['best_step']}",
             "seconds": f"{record['run']['seconds']:.1f} for this run, {record['grid']['seconds']:.1f} for the grid",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli import options
 from trimtab.cli.options import given, input_file, output_file
 from trimtab.cli.sources import TASKS, load_pairs, load_task, open_model
-from trimtab.cli.tables import facts, tuning_text
+from trimtab.cli.tables import counted, facts, tuning_text
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
 
@@ -146,7 +146,7 @@ def _text(knob: AnyKnob, args: Namespace, out: Path) -> str:
     file = shlex.quote(str(out))
     head = facts(
         {
-            "tuned": f"{knob.name} on {tuning['pairs']} pairs in {tuning['seconds']:.1f} s",
+            "tuned": f"{knob.name} on {counted(tuning['pairs'], 'pair')} in {tuning['seconds']:.1f} s",
             "site": _site(knob),
             "steers": f"{knob.where} tokens" if _site(knob) else None,
             "gain": f"{knob.gain:g}: strength 1 is "

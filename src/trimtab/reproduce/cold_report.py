@@ -29,7 +29,8 @@ def notes(recipe: Recipe, sizes: Sizes) -> str:
         "probability of the matching letter of the two.",
         f"All systems choose on the same {sizes.validation} validation questions. What moves the stream acts on all "
         f"tokens; the middle dose ranks the candidate layers, and the best layer is tried at every dose, {budget}. "
-        "Trained vectors have the highest candidate layer alone; examples and weights have no layer.",
+        "Examples are shown as far as the context has room beside the longest question. Trained vectors have the "
+        "highest candidate layer alone; examples and weights have no layer.",
         f"Test questions were used once. Intervals are from a bootstrap of questions and of {sizes.seeds} seeds, which "
         "makes it somewhat narrow.",
     ]

@@ -66,7 +66,8 @@ def learned(
     """Learn a system from pairs; `held` are validation pairs, for what is trained with early stopping.
 
     `loss` replaces the pair loss of gradients; the systems that have none ignore it. `longest` is the longest question
-    that will be asked: examples have to leave room for it. Raises `TrainError` where nothing can be learned.
+    of a behaviour: examples have to leave room for it (guardrails and writing are of short prompts). Raises
+    `TrainError` where nothing can be learned.
     """
     layers, recipe = candidate_layers(bench), bench.recipe
     own: dict[str, Any] = {} if loss is None else {"loss": loss}
@@ -128,6 +129,8 @@ def _moving(bench: ColdBench, knob: Knob | LookaheadKnob) -> Ladder:
 def _that_fit(bench: ColdBench, pairs: Pairs, longest: str | None) -> list[int]:
     """Return the recipe's numbers of examples that leave room in the model's context for the longest question."""
     shots, limit = [n for n in bench.recipe.shots if n <= len(pairs)], Adapter(bench.model).context_length
+    if not shots:
+        raise TrainError(f"There are {len(pairs)} examples, and the recipe shows {min(bench.recipe.shots)} or more.")
     if longest is None or limit is None:
         return shots
     renderer = Renderer(bench.tokenizer)

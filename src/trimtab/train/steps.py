@@ -78,6 +78,9 @@ def learn_lookahead(
     multiples of the mean residual norm there. `diagnostics` holds the gradient's norm, by which the paper's eta is
     `alpha * norms[layer] / scales[layer]`, the share of its squared norm that the rank kept, and what it cost.
 
+    A `TrimtabWarning` says so where there is a single pair, and where a loss that sums over tokens compares answers of
+    unequal lengths; `diagnostics["warnings"]` keeps them.
+
     `where`, `backend`, `step` and `per_token` are stored in the knob, see `trimtab.artifact.LookaheadKnob`; `seed` is
     of the decomposition of large matrices. `checkpoint` is a folder that keeps the gradient. `progress` is called with
     the pairs that are done and their number. Memory while learning: the gradient in float32, beside the model.
@@ -92,7 +95,8 @@ def learn_lookahead(
         raise unknown_name("backend", str(backend), get_args(Backend))
     if step is not None and backend == "exact":
         raise OptionError(f"A step is of backend='scaled'; got {step!r} for the exact one, which takes none.")
-    if step is not None and not check_strength(step, "step") > 0:
+    step = None if step is None else check_strength(step, "step")
+    if step is not None and step <= 0:
         raise OptionError(f"The step is a number of gradients, above 0; got {step!r}.")
     wanted = adapter.layers(layers_between(adapter.n_layers, first, last) if layers is None else layers)
     adapter.check_plain("learning")
@@ -154,7 +158,7 @@ def learn_step(
     changes, before tuning: a loss's scale cancels. `diagnostics` holds both lengths, by which the paper's eta is
     `alpha * step_norm / gradient_norm`.
 
-    Other arguments and errors: see `learn_lookahead`.
+    Other arguments, warnings and errors: see `learn_lookahead`.
     """
     adapter, asked = Adapter(model), read_loss(loss)
     adapter.check_plain("learning")
@@ -247,7 +251,7 @@ def _gradient(
 def _doubts(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, loss: Loss) -> list[str]:
     """Warn of what may make the knob mean something else than it seems to, and return the warnings."""
     notes = doubts_of_one(len(pairs))
-    if loss.answers == "both" and loss.options.get("per") != "token" and loss.name != "simpo":
+    if loss.sums_tokens:
         renderer = Renderer(tokenizer)
         sides = (
             [renderer.response_length(p.prompt, p.chosen) for p in pairs],
