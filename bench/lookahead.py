@@ -75,7 +75,7 @@ def random_part(shape: Sequence[int], rank: int) -> Part:
 def lookahead(model: LlamaForCausalLM, site: int, rank: int, backend: Backend) -> LookaheadKnob:
     """Make a knob with a random gradient of all that comes before the output of block `site`."""
     adapter = Adapter(model)
-    parts = {name: random_part(model.get_parameter(name).shape, rank) for name in parameters_to(adapter, site)}
+    parts = {name: random_part(model.get_parameter(name).shape, rank) for name in parameters_to(adapter, site).names}
     one = {site: 1.0}
     return LookaheadKnob("bench", "cold-fd", parts, one, one, (site,), adapter.path, 1e-3, backend=backend)
 

@@ -12,6 +12,8 @@ from trimtab.reproduce.cold_recipe import SYSTEMS
 from trimtab.reproduce.document import Report, Section, percent, points
 
 Row = Mapping[str, Any]
+SHOWN = 0.0005
+"""The least difference in probability that a table's digits show."""
 
 
 def sections(report: Report) -> list[Section]:
@@ -131,7 +133,7 @@ def _writing(report: Report) -> Section:
     ]
     heads = ("domain", "system", "on the target side", "by seed", "broken", "KL", "ms per answer")
     text = "Greedy answers to test prompts, graded by PrefWorld's own rules; milliseconds are of answers in one batch."
-    return Section("Generated answers", heads, rows, words=(0, 1), texts=[text])
+    return Section("Generated answers", heads, rows, words=(1,), texts=[text])
 
 
 def _opinions(report: Report) -> Section:
@@ -187,7 +189,7 @@ def _numerics(report: Report) -> Section:
         + f". Of a pair's gradient the rejected side alone, which the released code keeps, has cosine "
         f"{pair['cosine_of_rejected_side']:.3f} with the whole; the chosen side {pair['cosine_of_chosen_side']:.3f}.",
     ]
-    return Section("What the released step computes", heads, rows, words=(0, 1), texts=texts)
+    return Section("What the released step computes", heads, rows, texts=texts)
 
 
 def _cost(report: Report) -> Section:
@@ -237,10 +239,10 @@ def _why_fd(rows: Mapping[str, Row]) -> str:
 
 
 def _why_kernel(rows: Mapping[str, Row]) -> str:
-    names = ("cold-kernel", "cold-kernel-released", "cold-kernel-softmax", "diffmean", "bipo")
+    names = ("cold-kernel", "cold-kernel-released", "cold-kernel-softmax", "diffmean", "bipo", "random")
     if not set(names) <= rows.keys():
         return ""
-    kernel, half, soft, contrast, trained = (percent(_mean(rows[name])) for name in names)
+    kernel, half, soft, contrast, trained, chance = (percent(_mean(rows[name])) for name in names)
     letters = ", ".join(
         f"{percent(rows[name]['letter_a'])} ({rows[name]['title']})" for name in ("cold-kernel", "diffmean")
     )
@@ -248,7 +250,8 @@ def _why_kernel(rows: Mapping[str, Row]) -> str:
         "Why does COLD-Kernel, which generalises DiffMean, lose to it? With both sides of the pair and a dose of "
         f"its own it reaches {kernel}, from the rejected side alone {half}, with the softmax kernel {soft}; DiffMean "
         f"{contrast}. With options both ways round a shift of the letters alone brings nothing: shares of (A) are "
-        f"{letters}. A constant vector that is trained, at the same tokens, reaches {trained}."
+        f"{letters}. A random direction, chosen in the same way, reaches {chance}; a constant vector that is trained, "
+        f"at the same tokens, {trained}."
     )
 
 
@@ -261,7 +264,7 @@ def _why_more(report: Report) -> str:
     for system in dict.fromkeys(row["system"] for row in samples["rows"]):
         means = {row["pairs"]: row["mean"] for row in samples["rows"] if row["system"] == system}
         top = max(counts, key=lambda n: means[n])
-        if top == counts[-1]:
+        if means[top] - means[counts[-1]] < SHOWN:
             continue
         drops.append(
             f"{SYSTEMS[system]} is best at {top} pairs and {points(means[counts[-1]] - means[top])} at {counts[-1]}"
