@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 import pico
 from trimtab.adapter import Adapter, parameters_to
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob, LowRank, load_knob, load_panel
-from trimtab.artifact.lookahead import block_of
+from trimtab.artifact.lookahead import Backend, block_of
 from trimtab.compose import compose
 from trimtab.errors import (
     AdapterError,
@@ -150,6 +150,30 @@ def test_the_exact_derivative_is_that_of_the_weights_themselves(name: str, token
         found = moved(model, {knob.with_(layers=(layer,)): 1.0}, layer)
         assert cosine(found, wanted) > 0.9999
         assert float(found.norm() / wanted.norm()) == pytest.approx(1, rel=5e-3)
+
+
+class FromOutside(pico.HomeMade):
+    """Is called as models of transformers are."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("backend", ["exact", "scaled"])
+def test_blocks_that_return_a_tuple_move_as_those_that_return_a_tensor(backend: Backend) -> None:
+    ids, found = torch.tensor([[1, 2, 3, 4, 5]]), list[Tensor]()
+    for returns in ("tensor", "tuple"):
+        outside = FromOutside(returns)
+        adapter = Adapter(outside)
+        torch.manual_seed(1)
+        names = parameters_to(adapter, 1).names
+        parts = {name: torch.randn_like(outside.get_parameter(name)) for name in names}
+        ahead = LookaheadKnob("k", "cold-fd", parts, {1: 1.0}, {1: 1.0}, (1,), adapter.path, 0.01, backend=backend)
+        with torch.no_grad(), steer(adapter, {ahead: 1.0}):
+            found.append(outside(ids))
+        with torch.no_grad():
+            assert not torch.equal(found[-1], outside(ids))
+    assert torch.equal(*found)
 
 
 def test_derivatives_follow_the_rules_of_a_llama_block_by_hand(
