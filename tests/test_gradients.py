@@ -409,7 +409,7 @@ def test_any_callable_of_logits_and_labels_is_a_loss(
         ("dpo:beta", OptionError, "names beta without a value, as in dpo:beta=0.1"),
         ("dpo:beta=1,beta=2", OptionError, "sets beta twice"),
         ("dpo:beta=0", OptionError, "beta is above 0; got 0"),
-        ("simpo:", OptionError, "Unknown option of loss simpo ''"),
+        ("simpo:", OptionError, r"names no option behind its colon\. Known: beta, gamma\."),
         ("simpo:gamma=x", OptionError, "gamma must be a number; got 'x'"),
         (3, OptionError, "a name or a function of logits and labels; got 3"),
     ],

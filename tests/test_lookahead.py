@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -467,10 +467,11 @@ def test_turning_the_sign_lowers_the_target_metric_on_the_bundled_world() -> Non
 # --- sizes, places, neighbours ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["exact", "scaled"])
 def test_strength_is_relative_to_the_residual_norm_over_the_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, backend: Backend
 ) -> None:
-    knob = learn_lookahead(model, tokenizer, pairs(), layers=[0, 1, 2])
+    knob = learn_lookahead(model, tokenizer, pairs(), layers=[0, 1, 2], backend=backend)
     assert knob.gain == GAIN
     assert knob.alpha(2) == 2 * GAIN
     lengths = {layer: list[float]() for layer in knob.norms}
@@ -482,8 +483,8 @@ def test_strength_is_relative_to_the_residual_norm_over_the_answers(
                 by = moved(model, {knob.with_(layers=(layer,)): 1.0}, layer, input_ids=torch.tensor([text.ids]))
                 found += by[0, span].norm(dim=-1).tolist()
     for layer, found in lengths.items():
-        assert sum(found) / len(found) == pytest.approx(knob.gain * knob.norms[layer], rel=1e-3)
-    even = learn_lookahead(model, tokenizer, pairs(), layers=[2], per_token=True)
+        assert sum(found) / len(found) == pytest.approx(knob.gain * knob.norms[layer], rel=3e-3)
+    even = learn_lookahead(model, tokenizer, pairs(), layers=[2], backend=backend, per_token=True)
     alike = moved(model, {even: 1.0}, 2).norm(dim=-1)
     torch.testing.assert_close(alike, torch.full_like(alike, even.gain * even.norms[2]), rtol=1e-3, atol=1e-3)
 
@@ -552,6 +553,15 @@ def test_a_knob_and_its_copy_follow_a_cache_each_for_itself(model: PreTrainedMod
     assert torch.equal(decode(model, {half: 1.0, rest: 1.0}, rows), decode(model, {knob.with_(gain=2.0): 1.0}, rows))
 
 
+def test_a_step_is_measured_where_the_first_guess_of_its_length_is_poor() -> None:
+    bundled, words = load("prefworld")
+    answers = ("Wait for a better day then.", "Now.")
+    asked = Pairs(Pair((Message("user", f"Take {n} coins now, or wait?"),), *answers) for n in range(2, 8))
+    exact, scaled = (learn_lookahead(bundled, words, asked, layers=[1, 3], backend=b) for b in get_args(Backend))
+    for layer, scale in exact.scales.items():
+        assert scaled.scales[layer] == pytest.approx(scale, rel=0.01)
+
+
 def test_a_step_that_goes_too_far_is_refused(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(KnobError, match=r"too far for a derivative\. A step of .* works"):
         learn_lookahead(model, tokenizer, pairs(), layers=[1], backend="scaled", step=1e9)
@@ -559,6 +569,8 @@ def test_a_step_that_goes_too_far_is_refused(model: PreTrainedModel, tokenizer: 
         learn_lookahead(model, tokenizer, pairs(), layers=[1], backend="scaled", step=1e-9)
     with pytest.raises(OptionError, match=r"A step is of backend='scaled'; got 1\.0 for the exact one"):
         learn_lookahead(model, tokenizer, pairs(), layers=[1], step=1.0)
+    with pytest.raises(KnobError, match="per_token of a lookahead is true or false; got 'no'"):
+        learn_lookahead(model, tokenizer, pairs(), layers=[1], per_token="no")  # pyright: ignore[reportArgumentType]
 
 
 def test_inference_mode_and_half_precision(model: PreTrainedModel, knob: LookaheadKnob) -> None:

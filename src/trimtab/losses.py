@@ -170,6 +170,8 @@ def read_loss(loss: str | LossFn | Loss) -> Loss:
     known = LOSSES[name]
     signature = inspect.signature(known.function).parameters.values()
     defaults = {p.name: p.default for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if colon and not text.strip():
+        raise OptionError(f"The loss {loss!r} names no option behind its colon. Known: {', '.join(sorted(defaults))}.")
     options: dict[str, float | str] = {}
     for part in text.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))

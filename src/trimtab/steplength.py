@@ -11,7 +11,7 @@ import torch
 from trimtab.artifact import LookaheadKnob
 from trimtab.errors import KnobError
 
-FLOOR, USUAL, LEAST, MOST = 1e-3, 0.5, 4.0, 0.25
+FLOOR, USUAL, LEAST, MOST = 1e-3, 0.5, 4.0, 0.05
 """The step that is taken moves the stream by `USUAL` times the root of the dtype's resolution, as a share of its norm:
 the best of 1/4 to 4 on trained models; and by `FLOOR` at least, which float32 can afford, for the sake of tokens that
 move less than others. Steps that move it by less than `LEAST` times the resolution itself are refused, since

@@ -84,7 +84,7 @@ def describe_lookahead(knob: LookaheadKnob) -> str:
         "derivative": "exact, in forward mode" if knob.backend == "exact" else _step(knob),
         "gradient": f"{made['weights']} weights, {made['values']} values"
         + (f", of rank {made['rank']} at most" if made["rank"] else ""),
-        "energy kept": f"{energy:.2%}" if isinstance(energy, float) else None,
+        "energy kept": f"{energy:.2%} of the gradient that was learned" if isinstance(energy, float) else None,
         "safe range": describe_safe_range(knob),
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
         "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,

@@ -64,6 +64,8 @@ class LookaheadKnob(PartsKnob):
         check_where(self.where)
         if self.backend not in get_args(Backend):
             raise unknown_name("backend", str(self.backend), get_args(Backend))
+        if not isinstance(self.per_token, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise KnobError(f"per_token of a lookahead is true or false; got {self.per_token!r}.")
         if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
             raise KnobError(f"The step of a lookahead is above 0; got {self.step!r}.")
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
@@ -182,6 +184,8 @@ class LookaheadKnob(PartsKnob):
             "How far two gradients move the stream together is not known without a model, so that lookahead knobs have "
             "no sum. Steer with both at once: steer(model, {a: 1, b: 1})."
         )
+
+    __radd__ = __sub__ = __rsub__ = __add__
 
     def described(self) -> dict[str, Any]:
         """Return what the gradient is made of: parameters, values that are stored, the largest rank."""

@@ -110,8 +110,8 @@ def capture_gradients(
             progress(sum(map(len, run.batches[: number + 1])), len(pairs))
     if not bool(found[0].isfinite().all()):
         raise TrainError(
-            f"The gradient of the loss {run.loss} is not finite for some of these pairs. Check the model with trimtab "
-            "check, or load it with dtype='float32'."
+            f"The gradient of the loss {run.loss} is not finite for some of these pairs. Check the loss if it is "
+            "yours, and the model with trimtab check, or load it with dtype='float32'."
         )
     sites = tuple(Site(layer, name) for layer in wanted for name in names)
     gradients, first, activations = (part.flatten(1, 2) for part in found)
@@ -174,8 +174,8 @@ def weight_gradients(
     for name, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise TrainError(
-                f"The gradient of the loss {run.loss} is not finite at {name!r}. Check the model with trimtab check, "
-                "or load it with dtype='float32'."
+                f"The gradient of the loss {run.loss} is not finite at {name!r}. Check the loss if it is yours, and "
+                "the model with trimtab check, or load it with dtype='float32'."
             )
     return means
 

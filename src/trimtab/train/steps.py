@@ -126,13 +126,19 @@ def learn_lookahead(
         backend,
         provenance=learned_from(model, tokenizer, pairs, PAPER, options, licence),
     )
+    answers = _answers(adapter, tokenizer, pairs[:CALIBRATED], token_budget)
     with evaluating(model), torch.no_grad():
-        scales = mean_lengths(adapter, knob, _answers(adapter, tokenizer, pairs[:CALIBRATED], token_budget))
-    if not all(scales.values()):
-        raise TrainError("The gradient moves the stream nowhere. Check that chosen and rejected answers differ.")
+        # A step is as long as the scales say: those of a first one, by a guess, tell how long the second has to be.
+        for _ in range(1 if backend == "exact" else 2):
+            scales = mean_lengths(adapter, knob, answers)
+            if not all(scales.values()):
+                raise TrainError(
+                    "The gradient moves the stream nowhere. Check that chosen and rejected answers differ."
+                )
+            knob = replace(knob, scales=scales)
     told |= {"seconds": time.perf_counter() - begun, "warnings": _doubts(tokenizer, pairs, asked)}
     top = (wanted[-1],)
-    made = replace(knob, scales=scales, layers=top, step=step, per_token=per_token, diagnostics=told)
+    made = replace(knob, layers=top, step=step, per_token=per_token, diagnostics=told)
     Stream(adapter, made)  # a step that no dtype resolves is refused before it is saved
     return made
 
