@@ -22,6 +22,7 @@ from trimtab.pairs import Pairs
 from trimtab.plans import Plan, Selection, make_plan
 from trimtab.render import Renderer
 from trimtab.selection import doubts, doubts_of_lengths, doubts_of_one, rank_sites
+from trimtab.team import ALONE, Team
 from trimtab.texts import Format
 from trimtab.types import Site, Where, check_seed, check_where
 
@@ -59,6 +60,7 @@ def learn(
     licence: str | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> Knob:
     """Learn a knob from pairs; about a hundred do, and it takes seconds.
 
@@ -83,7 +85,8 @@ def learn(
     line in length explains. `options` go to the method, `seed` to whatever is drawn: "cold-kernel" takes
     `{"kernel": "cosine" | "softmax" | "linear", "temperature": 1.0}`, whose knob keeps the pairs' gradients and weighs
     them by the stream at every token (see `trimtab.kernels.kernel_weights`).
-    `progress` is called with the number of texts that were read and that of all.
+    `progress` is called with the number of texts that were read and that of all. `team` (see `trimtab.team.open_team`):
+    processes that read the pairs together, each of which returns the knob.
 
     Warns (`TrimtabWarning`) of what may make the knob mean something else than it seems to, and keeps the warnings in
     `knob.diagnostics["warnings"]`.
@@ -102,6 +105,7 @@ def learn(
         "token_budget": token_budget,
         "checkpoint": checkpoint,
         "progress": progress,
+        "team": team,
     }
     if loss is not None and not plan.gradients:
         raise OptionError(f"A loss is of methods whose evidence is gradients; got loss={loss!r} for {method}.")
@@ -193,7 +197,7 @@ def _from_gradients(
 ) -> Found:
     """Describe the sites by minus the pairs' gradients, in place of differences; lengths and norms are as ever."""
     found = capture_gradients(model, tokenizer, pairs, loss=loss, positions=plan.positions, **reading)
-    again = {name: reading[name] for name in ("layers", "token_budget")}
+    again = {name: reading[name] for name in ("layers", "token_budget", "team")}
     evidence = capture(model, tokenizer, pairs, positions=("response_mean",), format="question_response", **again)
     vectors = dict(zip(found.sites, plan.method.run(found.gradients, found.activations, own), strict=True))
     none = torch.zeros_like(found.gradients[:, 0])

@@ -18,6 +18,7 @@ from trimtab.errors import AdapterError, OptionError, PairsError
 from trimtab.ops import Moments, Side
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
+from trimtab.team import ALONE, Team
 from trimtab.texts import Format, Text, check_context, expand_positions, render_pairs
 from trimtab.types import Site
 
@@ -56,6 +57,7 @@ def capture(
     padding: Side = "right",
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> Evidence:
     """Read the residual stream of every pair's answers at every candidate site, layers x positions.
 
@@ -71,6 +73,9 @@ def capture(
 
     `checkpoint` is a folder that keeps finished batches: the same call takes them from there after it was stopped or
     killed, bit for bit, so the result is that of a run in one go. It is left in place; see `trimtab.checkpoint`.
+
+    `team`: several processes, each with the model, make the same call and share its batches out; all of them return
+    the whole evidence, whose norms differ in their last bits from those of one process. They share the checkpoint.
     """
     if not len(pairs):
         raise PairsError("There are no pairs to read.")
@@ -87,26 +92,26 @@ def capture(
     store = torch.zeros(2, len(pairs), len(wanted), len(names), adapter.hidden_size)
     norms = {layer: Moments() for layer in wanted}
     run = _Run(adapter, renderer, wanted, padding, store, norms)
-    kept = Checkpoint(
-        checkpoint,
-        lambda: {
-            "work": "reading pairs",
-            **describe_model(model, tokenizer),
-            "pairs": pairs.hash(),
-            "format": format,
-            "positions": names,
-            "layers": wanted,
-            "token budget": token_budget,
-            "padding": padding,
-            "tokens": fingerprint(texts),
-        },
-    )
+    job = {
+        "work": "reading pairs",
+        "pairs": pairs.hash(),
+        "format": format,
+        "positions": names,
+        "layers": wanted,
+        "token budget": token_budget,
+        "padding": padding,
+        "tokens": fingerprint(texts),
+    }
+    kept = team.first(lambda: Checkpoint(checkpoint, lambda: {**job, **describe_model(model, tokenizer)}))
     done = 0
     with torch.no_grad(), evaluating(model):
         for number, batch in enumerate(_batches(texts, token_budget)):
-            run.keep(batch, kept.tensors(f"batch {number}", partial(run.forward, batch)))
+            if team.takes(number):
+                run.keep(batch, kept.tensors(f"batch {number}", partial(run.forward, batch)))
             done += len(batch)
             progress(done, len(texts))
+    team.add(store)
+    norms = _merged(team.collect(norms))
     answers = {(text.side, text.pair): text.norms.stop - text.norms.start for text in texts if text.norms.stop}
     return Evidence(
         sites=tuple(Site(layer, name) for layer in wanted for name in names),
@@ -117,6 +122,15 @@ def capture(
         format=format,
         norm_tokens=norms[wanted[0]].count,
     )
+
+
+def _merged(parts: Sequence[dict[int, Moments]]) -> dict[int, Moments]:
+    """Merge the moments of several processes, layer by layer; those of one are as they were."""
+    first, *others = parts
+    for other in others:
+        for layer, moments in first.items():
+            moments.merge(other[layer])
+    return first
 
 
 # Running

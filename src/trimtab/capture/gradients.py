@@ -24,6 +24,7 @@ from trimtab.losses import IGNORED, Loss, LossFn, read_loss
 from trimtab.ops import Side
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
+from trimtab.team import ALONE, Team
 from trimtab.texts import check_context, render_items
 from trimtab.types import Site
 
@@ -73,13 +74,14 @@ def capture_gradients(
     padding: Side = "right",
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> GradientEvidence:
     """Return the gradient of every pair's loss at the residual stream, at every candidate site, layers x positions.
 
     `loss`: see `trimtab.losses.read_loss`. The answers of a pair share their prompt, so that the derivative at a token
     of it is the sum of the rows' gradients, each found at its own row's columns. `positions` are of
-    `GRADIENT_POSITIONS`; `layers`, `token_budget`, `padding`, `checkpoint`, `progress` as for `capture`, the budget
-    over the rows of whole pairs. The model is left as it was, `requires_grad` of its parameters included.
+    `GRADIENT_POSITIONS`; `layers`, `token_budget`, `padding`, `checkpoint`, `progress`, `team` as for `capture`, the
+    budget over the rows of whole pairs. The model is left as it was, `requires_grad` of its parameters included.
 
     Raises `OptionError`, `PairsError` and `UnknownName` for what cannot be read, and `TrainError` where a gradient is
     not finite.
@@ -93,21 +95,23 @@ def capture_gradients(
     wanted = adapter.layers(range(adapter.n_layers) if layers is None else layers)
     run = _Run(model, tokenizer, pairs, read_loss(loss), token_budget, padding)
     run.loss.check_checkpoint(checkpoint)
-    kept = Checkpoint(
-        checkpoint, lambda: run.job("reading gradients") | {"positions": list(positions), "layers": wanted}
-    )
+    job = {"positions": list(positions), "layers": wanted}
+    kept = team.first(lambda: Checkpoint(checkpoint, lambda: run.job("reading gradients") | job))
     names = list(dict.fromkeys(positions))
-    losses: list[Tensor] = []
+    losses = torch.zeros(len(run.batches))
     with evaluating(model), trainable(model, ()):
         found = torch.zeros(3, len(pairs), len(wanted), len(names), adapter.hidden_size)
         for number, batch in enumerate(run.batches):
-            step = partial(run.halving, partial(run.at_stream, wanted, names), batch)
-            tensors = kept.tensors(f"batch {number}", step)
-            at = [item.pair for item in batch]
-            for part, name in zip(found, ("gradients", "first", "activations"), strict=True):
-                part[at] = tensors[name]
-            losses.append(tensors["loss"])
+            if team.takes(number):
+                step = partial(run.halving, partial(run.at_stream, wanted, names), batch)
+                tensors = kept.tensors(f"batch {number}", step)
+                at = [item.pair for item in batch]
+                for part, name in zip(found, ("gradients", "first", "activations"), strict=True):
+                    part[at] = tensors[name]
+                losses[number] = tensors["loss"]
             progress(sum(map(len, run.batches[: number + 1])), len(pairs))
+    team.add(found)
+    team.add(losses)
     if not bool(found[0].isfinite().all()):
         raise TrainError(
             f"The gradient of the loss {run.loss} is not finite for some of these pairs. Check the loss if it is "
@@ -115,7 +119,7 @@ def capture_gradients(
         )
     sites = tuple(Site(layer, name) for layer in wanted for name in names)
     gradients, first, activations = (part.flatten(1, 2) for part in found)
-    return GradientEvidence(sites, gradients, first, activations, torch.stack(losses))
+    return GradientEvidence(sites, gradients, first, activations, losses)
 
 
 def weight_gradients(
@@ -128,6 +132,7 @@ def weight_gradients(
     token_budget: int = 8192,
     padding: Side = "right",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over pairs by parameter, float32, on the parameters' devices.
 
@@ -161,8 +166,9 @@ def weight_gradients(
         try:
             for name in names:
                 known[name].grad = None
-            for batch in run.batches:
-                run.halving(one, batch)
+            for number, batch in enumerate(run.batches):
+                if team.takes(number):
+                    run.halving(one, batch)
                 done += len(batch)
                 progress(done, len(pairs))
         finally:
@@ -170,7 +176,10 @@ def weight_gradients(
                 handle.remove()
             for name, gradient in kept.items():
                 known[name].grad = gradient
-    means = {n: sums[n] / len(pairs) if n in sums else torch.zeros_like(known[n], dtype=torch.float32) for n in names}
+    means: dict[str, Tensor] = {}
+    for name in names:
+        zeros = torch.zeros_like(known[name], dtype=torch.float32)
+        means[name] = team.add(sums.pop(name, zeros)) / len(pairs)
     for name, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise TrainError(
@@ -187,6 +196,7 @@ def residual_norms(
     layers: Sequence[int],
     *,
     token_budget: int = 8192,
+    team: Team = ALONE,
 ) -> dict[int, float]:
     """Return the mean residual norm per layer over the pairs' answers, as every knob has it; see `capture`."""
     found = capture(
@@ -197,6 +207,7 @@ def residual_norms(
         layers=layers,
         format="question_response",
         token_budget=token_budget,
+        team=team,
     )
     return found.norms
 

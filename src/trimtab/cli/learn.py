@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options, steps, vectors
 from trimtab.cli.options import given, output_file
-from trimtab.cli.sources import held_out_of, load_pairs, open_model
+from trimtab.cli.sources import held_out_of, load_pairs, open_model, open_workers
 from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
@@ -136,15 +136,15 @@ def run(args: Namespace, terminal: Terminal) -> None:
         from trimtab.methods import METHODS
     if args.method is not None and args.method not in METHODS:  # before the model is loaded, which may take long
         raise unknown_name("method", args.method, [*METHODS, *steps.METHODS, *vectors.METHODS])
-    with open_model(args, terminal) as (model, tokenizer):
+    with open_workers(args, terminal) as team, open_model(args, terminal) as (model, tokenizer):
         begun = time.perf_counter()
         working = terminal.working(f"Learning from {counted(len(pairs), 'pair')}", counted=True)
         with options.resumable(args.checkpoint), working as progress:
-            knob = learn(model, tokenizer, pairs, options=own, progress=progress, **chosen)
+            knob = learn(model, tokenizer, pairs, options=own, progress=progress, team=team, **chosen)
         seconds = time.perf_counter() - begun
-    knob.save(out)
+        team.first(lambda: knob.save(out) if team.leads else None)
     terminal.result(_record(knob, out, seconds), _text(knob, args, out, seconds))
-    if args.checkpoint is not None:
+    if args.checkpoint is not None and team.leads:
         remove(args.checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from trimtab.evals.tasks import AnyTask
     from trimtab.pairs import Duplicates, Pairs
     from trimtab.render import Loaded
+    from trimtab.team import Team
 
 WORLD = "prefworld"
 WORLD_COUNT = 100
@@ -42,6 +44,26 @@ def open_model(args: Namespace, terminal: Terminal) -> Generator[Loaded]:
             stack.enter_context(quiet_transformers(bars=not local and sys.stderr.isatty()))
             loaded = load(args.model, dtype=args.dtype or "auto", device=args.device)
         yield loaded
+
+
+@contextmanager
+def open_workers(args: Namespace, terminal: Terminal) -> Generator[Team]:
+    """Join the processes that torchrun has started, if it has; all but the first keep quiet, each on its own GPU."""
+    from trimtab.team import open_team
+
+    with open_team() as team:
+        if not team.leads:
+            terminal.quiet = True
+            warnings.simplefilter("ignore", TrimtabWarning)  # the first one says it
+        if team.size > 1 and args.device == "cuda":
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        yield team
+
+
+def refuse_workers(team: Team, method: str) -> None:
+    """Raise `OptionError` for a method that several processes cannot share."""
+    if team.size > 1:
+        raise OptionError(f"{method} trains in one process. Start it without torchrun.")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given
-from trimtab.cli.sources import held_out_of, load_pairs, open_model
+from trimtab.cli.sources import held_out_of, load_pairs, open_model, open_workers, refuse_workers
 from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
@@ -62,15 +62,19 @@ def run(args: Namespace, terminal: Terminal, out: Path, name: str, known: tuple[
         from trimtab.train.bipo import learn_vector
         from trimtab.train.steps import learn_lookahead, learn_step
     learn: Any = {"cold-fd": learn_lookahead, "one-step": learn_step, "bipo": learn_vector}[args.method]
-    with open_model(args, terminal) as (model, tokenizer):
+    with open_workers(args, terminal) as team, open_model(args, terminal) as (model, tokenizer):
+        if args.method == "bipo":
+            refuse_workers(team, args.method)
+        else:
+            chosen["team"] = team
         begun = time.perf_counter()
         working = terminal.working(f"Learning from {counted(len(pairs), 'pair')} ({args.method})", counted=True)
         with options.resumable(args.checkpoint), working as progress:
             knob: AnyKnob = learn(model, tokenizer, pairs, name=name, progress=progress, **chosen)
         seconds = time.perf_counter() - begun
-    knob.save(out)
+        team.first(lambda: knob.save(out) if team.leads else None)
     terminal.result(_record(knob, out, seconds), _text(knob, args, out, seconds))
-    if args.checkpoint is not None:
+    if args.checkpoint is not None and team.leads:
         remove(args.checkpoint)
 
 

@@ -109,14 +109,15 @@ def plain_warnings() -> Generator[None]:
 
 
 class Terminal:
-    """Where one run prints; with `json`, stdout holds JSON only, one object per line."""
+    """Where one run prints; with `json`, stdout holds JSON only, one object per line; `quiet` prints no result."""
 
     def __init__(self, *, json: bool) -> None:
-        self.json = json
+        self.json, self.quiet = json, False
 
     def result(self, record: Mapping[str, Any], text: str) -> None:
         """Print a result: the record as one line of JSON, or the text."""
-        write(json.dumps(record) if self.json else harmless(text))
+        if not self.quiet:
+            write(json.dumps(record) if self.json else harmless(text))
 
     def stream(self, piece: str) -> None:
         """Print a piece of an answer at once, unless stdout is for JSON."""
@@ -136,7 +137,7 @@ class Terminal:
         `counted` shows a bar and both numbers. `printing` says that results are printed meanwhile: on a terminal they
         show enough, and would cross the bar.
         """
-        if not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
+        if self.quiet or not sys.stderr.isatty() or (printing and sys.stdout.isatty()):
             yield lambda done, total: None
             return
         from rich.console import Console

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import given, input_folder
-from trimtab.cli.sources import load_pairs, open_model
+from trimtab.cli.sources import load_pairs, open_model, open_workers, refuse_workers
 from trimtab.cli.tables import counted, facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
@@ -98,6 +98,8 @@ def run(args: Namespace, terminal: Terminal, out: Path, name: str) -> None:
         raise OptionError(f"--gain is a positive number; got {args.gain:g}. A negative strength turns a knob round.")
     if args.all_weights and args.lora_rank is not None:
         raise OptionError("--all-weights trains no adapter, so that --lora-rank has no meaning. Pass one of the two.")
+    with open_workers(args, terminal) as team:
+        refuse_workers(team, args.method)
     begun = time.perf_counter()
     knob = _subtracted(args, terminal, out, name) if args.plus else _trained(args, terminal, name)
     if args.plus is None:

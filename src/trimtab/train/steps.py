@@ -31,6 +31,7 @@ from trimtab.losses import Loss, LossFn, read_loss
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.selection import doubts_of_lengths, doubts_of_one, layers_between
+from trimtab.team import ALONE, Team
 from trimtab.types import Where, check_strength, check_where
 from trimtab.weights.lowrank import relative_error, truncate
 from trimtab.weights.rows import embedding_scale, is_linear
@@ -68,6 +69,7 @@ def learn_lookahead(
     licence: str | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> LookaheadKnob:
     """Learn how the stream would move under one gradient step on the pairs, as a knob that moves it so (COLD-FD).
 
@@ -83,7 +85,8 @@ def learn_lookahead(
 
     `where`, `backend`, `step` and `per_token` are stored in the knob, see `trimtab.artifact.LookaheadKnob`; `seed` is
     of the decomposition of large matrices. `checkpoint` is a folder that keeps the gradient. `progress` is called with
-    the pairs that are done and their number. Memory while learning: the gradient in float32, beside the model.
+    the pairs that are done and their number; `team` is as for `trimtab.learn`. Memory while learning: the gradient in
+    float32, beside the model.
 
     Raises what `capture_gradients` raises, `KnobError` for a model whose attention has no forward-mode derivative, and
     `TrainError` where there is no gradient.
@@ -105,9 +108,9 @@ def learn_lookahead(
         used = parameters_to(adapter, wanted[-1])
     names, thin = used.names, {n for n in used.names if n in used.called and _is_matrix(model, n)}
     parts, told = _gradient(
-        model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress, "cold-fd"
+        model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress, team, "cold-fd"
     )
-    norms = residual_norms(model, tokenizer, pairs, wanted, token_budget=token_budget)
+    norms = residual_norms(model, tokenizer, pairs, wanted, token_budget=token_budget, team=team)
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in names))
     guess = {layer: norm * told["gradient_norm"] / length for layer, norm in norms.items()}
     options: dict[str, Any] = {"layers": wanted, "first": first, "last": last, "rank": rank, "loss": str(asked)}
@@ -156,6 +159,7 @@ def learn_step(
     licence: str | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
 ) -> DeltaKnob:
     """Take one gradient step on the pairs, and return it as a weight knob: -G, all layers, no second stream.
 
@@ -173,7 +177,7 @@ def learn_step(
     names = [n for n, _ in model.named_parameters() if rank is None or is_linear(model, n)]
     thin = set(names) if rank is not None else set[str]()
     parts, told = _gradient(
-        model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress, "one-step"
+        model, tokenizer, pairs, names, thin, asked, rank, token_budget, seed, checkpoint, progress, team, "one-step"
     )
     length = math.hypot(*(float(model.get_parameter(n).detach().float().norm()) for n in parts))
     norm, step = DeltaKnob(name, "one-step", parts).norm(), SHARE * length
@@ -207,6 +211,7 @@ def _gradient(
     seed: int,
     checkpoint: str | Path | None,
     progress: Callable[[int, int], None],
+    team: Team,
     kind: str,
 ) -> tuple[dict[str, Part], dict[str, Any]]:
     """Return the gradient by parameter, those of `thin` cut to a rank, and what a record says of it."""
@@ -214,7 +219,7 @@ def _gradient(
 
     def compute() -> dict[str, Tensor]:
         found = weight_gradients(
-            model, tokenizer, pairs, names, loss=loss, token_budget=token_budget, progress=progress
+            model, tokenizer, pairs, names, loss=loss, token_budget=token_budget, progress=progress, team=team
         )
         parts: dict[str, Part] = {}
         square, lost = 0.0, 0.0
@@ -242,13 +247,9 @@ def _gradient(
         "token budget": token_budget,
         "seed": seed,
     }
-    kept = Checkpoint(
-        checkpoint,
-        lambda: (
-            {**job, **describe_model(model, tokenizer), "pairs": pairs.hash(), "targets": _targets(loss, pairs)}
-            | {"weights": fingerprint([*names]), "of a rank": fingerprint(sorted(thin))}
-        ),
-    )
+    job |= {"pairs": pairs.hash(), "targets": _targets(loss, pairs)}
+    job |= {"weights": fingerprint([*names]), "of a rank": fingerprint(sorted(thin))}
+    kept = team.first(lambda: Checkpoint(checkpoint, lambda: {**job, **describe_model(model, tokenizer)}))
     tensors = kept.tensors("gradient", compute)
     norm, energy = tensors.pop("told").tolist()
     return parts_of(tensors), {"gradient_norm": norm, "energy": energy, "weights": len(names)}
