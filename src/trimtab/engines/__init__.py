@@ -1,1 +1,0 @@
-"""Engines for many: knobs per request in vLLM, and learning on many workers."""
