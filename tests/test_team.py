@@ -6,18 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import pico
 from trimtab.artifact import AnyKnob, Knob, LowRank, load_knob
+from trimtab.capture import capture
+from trimtab.capture.activations import _Run
 from trimtab.cli import main
 from trimtab.errors import OptionError
+from trimtab.learn import learn
 from trimtab.ops import Moments
+from trimtab.pairs import Pairs
+from trimtab.render import load
 from trimtab.team import ALONE, Team, open_team, torchrun
+from trimtab.train.steps import learn_lookahead, learn_step
 
 
 def test_one_process_does_everything_and_several_share_batches_out() -> None:
@@ -81,40 +87,42 @@ def tensors(knob: AnyKnob) -> dict[str, torch.Tensor]:
 
 
 LEARN = ["learn", "model", "pairs.jsonl", "--token-budget", "80", "--method", "diffmean", "--positions", "last"]
-EVERY = """
-import trimtab
-from trimtab.learn import learn
-from trimtab.pairs import Pairs
-from trimtab.team import open_team
-from trimtab.train.steps import learn_lookahead, learn_step
 
-def every(team):
-    model, tokenizer = trimtab.load("model")
-    pairs, shared = Pairs.load("pairs.jsonl"), {"token_budget": 80, "team": team}
-    answers = {"positions": "last", "format": "question_response"}
+
+def every(team: Team) -> dict[str, AnyKnob]:
+    """Learn by every way of reading that several processes can share."""
+    model, tokenizer = load("model")
+    pairs, budget = Pairs.load("pairs.jsonl"), 80
+    read = partial(learn, model, tokenizer, pairs, token_budget=budget)
+    answers = partial(read, positions="last", format="question_response")
     return {
-        "diffmean": learn(model, tokenizer, pairs, method="diffmean", **answers, **shared),
-        "pca": learn(model, tokenizer, pairs, method="pca", length_match="regress", **answers, **shared),
-        "cold-kernel": learn(model, tokenizer, pairs, method="cold-kernel", options={"kernel": "cosine"}, **shared),
-        "cold-fd": learn_lookahead(model, tokenizer, pairs, **shared),
-        "one-step": learn_step(model, tokenizer, pairs, **shared),
+        "diffmean": answers(method="diffmean", team=team),
+        "pca": answers(method="pca", length_match="regress", team=team),
+        "cold-kernel": learn(model, tokenizer, pairs, method="cold-kernel", token_budget=budget, team=team),
+        "softmax": read(method="cold-kernel", options={"kernel": "softmax"}, team=team),
+        "cold-fd": learn_lookahead(model, tokenizer, pairs, token_budget=budget, team=team),
+        "one-step": learn_step(model, tokenizer, pairs, token_budget=budget, team=team),
     }
 
-if __name__ == "__main__":
-    with open_team() as team:
-        for name, knob in every(team).items():
-            knob.save(f"{name}.{team.rank}.safetensors")
+
+EVERY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_team import every
+from trimtab.team import open_team
+
+with open_team() as team:
+    for name, knob in every(team).items():
+        knob.save(f"{name}.{team.rank}.safetensors")
 """
 
 
 def test_one_process_and_two_learn_the_same_knobs(folder: Path) -> None:
     """Two read different batches; their sums are those of one but for the order in which they are added up."""
     (folder / "every.py").write_text(EVERY)
-    status, _, error = torchrun_two("every.py")
+    status, _, error = torchrun_two("every.py", str(Path(__file__).parent))
     assert status == 0, error
-    names: dict[str, Any] = {}
-    exec(compile(EVERY, "every.py", "exec"), names)
-    for name, knob in names["every"](ALONE).items():
+    for name, knob in every(ALONE).items():
         wanted = tensors(knob)
         for rank in range(2):
             found = load_knob(folder / f"{name}.{rank}.safetensors")
@@ -122,6 +130,26 @@ def test_one_process_and_two_learn_the_same_knobs(folder: Path) -> None:
             assert tensors(found).keys() == wanted.keys()
             for part, value in tensors(found).items():
                 torch.testing.assert_close(value, wanted[part], rtol=1e-4, atol=1e-6, msg=f"{name} {part}")
+
+
+def test_a_process_that_is_one_of_two_runs_every_second_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load("model")
+    pairs, ran = Pairs.load("pairs.jsonl"), list[int]()
+    forward = _Run.forward
+    monkeypatch.setattr(_Run, "forward", lambda run, batch: (ran.append(len(batch)), forward(run, batch))[1])
+    monkeypatch.setattr(Team, "add", lambda self, part: part)
+    monkeypatch.setattr(Team, "collect", lambda self, part: [part])
+
+    def read(team: Team) -> torch.Tensor:
+        found = capture(
+            model, tokenizer, pairs, positions=["last"], format="question_response", token_budget=80, team=team
+        )
+        return found.chosen
+
+    whole, batches = read(ALONE), [*ran]
+    halves = [read(Team(rank, 2)) for rank in range(2)]
+    assert ran[len(batches) :] == [*batches[::2], *batches[1::2]]
+    assert torch.equal(halves[0] + halves[1], whole)
 
 
 COUNTING = """
