@@ -177,7 +177,8 @@ def test_provenance_holds_every_option_passed_and_defaulted(
     assert (known["licence"], known["pairs_count"], known["pairs_hash"]) == ("CC0", 8, pairs().hash())
     assert known["tool"].startswith("trimtab ")
     assert json.dumps(dict(known))
-    own = {"model", "tokenizer", "pairs", "method", "name", "site", "options", "licence", "checkpoint", "progress"}
+    own = {"model", "tokenizer", "pairs", "method", "name", "site", "options", "licence", "checkpoint"}
+    own |= {"progress", "team"}
     assert set(known["options"]) == set(inspect.signature(learn).parameters) - own
     assert known["options"]["seed"] == 3
     assert known["options"]["layers"] == [0, 1]
@@ -432,7 +433,14 @@ EXERCISED: dict[str, Any] = {
     "token_budget": 1,
     "licence": "CC0",
 }
-APART = ("model", "tokenizer", "pairs", "checkpoint", "progress")  # what is learned from, and what changes no knob
+APART = (
+    "model",
+    "tokenizer",
+    "pairs",
+    "checkpoint",
+    "progress",
+    "team",
+)  # what is learned from, and what changes no knob
 
 
 def test_progress_reaches_the_number_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

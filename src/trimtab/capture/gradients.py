@@ -98,8 +98,8 @@ def capture_gradients(
     job = {"positions": list(positions), "layers": wanted}
     kept = team.first(lambda: Checkpoint(checkpoint, lambda: run.job("reading gradients") | job))
     names = list(dict.fromkeys(positions))
-    losses = torch.zeros(len(run.batches))
     with evaluating(model), trainable(model, ()):
+        losses = torch.zeros(len(run.batches))
         found = torch.zeros(3, len(pairs), len(wanted), len(names), adapter.hidden_size)
         for number, batch in enumerate(run.batches):
             if team.takes(number):
