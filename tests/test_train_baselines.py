@@ -20,9 +20,10 @@ from trimtab.cli import main
 from trimtab.errors import OptionError, PairsError, TrainError, TrimtabWarning, UnknownName
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.tasks import Task
-from trimtab.generate import generate, read_prompt
+from trimtab.generate import generate
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
+from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.train import loops as loops_module
 from trimtab.train import rollouts as rollouts_module

@@ -18,31 +18,29 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Rack
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.ops import Batch
+from trimtab.prompts import (
+    AnySetting,
+    Prompt,
+    check_count,
+    check_decoding,
+    end_ids,
+    names_of,
+    read_prompt,
+    settings_per_prompt,
+)
 from trimtab.render import Renderer
 from trimtab.runtime import Dose, batches_of, steer
 from trimtab.types import (
-    ROLES,
     THOUGHTS,
     Markers,
     Message,
-    Setting,
     Where,
-    check_seed,
     check_strength,
     check_where,
-    is_unicode,
-    parse_setting,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Prompt = str | Sequence[Message | Mapping[str, str]]
-"""A user's message, or a conversation: messages, or mappings with `role` and `content`."""
-
-
-AnySetting = Setting | Dose | str
-"""Strengths by name, strengths of knobs, or the text form of the former."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,10 @@ def generate(
     `UnknownName` for names that are not on the rack, and `KnobError` for a knob from another architecture or chat
     template, which `strict=False` turns into a warning; None compares nothing (who has called `Knob.check` already).
     """
-    _check_options(max_new_tokens, temperature, top_p, batch_size, where, seed)
+    check_decoding(max_new_tokens, temperature, top_p, seed)
+    check_count(batch_size, "batch_size")
+    if where is not None:
+        check_where(where)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"Prompts come as a list; got {prompts!r}. Pass [prompt].")
     if rack is not None and not isinstance(rack, Rack):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -103,7 +104,7 @@ def generate(
     renderer, adapter = Renderer(tokenizer), Adapter(model)
     conversations = [read_prompt(prompt) for prompt in prompts]
     ids = [renderer.prompt_ids(messages) for messages in conversations]
-    settings, doses = _per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
+    settings, doses = settings_per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
     _check_context(adapter, ids, max_new_tokens)
     limit = adapter.context_length
     rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(row)) for row in ids]
@@ -129,7 +130,7 @@ def generate(
                 answer = made[: rooms[i]]
                 length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
                 text, finished = renderer.decode(answer[:length]), length < len(answer)
-                results[i] = Generation(conversations[i], text, _names(settings[i]), length, finished)
+                results[i] = Generation(conversations[i], text, names_of(settings[i]), length, finished)
     return [results[i] for i in range(len(ids))]
 
 
@@ -149,33 +150,6 @@ def _new_tokens(
             "1 / temperature is too large for it."
         ) from None
     return out[:, batch.input_ids.shape[1] :].tolist()
-
-
-COLDEST = 1e-6
-
-
-def _number(value: object, name: str) -> float:
-    """Return a number that is one, and not text that could be read as one."""
-    if isinstance(value, str):
-        raise OptionError(f"The {name} must be a number; got {value!r}.")
-    return check_strength(cast(float, value), name)
-
-
-def _check_options(
-    max_new_tokens: int, temperature: float, top_p: float, batch_size: int, where: Where | None, seed: int
-) -> None:
-    for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(number, int) or number < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f"{name} is a whole number, 1 or more; got {number!r}.")
-    check_seed(seed)
-    if _number(temperature, "temperature") < 0:
-        raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
-    if 0 < temperature < COLDEST:  # logits divided by it would not be finite
-        raise OptionError(f"The temperature is 0 (greedy), or {COLDEST:g} or more; got {temperature}.")
-    if not 0 < _number(top_p, "top_p") <= 1:
-        raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
-    if where is not None:
-        check_where(where)
 
 
 def _markers(renderer: Renderer, doses: Sequence[Dose], texts: tuple[str, str] | None) -> Markers | None:
@@ -226,36 +200,13 @@ def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]], max_new_token
         )
 
 
-def read_prompt(prompt: object) -> tuple[Message, ...]:
-    """Read a prompt as messages; a string is what the user says. Raises `OptionError` for anything else."""
-    if isinstance(prompt, str):
-        return (_message(Message("user", prompt)),)
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise OptionError(f"A prompt is a string, or a list of messages; got {prompt!r}.")
-    return tuple(_message(entry) for entry in cast(Sequence[object], prompt))
-
-
-def _message(entry: object) -> Message:
-    if isinstance(entry, Message):
-        if entry.role not in ROLES:
-            raise OptionError(f"Role {entry.role!r} is not one of {', '.join(ROLES)}.")
-        if not is_unicode(entry.content):
-            raise OptionError(f"A message holds half of a surrogate pair, no character: {entry.content[:60]!a}.")
-        return entry
-    fields = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {}
-    role, content = fields.get("role"), fields.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise OptionError(f"A message has a role and a content, both text; got {entry!r}.")
-    return _message(Message(role, content))
-
-
 def _doses(
     knobs: AnySetting | Sequence[AnySetting] | None, count: int, rack: Rack | None, where: Where | None
 ) -> list[dict[AnyKnob, float]]:
     """Look up every prompt's knobs, and move them to `where`; a knob in several rows stays one knob."""
     moved: dict[AnyKnob, AnyKnob] = {}
     doses: list[dict[AnyKnob, float]] = []
-    for setting in _per_prompt(knobs, count):
+    for setting in settings_per_prompt(knobs, count):
         dose: dict[AnyKnob, float] = {}
         for key, strength in setting.items():
             if isinstance(key, AnyKnob):
@@ -272,36 +223,6 @@ def _doses(
                 dose[knob] = dose.get(knob, 0.0) + number
         doses.append(dose)
     return doses
-
-
-def _per_prompt(knobs: AnySetting | Sequence[AnySetting] | None, count: int) -> Sequence[Setting | Dose]:
-    if isinstance(knobs, str):
-        knobs = parse_setting(knobs)
-    if knobs is None or isinstance(knobs, Mapping):
-        return [knobs or {}] * count
-    if not isinstance(knobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {knobs!r}.')
-    if len(knobs) != count:
-        raise OptionError(
-            f"Got a list of {len(knobs)} knob settings for {count} prompts; pass one per prompt, or a mapping for "
-            "all of them."
-        )
-    settings = [parse_setting(one) if isinstance(one, str) else one for one in knobs]
-    for one in settings:
-        if not isinstance(one, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {brief(one)}.')
-    return settings
-
-
-def _names(setting: Setting | Dose) -> dict[str, float]:
-    return {key.name if isinstance(key, AnyKnob) else key: float(strength) for key, strength in setting.items()}
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Collect the ids that end a turn, from the tokenizer and from the model's generation settings."""
-    own: object = model.generation_config.eos_token_id
-    known: list[object] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return sorted({token for token in known if isinstance(token, int)})
 
 
 def _decoding(max_new_tokens: int, temperature: float, top_p: float, ends: list[int], pad_id: int) -> GenerationConfig:

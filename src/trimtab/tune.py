@@ -20,8 +20,8 @@ from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import selection_bias
 from trimtab.evals.tasks import AnyTask, what_is_asked
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
-from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
+from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import Dose
 from trimtab.types import THOUGHTS, WHERE, Site, Where, check_strength, check_where

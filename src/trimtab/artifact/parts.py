@@ -96,13 +96,17 @@ def labelled(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     }
 
 
-def digest_of(parts: Mapping[str, Part]) -> str:
-    """Return the sha256 of names, shapes and some values of every part, which tells their content from another's."""
+def digest_of(parts: Mapping[str, Part], *, whole: bool = False) -> str:
+    """Return the sha256 of names, shapes and some values of every part, which tells their content from another's.
+
+    `whole` takes every value.
+    """
     state = hashlib.sha256()
     for name, part in parts.items():
         for tensor in part if isinstance(part, LowRank) else (part,):
             flat = tensor.detach().reshape(-1)
-            some = flat[:: -(-len(flat) // SAMPLE) | 1].cpu().contiguous()  # an odd stride meets every column
+            stride = 1 if whole else -(-len(flat) // SAMPLE) | 1  # an odd stride meets every column
+            some = flat[::stride].cpu().contiguous()
             state.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
             state.update(some.view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
@@ -111,6 +115,7 @@ def digest_of(parts: Mapping[str, Part]) -> str:
 def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module) -> None:
     """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
     known = dict(model.named_parameters(remove_duplicate=False))
+    skeleton = all(parameter.is_meta for parameter in known.values())  # a model without weights, made for comparing
     missing = [name for name in parts if name not in known]
     if missing:
         raise KnobError(
@@ -125,7 +130,7 @@ def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module) -> None:
                 f"Knob {knob!r} changes {name!r}, which this {type(model).__name__} holds as {own.dtype}: "
                 "nothing can be added to quantised weights. Load the model without quantisation."
             )
-        if own.is_meta:
+        if own.is_meta and not skeleton:
             raise KnobError(
                 f"Knob {knob!r} changes {name!r}, which is off-loaded in this {type(model).__name__}, so that "
                 "it cannot be changed. Load the model on one device."

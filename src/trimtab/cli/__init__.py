@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, reproduce, train, tune
+from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, reproduce, serve, train, tune
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
@@ -23,6 +23,7 @@ VERBS: dict[str, ModuleType] = {
     "train": train,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "check": check,
     "reproduce": reproduce,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from trimtab.cli import options
 from trimtab.cli.options import given, input_file, text_lines, unicode_text
-from trimtab.cli.sources import check_knobs, load_knobs, open_model, setting_from, warn_outside
+from trimtab.cli.sources import check_knobs, load_knobs, open_model, open_vllm, setting_from, warn_outside
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, PairsError, UnknownName, brief
 from trimtab.files import parse_json
@@ -24,6 +24,7 @@ from trimtab.types import check_strength, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import Rack
+    from trimtab.generate import Generation
     from trimtab.render import Loaded
 
 GENERATE = ("max_new_tokens", "temperature", "top_p", "batch_size", "thinking")
@@ -31,6 +32,9 @@ GENERATE = ("max_new_tokens", "temperature", "top_p", "batch_size", "thinking")
 
 ROUNDS = 4
 """Batches that are answered before results are printed; prompts of similar length share a batch."""
+
+IN_FLIGHT = 4096
+"""Prompts that vLLM is given at once."""
 
 OPTIONS_OF_A_RUN = frozenset("strength knob panel temperature top_p max_new_tokens".split())
 """Fields of a prompt's line that say what the user wanted and no data set has; others are ignored."""
@@ -53,18 +57,24 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--input", metavar="FILE", help="prompts, one per line, as text or as JSON objects; - is stdin")
     options.add_knobs(parser)
     options.add_decoding(parser)
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="prompts answered at once (default 64)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts answered at once (default 64)")
+    options.add_engine(parser, ("transformers", "vllm"))
 
 
 def run(args: Namespace, terminal: Terminal) -> None:
     """Answer every prompt, in order; results are printed as they come."""
     requests = _requests(args)
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise OptionError(f"--batch-size is 1 or more; got {args.batch_size}.")
+    if args.engine == "transformers" and args.engine_option:
+        raise OptionError("--engine-option is for --engine vllm.")
     with terminal.working("Preparing"):
         panel = load_knobs(args.knob, args.where)
     common = setting_from(args, panel)
     settings = [_checked(request, common, panel.rack) for request in requests]
+    if args.engine == "vllm":
+        _answer_in_vllm(args, terminal, panel.rack, requests, settings)
+        return
     with open_model(args, terminal) as loaded:
         check_knobs(panel.rack, loaded, strict=not args.no_strict)
         for setting in settings:
@@ -97,17 +107,39 @@ def _answer(
 ) -> None:
     from trimtab.generate import generate
 
-    size = ROUNDS * args.batch_size
+    size = ROUNDS * (args.batch_size or 64)
     with terminal.working("Generating", counted=True, printing=True) as progress:
         for start in range(0, len(requests), size):
             part = slice(start, start + size)
             prompts = [request.prompt for request in requests[part]]
             seed, options = args.seed + start, given(args, *GENERATE)
             made = generate(*loaded, prompts, rack=rack, knobs=settings[part], seed=seed, strict=None, **options)
-            for prompt, answer in zip(prompts, made, strict=True):
-                record = {"prompt": prompt, "text": answer.text, "knobs": dict(answer.knobs)}
-                terminal.result(record, f"> {_shown(prompt)}\n{answer.text}\n")
+            _print(terminal, prompts, made)
             progress(start + len(prompts), len(requests))
+
+
+def _answer_in_vllm(
+    args: Namespace, terminal: Terminal, rack: Rack, requests: list[Request], settings: list[dict[str, float]]
+) -> None:
+    for name in ("batch_size", "thinking", "device"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name.replace('_', '-')} is not for --engine vllm, which has options of its own.")
+    for setting in settings:
+        warn_outside(rack, setting)
+    with open_vllm(args, terminal, rack) as engine, terminal.working("Generating", counted=True, printing=True) as tell:
+        options = given(args, "max_new_tokens", "temperature", "top_p")
+        for start in range(0, len(requests), IN_FLIGHT):
+            part = slice(start, start + IN_FLIGHT)
+            prompts = [request.prompt for request in requests[part]]
+            made = engine.generate(prompts, knobs=settings[part], seed=args.seed + start, **options)
+            _print(terminal, prompts, made)
+            tell(start + len(prompts), len(requests))
+
+
+def _print(terminal: Terminal, prompts: Sequence[str | Turns], made: Sequence[Generation]) -> None:
+    for prompt, answer in zip(prompts, made, strict=True):
+        record = {"prompt": prompt, "text": answer.text, "knobs": dict(answer.knobs)}
+        terminal.result(record, f"> {_shown(prompt)}\n{answer.text}\n")
 
 
 def _shown(prompt: str | Turns) -> str:

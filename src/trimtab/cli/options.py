@@ -72,6 +72,25 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, ..., or auto for all devices (default cpu)")
 
 
+def add_engine(parser: ArgumentParser, engines: Sequence[str]) -> None:
+    """Add which engine runs the model, the first by default, and its own options."""
+    default = "" if len(engines) == 1 else f" (default {engines[0]})"
+    parser.add_argument(
+        "--engine",
+        choices=engines,
+        default=engines[0] if default else None,
+        required=not default,
+        help=f"what runs the model{default}",
+    )
+    parser.add_argument(
+        "--engine-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of vLLM's own, as in tensor_parallel_size=2; may be repeated",
+    )
+
+
 def add_knobs(parser: ArgumentParser, *, thinking: bool = True) -> None:
     """Add knobs and their setting, and unless `thinking` is False the markers of thoughts."""
     parser.add_argument(

@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from trimtab.cli.options import input_file
+from trimtab.cli.options import assignments, input_file
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
 from trimtab.types import Setting, check_strength, check_where, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import Panel, Rack
+    from trimtab.engines.vllm.offline import Engine
     from trimtab.evals.tasks import AnyTask
     from trimtab.pairs import Duplicates, Pairs
     from trimtab.render import Loaded
@@ -44,6 +45,31 @@ def open_model(args: Namespace, terminal: Terminal) -> Generator[Loaded]:
             stack.enter_context(quiet_transformers(bars=not local and sys.stderr.isatty()))
             loaded = load(args.model, dtype=args.dtype or "auto", device=args.device)
         yield loaded
+
+
+def vllm_options(args: Namespace) -> tuple[str, dict[str, object]]:
+    """Return what vLLM is to load, a hub name or a folder, and the options that the user gave it."""
+    from trimtab.render.loading import locate
+
+    source, _ = locate(args.model)
+    dtype = args.dtype or ("float32" if args.model == WORLD else None)  # as `trimtab.load` has it
+    # Asked of no one who runs an engine for others, and answered to nobody.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return str(source), {**({"dtype": dtype} if dtype else {}), **assignments(args.engine_option)}
+
+
+@contextmanager
+def open_vllm(args: Namespace, terminal: Terminal, rack: Rack) -> Generator[Engine]:
+    """Start vLLM in this process; it logs errors only, and nothing on stdout."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    model, own = vllm_options(args)
+    with ExitStack() as stack:
+        with terminal.working(f"Starting vLLM with {args.model}"):
+            from trimtab.engines.vllm.offline import Engine
+
+            engine = stack.enter_context(Engine(model, rack, strict=not args.no_strict, options=own))
+        yield engine
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from trimtab.artifact import AnyKnob, Rack
 from trimtab.compose.goal import Goal, Rule
 from trimtab.errors import OptionError, TrimtabWarning, brief, unknown_name
 from trimtab.evals.tasks import AnyTask
-from trimtab.generate import read_prompt
 from trimtab.pairs import prompt_hash
+from trimtab.prompts import read_prompt
 
 
 def named_knobs(knobs: Mapping[str, AnyKnob | str | Path]) -> Rack:

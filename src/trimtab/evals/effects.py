@@ -18,7 +18,7 @@ from trimtab.evals.stats import Interval, Scores, bootstrap_ratio, paired_bootst
 from trimtab.evals.tasks import Prompt
 from trimtab.files import read_bytes, reason
 from trimtab.formats import read_file
-from trimtab.generate import read_prompt
+from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import Dose
 from trimtab.types import Where, is_unicode

@@ -31,8 +31,8 @@ from trimtab.evals.judge import Judge
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import holm
 from trimtab.evals.tasks import AnyTask, Outcome, Task, grade_said, run_task, what_is_asked
-from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs, prompt_hash
+from trimtab.prompts import read_prompt
 from trimtab.runtime import Dose
 from trimtab.types import check_seed, check_strength, format_setting
 

@@ -18,8 +18,8 @@ from trimtab.evals.entries import Ask
 from trimtab.evals.judge import Judge
 from trimtab.evals.tasks import AnyTask
 from trimtab.files import write_atomically
-from trimtab.generate import read_prompt
 from trimtab.pairs import Pairs
+from trimtab.prompts import read_prompt
 from trimtab.runtime import Dose
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.artifact import Panel, Rack, load_knob, load_panel, model_identity
 from trimtab.errors import MissingDependency, OptionError, TrimtabError, TrimtabWarning, unknown_name
-from trimtab.generate import end_ids
+from trimtab.prompts import end_ids
 from trimtab.render import Renderer, load
 from trimtab.runtime import steer
 from trimtab.types import check_strength

@@ -17,7 +17,8 @@ from trimtab.evals.choices import ChoiceTask, Prompt, choose
 from trimtab.evals.graders import degenerate, exact_answer, exact_match, is_refusal
 from trimtab.evals.sandbox import Sandbox
 from trimtab.formats import read_file
-from trimtab.generate import Generation, generate, read_prompt
+from trimtab.generate import Generation, generate
+from trimtab.prompts import read_prompt
 from trimtab.runtime import Dose
 
 if TYPE_CHECKING:

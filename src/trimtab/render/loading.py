@@ -40,7 +40,7 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
     if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
         raise OptionError(f"Unknown dtype {dtype!r}. Known: auto, {', '.join(sorted(DTYPES))}.")
     config = load_config(name_or_path)
-    source, local = _locate(name_or_path)
+    source, local = locate(name_or_path)
     if str(name_or_path) == BUNDLED and dtype == "auto":
         dtype = "float32"
     if device == "auto" and find_spec("accelerate") is None:
@@ -80,7 +80,7 @@ def _check_device(device: str | None) -> None:
 
 def load_config(name_or_path: str | Path) -> PretrainedConfig:
     """Load the configuration of a model that `load` could load; raises `OptionError` when there is no such model."""
-    source, local = _locate(name_or_path)
+    source, local = locate(name_or_path)
     from transformers import AutoConfig
 
     try:
@@ -118,7 +118,7 @@ class _Source(NamedTuple):
     is_local: bool
 
 
-def _locate(name_or_path: str | Path) -> _Source:
+def locate(name_or_path: str | Path) -> _Source:
     text = str(name_or_path)
     if text == BUNDLED:
         folder = resources.files("trimtab") / "prefworld" / "model"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trimtab.adapter import CACHE_NAMES
-from trimtab.generate import end_ids
+from trimtab.prompts import end_ids
 from trimtab.render import Renderer
 from trimtab.reproduce.alignment_bench import LevelBench, share
 from trimtab.reproduce.alignment_recipe import LEVELS, Question

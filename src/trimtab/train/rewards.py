@@ -24,8 +24,8 @@ from trimtab.checkpoint import Checkpoint, describe_model, fingerprint, versions
 from trimtab.errors import OptionError, TrainError, TrimtabWarning, unknown_name
 from trimtab.evals.cost import measured
 from trimtab.evals.tasks import Task
-from trimtab.generate import Prompt, end_ids, read_prompt
 from trimtab.pairs import prompt_hash
+from trimtab.prompts import Prompt, end_ids, read_prompt
 from trimtab.render import Renderer
 from trimtab.train import Trained, check_model
 from trimtab.train.loops import merge

@@ -1,0 +1,1 @@
+"""Fast engines with knobs per request: what they share, and a plugin for vLLM."""

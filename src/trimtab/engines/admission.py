@@ -1,0 +1,223 @@
+"""What an engine's front end knows of knobs: their names, whether a request may turn them, and what that comes to.
+
+A request carries names and strengths. They are looked up here, once, and travel on as digests of tensors with
+strengths, so that a name may be given to another knob while requests under the old one are in flight, and no cache
+confuses the two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob
+from trimtab.artifact.checks import check_knob_name
+from trimtab.artifact.parts import digest_of
+from trimtab.engines.slots import PLACES, knob_digest, plan_request
+from trimtab.errors import KnobError, OptionError, brief, unknown_name
+from trimtab.files import parse_json
+from trimtab.types import check_strength, parse_setting
+
+ADAPTER = "trimtab:"
+"""How the path of an adapter begins that is no path, but digests of weight knobs with their alphas."""
+PREPARED = 4096
+"""Settings that are remembered with what they come to."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a request's knobs come to: all that travels with it."""
+
+    turned: dict[str, float]
+    """Strengths of added knobs, by their digests."""
+    keys: tuple[str, str, str]
+    """What is added before the prompt's last token, on it and after it; see `trimtab.engines.slots.Plan`."""
+    adapter: str = ""
+    """The weight knobs, as the path of a LoRA adapter; empty where none is turned."""
+
+    def stamp(self) -> dict[str, Any]:
+        """Return what the engine's other processes are to know, in types that every serialiser has."""
+        return {"turned": self.turned, "keys": list(self.keys)}
+
+
+def engine_digest(knob: AnyKnob) -> str:
+    """Say in hexadecimal digits what a knob does; raises `KnobError` for one that an engine cannot run."""
+    if isinstance(knob, DeltaKnob):
+        if not knob.low_rank:
+            raise KnobError(
+                f"Knob {knob.name!r} is a dense difference of weights, which an engine cannot turn per request. "
+                "Compress it (trimtab.weights.compress), or merge it into a checkpoint."
+            )
+        return digest_of(knob.parts, whole=True)
+    if not isinstance(knob, Knob) or knob.operation != "add":
+        raise KnobError(
+            f"Knob {knob.name!r} ({knob.operation}) looks at the stream or ahead, which an engine's table of addends "
+            "cannot express. Use the engine 'transformers'."
+        )
+    if knob.where not in PLACES:
+        raise KnobError(
+            f"Knob {knob.name!r} steers {knob.where!r} tokens, which are not known before they are there. Use "
+            f"where={', '.join(PLACES)}, or the engine 'transformers'."
+        )
+    return knob_digest(knob)
+
+
+@dataclass
+class Admission:
+    """The knobs of an engine by their names, and the check of every request.
+
+    `dtype` is the model's; `max_rank` the largest rank of an adapter, None where the engine runs without adapters;
+    `safe_ranges` refuses strengths outside a tuned knob's safe range.
+    """
+
+    dtype: torch.dtype
+    max_rank: int | None = None
+    safe_ranges: bool = False
+    knobs: dict[str, AnyKnob] = field(default_factory=dict[str, AnyKnob])
+    _digests: dict[str, str] = field(default_factory=dict[str, str])
+    _known: dict[frozenset[tuple[str, float]], Admitted] = field(
+        default_factory=dict[frozenset[tuple[str, float]], Admitted]
+    )
+
+    def check(self, knob: AnyKnob) -> str:
+        """Return a knob's digest; raises `KnobError` for one that this engine cannot run."""
+        digest = engine_digest(knob)
+        if isinstance(knob, DeltaKnob) and self.max_rank is None:
+            raise KnobError(
+                f"Knob {knob.name!r} changes weights, and this engine runs without adapters. Start it with "
+                "enable_lora=True and max_lora_rank (in vLLM: --enable-lora --max-lora-rank)."
+            )
+        return digest
+
+    def put(self, name: str, knob: AnyKnob) -> None:
+        """Give a knob a name, in the place of whatever had it."""
+        check_knob_name(name)
+        digest = self.check(knob)
+        self._known.clear()
+        self.knobs[name], self._digests[name] = knob, digest
+
+    def admit(self, knobs: object) -> Admitted | None:
+        """Read a request's setting, as text or a mapping, and return what it comes to; None where that is nothing.
+
+        Raises `OptionError` and `UnknownName` that say what is wrong with it.
+        """
+        setting = {name: s for name, s in read_setting(knobs).items() if self._checked(name, s)}
+        key = frozenset(setting.items())
+        if not setting or key in self._known:
+            return self._known.get(key)
+        admitted = self._prepare(setting)
+        if len(self._known) >= PREPARED:
+            self._known.clear()
+        self._known[key] = admitted
+        return admitted
+
+    def _checked(self, name: str, strength: float) -> bool:
+        """Check a knob at a strength, and tell whether that does anything."""
+        if name not in self.knobs:
+            raise unknown_name("knob", name, self.knobs)
+        bounds = self.knobs[name].safe_range
+        if self.safe_ranges and bounds is not None and not bounds[0] <= strength <= bounds[1]:
+            raise OptionError(
+                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
+            )
+        return strength != 0
+
+    def _prepare(self, setting: Mapping[str, float]) -> Admitted:
+        added: dict[str, tuple[Knob, float]] = {}
+        weights: dict[str, float] = {}
+        rank = 0
+        for name, strength in setting.items():
+            knob, digest = self.knobs[name], self._digests[name]
+            if isinstance(knob, DeltaKnob):
+                alpha = knob.alpha(strength)
+                rank += 0 if digest in weights else top_rank(knob)
+                weights[digest] = weights.get(digest, 0.0) + alpha
+            else:
+                assert isinstance(knob, Knob)
+                added[digest] = knob, strength + added.get(digest, (knob, 0.0))[1]
+        if self.max_rank is not None and rank > self.max_rank:
+            raise OptionError(
+                f"The weight knobs {', '.join(sorted(setting))} have rank {rank} together; this engine runs adapters "
+                f"up to rank {self.max_rank} (max_lora_rank)."
+            )
+        plan = plan_request(added, self.dtype)
+        turned = {digest: strength for digest, (_, strength) in added.items() if strength}
+        return Admitted(turned, plan.keys, adapter_path(weights))
+
+
+def read_setting(knobs: object) -> dict[str, float]:
+    """Read a setting: a mapping of names to numbers, the same as JSON text, or text such as `math=0.8,concise=-1`."""
+    if isinstance(knobs, str) and knobs.lstrip().startswith("{"):
+        try:
+            knobs = parse_json(knobs)
+        except ValueError as error:
+            raise OptionError(f"knobs is not JSON: {error}.") from None
+    if isinstance(knobs, str):
+        return parse_setting(knobs)
+    if not isinstance(knobs, Mapping):
+        raise OptionError(f'knobs are written {{"math": 0.8}} or "math=0.8"; got {brief(knobs)}.')
+    entries = cast(Mapping[object, object], knobs)
+    wrong = next((name for name, value in entries.items() if not isinstance(value, int | float)), None)
+    if wrong is not None:
+        raise OptionError(f"The strength of {brief(wrong)} must be a number; got {brief(entries[wrong])}.")
+    return {str(name): check_strength(cast(float, value), f"strength of {name!r}") for name, value in entries.items()}
+
+
+def top_rank(knob: DeltaKnob) -> int:
+    """Return the largest rank among a low-rank knob's parts."""
+    return max(getattr(part, "rank", 0) for part in knob.parts.values())
+
+
+def adapter_path(weights: Mapping[str, float]) -> str:
+    """Write weight knobs at their alphas, by digest, as the path of an adapter; empty where nothing is turned.
+
+    >>> adapter_path({"b": 0.5, "a": -1.0})
+    'trimtab:a=-1.0,b=0.5'
+    """
+    parts = [f"{digest}={weights[digest]!r}" for digest in sorted(weights) if weights[digest]]
+    return ADAPTER + ",".join(parts) if parts else ""
+
+
+def read_adapter_path(path: str) -> dict[str, float]:
+    """Read what `adapter_path` wrote; nothing where an adapter only stands for none."""
+    parts = (part.partition("=") for part in path[len(ADAPTER) :].split(",") if part)
+    return {digest: float(alpha) for digest, _, alpha in parts}
+
+
+def adapter_name(path: str) -> tuple[str, int]:
+    """Return a name and a number (1 to 2**31 - 1) for an adapter, the same in every process.
+
+    The engine tells the few adapters that it holds at a time apart by their numbers, which two of them share about once
+    in 10^8 times.
+    """
+    digest = hashlib.sha256(path.encode()).hexdigest()
+    return f"trimtab-{digest[:16]}", 1 + int(digest, 16) % (2**31 - 1)
+
+
+def compose_adapter(
+    alphas: Sequence[tuple[DeltaKnob, float]], dtype: torch.dtype
+) -> tuple[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Put weight knobs at their alphas side by side: `[a1 B1, a2 B2]` times `[A1; A2]`, which is their sum exactly.
+
+    Returns the rank R and, by module, A `[R, in]` and B `[out, R]` in `dtype`; modules that a knob leaves alone have
+    zeros there. Raises `OptionError` for alphas that `dtype` cannot hold.
+    """
+    total = sum(top_rank(knob) for knob, _ in alphas)
+    composed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in dict.fromkeys(name for knob, _ in alphas for name in knob.parts):
+        some = next(knob.parts[name] for knob, _ in alphas if name in knob.parts)
+        a, b = torch.zeros(total, some.shape[1]), torch.zeros(some.shape[0], total)
+        at = 0
+        for knob, alpha in alphas:
+            part: Any = knob.parts.get(name)
+            if part is not None:
+                a[at : at + part.rank], b[:, at : at + part.rank] = part.a.float(), alpha * part.b.float()
+            at += top_rank(knob)
+        if not bool(b.to(dtype).isfinite().all()):
+            raise OptionError(f"A strength is too large for {dtype}; got {[(k.name, alpha) for k, alpha in alphas]}.")
+        composed[name.removesuffix(".weight")] = a.to(dtype), b.to(dtype)
+    return total, composed

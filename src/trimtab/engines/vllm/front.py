@@ -1,0 +1,241 @@
+"""In the front end's process: settings are completed at start, and every request is checked before it goes on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from trimtab.artifact import AnyKnob, DeltaKnob, Knob
+from trimtab.artifact import load_knob as read_knob
+from trimtab.engines.admission import ADAPTER, Admission, Admitted, adapter_name, engine_digest, top_rank
+from trimtab.engines.vllm import compat
+from trimtab.engines.vllm.settings import KEY, REQUESTED, Settings
+from trimtab.errors import KnobError, OptionError, TrimtabError, TrimtabWarning
+from trimtab.render.loading import model_class
+
+UNSUPPORTED = {
+    "prefill_context_parallel_size": (1, "prefill context parallelism"),
+    "enable_dbo": (0, "dual batch overlap"),
+    "ubatch_size": (1, "micro-batches"),
+}
+"""Options of vLLM's that cut a step's tokens into pieces, of which no layer is told; with what is off."""
+
+
+def refuse(error: TrimtabError) -> Callable[..., Any]:
+    """Return the wrapper that refuses engines with knobs, and leaves others alone."""
+
+    def configure_none(original: Callable[..., Any], args: Any, *rest: Any, **options: Any) -> Any:
+        if Settings.read(args.additional_config) is not None:
+            raise error
+        return original(args, *rest, **options)
+
+    return configure_none
+
+
+def configure(original: Callable[..., Any], args: Any, *rest: Any, **options: Any) -> Any:
+    """Complete and check the settings of an engine with knobs; raises `TrimtabError` for what it cannot run."""
+    config = original(args, *rest, **options)
+    settings = Settings.read(config.additional_config)
+    if settings is None:
+        return config
+    for option, (off, name) in UNSUPPORTED.items():
+        if getattr(config.parallel_config, option, off) > off:
+            raise OptionError(f"Knobs do not go with {name} ({option}), which computes a step's tokens in pieces.")
+    settings.knobs = {name: os.path.abspath(path) for name, path in settings.knobs.items()}
+    front = Front(config, settings)  # which reads and checks every knob
+    settings.digests = {name: front.admission.check(knob) for name, knob in front.admission.knobs.items()}
+    config.additional_config = {**config.additional_config, KEY: settings.stored()}
+    return config
+
+
+class Front:
+    """The knobs of an engine in its front end; `config` is vLLM's `VllmConfig`."""
+
+    def __init__(self, config: Any, settings: Settings) -> None:
+        self.settings = settings
+        self._model_config = config.model_config
+        self._twin: tuple[nn.Module | None, Any] | None = None
+        lora = config.lora_config
+        self.admission = Admission(
+            dtype=config.model_config.dtype,
+            max_rank=None if lora is None else lora.max_lora_rank,
+            safe_ranges=settings.safe_ranges,
+        )
+        self._mixed_up = lora is not None and compat.mixes_up_adapters()
+        for name, path in settings.knobs.items():
+            self.put(name, self.read(name, path))
+
+    def read(self, name: str, path: str) -> AnyKnob:
+        """Read a knob file, and compare the knob with the model; raises `KnobError` where it does not fit."""
+        knob = read_knob(path)
+        digest = self.admission.check(knob)
+        if self.settings.digests.get(name, digest) != digest:
+            raise KnobError(f"{path} holds another knob than the one that the engine was started with.")
+        self._compare(knob)
+        if isinstance(knob, DeltaKnob) and top_rank(knob) > (self.admission.max_rank or 0):
+            raise KnobError(
+                f"Knob {knob.name!r} has rank {top_rank(knob)}; this engine runs adapters up to rank "
+                f"{self.admission.max_rank} (max_lora_rank)."
+            )
+        if isinstance(knob, Knob) and self.settings.layers is not None and knob.site.layer not in self.settings.layers:
+            raise KnobError(
+                f"Knob {knob.name!r} acts on layer {knob.site.layer}; this engine was started for layers "
+                f"{self.settings.layers} (layers)."
+            )
+        return knob
+
+    @property
+    def unadapted(self) -> str:
+        """The adapter of requests that have none, where vLLM would give them another's; empty elsewhere."""
+        weights = self._mixed_up and any(isinstance(knob, DeltaKnob) for knob in self.admission.knobs.values())
+        return ADAPTER if weights else ""
+
+    def put(self, name: str, knob: AnyKnob) -> None:
+        """Give a knob its name."""
+        self.admission.put(name, knob)
+
+    def _compare(self, knob: AnyKnob) -> None:
+        """Compare a knob with the model, as `Knob.check` does; the model's weights are not needed for it."""
+        config = self._model_config.hf_text_config
+        width, count = self._model_config.get_hidden_size(), config.num_hidden_layers
+        if isinstance(knob, Knob) and (knob.width != width or not 0 <= knob.site.layer < count):
+            raise KnobError(
+                f"Knob {knob.name!r} has width {knob.width} and acts on layer {knob.site.layer}; this model has hidden "
+                f"size {width} and {count} layers. Learn the knob on this model."
+            )
+        if self._twin is None:
+            self._twin = _empty_twin(self._model_config)
+        model, tokenizer = self._twin
+        if model is None:
+            warnings.warn(
+                f"transformers does not know this model, so that of knob {knob.name!r} only the sizes were compared.",
+                TrimtabWarning,
+                stacklevel=2,
+            )
+            return
+        knob.check(cast(Any, model), tokenizer, strict=self.settings.strict, hashes=False)
+        if isinstance(knob, DeltaKnob):
+            knob.check_shapes(model)
+            foreign = next((n for n in knob.parts if not _is_plain_linear(model, n)), None)
+            if foreign is not None:
+                raise KnobError(f"Knob {knob.name!r} changes {foreign!r}, no linear layer, which no adapter can.")
+
+    def admit(self, params: Any) -> Admitted | None:
+        """Check what a request asks for."""
+        extra = getattr(params, "extra_args", None) or {}
+        if KEY in extra:
+            raise OptionError(f"{KEY!r} is not for requests to pass. Pass {REQUESTED!r}.")
+        return self.admission.admit(extra[REQUESTED]) if extra.get(REQUESTED) is not None else None
+
+
+def _is_plain_linear(model: nn.Module, name: str) -> bool:
+    path, _, kind = name.rpartition(".")
+    return kind == "weight" and isinstance(model.get_submodule(path), nn.Linear)
+
+
+def _empty_twin(model_config: Any) -> tuple[nn.Module | None, Any]:
+    """Return the model without weights, and its tokenizer, as transformers knows them; None for what it does not."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    trust = {"trust_remote_code": model_config.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model_config.model, revision=model_config.revision, **trust)
+        with torch.device("meta"):
+            model = model_class(config).from_config(config, **trust)
+    except (ValueError, OSError, KeyError, ImportError, AttributeError):
+        return None, None
+    model.config.name_or_path = str(model_config.model)
+    try:
+        revision = model_config.tokenizer_revision
+        tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer, revision=revision, **trust)
+    except (ValueError, OSError, KeyError, ImportError):
+        tokenizer = None
+    return model, tokenizer
+
+
+def open_front(original: Callable[..., Any], processor: Any, vllm_config: Any, *rest: Any, **options: Any) -> None:
+    """Give the processor of inputs the engine's knobs."""
+    original(processor, vllm_config, *rest, **options)
+    settings = Settings.read(vllm_config.additional_config)
+    processor.trimtab = None if settings is None else Front(vllm_config, settings)
+
+
+def admit(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Look up a request's knobs, and let what they come to travel with it; a mistake refuses this request alone."""
+    call = inspect.signature(original).bind(*args, **options)
+    processor, params = call.arguments["self"], call.arguments["params"]
+    front: Front | None = getattr(processor, "trimtab", None)
+    extra: Mapping[str, Any] = getattr(params, "extra_args", None) or {}
+    if front is None and REQUESTED not in extra and KEY not in extra:
+        return original(*call.args, **call.kwargs)
+    try:
+        if front is None:
+            raise OptionError(
+                'This engine was started without knobs. Start it with additional_config={"trimtab": {"knobs": {...}}}.'
+            )
+        admitted = front.admit(params)
+        adapter = admitted.adapter if admitted is not None else ""
+        if call.arguments.get("lora_request") is None:
+            adapter = adapter or front.unadapted
+        elif adapter:
+            raise OptionError("A request runs one adapter: turn weight knobs, or name an adapter of the engine's.")
+        if adapter:
+            name, number = adapter_name(adapter)
+            call.arguments["lora_request"] = compat.vllm("vllm.lora.request", "LoRARequest")(name, number, adapter)
+    except TrimtabError as error:
+        raise compat.vllm("vllm.exceptions", "VLLMValidationError")(str(error), parameter=REQUESTED) from None
+    request = original(*call.args, **call.kwargs)
+    if admitted is not None:  # on the request's own copy of the parameters
+        request.sampling_params.extra_args = {**extra, KEY: admitted.stamp()}
+    return request
+
+
+# Loading while the engine runs
+
+
+def load_knob(engine: Any, name: str, path: str | os.PathLike[str]) -> None:
+    """Load a knob file into a running `vllm.LLM`, under a name, in the place of whatever had it.
+
+    Every process of the engine reads the file, on its own machine; requests in flight keep the knob they came with.
+    Raises `KnobError` for a file that cannot be read, or does not fit, in any of them; the engine then goes on as it
+    was.
+    """
+    front = front_of(engine)
+    place = os.path.abspath(path)
+    knob = front.read("", place)
+    answers = engine.collective_rpc(compat.RPC, args=(place,))
+    _settle(front, name, knob, answers)
+
+
+async def load_knob_async(engine: Any, name: str, path: str | os.PathLike[str]) -> None:
+    """Load a knob file into a running `AsyncLLM`; see `load_knob`."""
+    front = front_of(engine)
+    place = os.path.abspath(path)
+    knob = front.read("", place)
+    answers: Awaitable[Any] = engine.collective_rpc(compat.RPC, args=(place,))
+    _settle(front, name, knob, await answers)
+
+
+def front_of(engine: Any) -> Front:
+    """Return the knobs of an engine's front end; raises `OptionError` for an engine that was started without."""
+    front = getattr(engine.input_processor, "trimtab", None)
+    if front is None:
+        raise OptionError(
+            'This engine was started without knobs. Start it with additional_config={"trimtab": {"knobs": {}}}.'
+        )
+    return front
+
+
+def _settle(front: Front, name: str, knob: AnyKnob, answers: list[dict[str, str]]) -> None:
+    wrong = next((answer["error"] for answer in answers if "error" in answer), None)
+    if wrong is not None:
+        raise KnobError(f"A worker cannot load the knob: {wrong}")
+    if {answer["digest"] for answer in answers} != {engine_digest(knob)}:
+        raise KnobError("The workers have read another knob than the front end: its file differs between machines.")
+    front.put(name, knob)

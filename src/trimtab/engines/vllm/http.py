@@ -1,0 +1,165 @@
+"""Over HTTP: the field `knobs` in the body of a request, and the list of an engine's knobs at `/v1/knobs`.
+
+vLLM's server needs no change: a middleware of its command line moves `knobs` to `vllm_xargs`, where vLLM's own routes
+take it from.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, cast
+
+from trimtab.artifact import AnyKnob, Knob
+from trimtab.engines.vllm.front import Front, front_of, load_knob_async
+from trimtab.engines.vllm.settings import REQUESTED
+from trimtab.errors import OptionError, TrimtabError, brief
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+"""Routes whose requests have `vllm_xargs`."""
+KNOBS = "/v1/knobs"
+LIMIT = 64 * 2**20
+"""Longest body that is looked into, in bytes."""
+
+
+class KnobsInBody:
+    """ASGI middleware; vLLM's `--middleware trimtab.engines.vllm.http.KnobsInBody` puts it in."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "lifespan":
+            _add_routes(scope["app"])
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] == KNOBS:
+            await self._app(scope, receive, send)
+            return
+        messages, body = await _read(receive)
+        try:
+            moved = move_knobs(body, scope["path"])
+        except OptionError as error:
+            await _refuse(send, str(error))
+            return
+        if moved is not None:
+            messages = [{"type": "http.request", "body": moved, "more_body": False}]
+            headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+            scope = {**scope, "headers": [*headers, (b"content-length", str(len(moved)).encode())]}
+        waiting = iter(messages)
+
+        async def replay() -> Message:
+            return next(waiting, None) or await receive()
+
+        await self._app(scope, replay, send)
+
+
+async def _read(receive: Receive) -> tuple[list[Message], bytes]:
+    """Take in a request's body, or what fits of it."""
+    messages: list[Message] = []
+    size = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        size += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body", False) or size > LIMIT:
+            return messages, b"".join(m.get("body", b"") for m in messages)
+
+
+def move_knobs(body: bytes, path: str) -> bytes | None:
+    """Return a body with `knobs` moved to `vllm_xargs`, or None where there is none to move.
+
+    Raises `OptionError` where knobs would be lost: on other routes, and with beam search.
+    """
+    if f'"{REQUESTED}"'.encode() not in body:
+        return None
+    try:
+        content: object = json.loads(body)
+    except ValueError:
+        return None  # the route itself says what is wrong
+    if not isinstance(content, dict) or content.get(REQUESTED) is None:
+        return None
+    fields = cast(dict[str, Any], content)
+    if path not in ROUTES:
+        raise OptionError(f"{path} takes no {REQUESTED!r}; these do: {', '.join(ROUTES)}.")
+    if fields.get("use_beam_search"):
+        raise OptionError("Beam search goes on from every beam as from a prompt, and vLLM takes no knobs with it.")
+    others = fields.get("vllm_xargs") or {}
+    if not isinstance(others, dict) or REQUESTED in others:
+        raise OptionError(f"vllm_xargs is an object, and {REQUESTED!r} stands either in it or beside it.")
+    knobs = fields.pop(REQUESTED)
+    if not isinstance(knobs, str | dict):
+        raise OptionError(f'knobs are written {{"math": 0.8}} or "math=0.8"; got {brief(knobs)}.')
+    text = knobs if isinstance(knobs, str) else json.dumps(knobs)
+    return json.dumps({**fields, "vllm_xargs": {**others, REQUESTED: text}}).encode()
+
+
+async def _refuse(send: Send, message: str) -> None:
+    content = {"error": {"message": message, "type": "BadRequestError", "param": REQUESTED, "code": 400}}
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+
+
+# The list of knobs
+
+
+def describe(knob: AnyKnob) -> dict[str, Any]:
+    """Return what a client needs to know of a knob."""
+    return {
+        "kind": knob.kind,
+        "method": knob.method,
+        "where": knob.where,
+        "layer": knob.site.layer if isinstance(knob, Knob) else None,
+        "safe_range": None if knob.safe_range is None else list(knob.safe_range),
+    }
+
+
+def listed(front: Front) -> dict[str, Any]:
+    """Return the knobs of an engine as `GET /v1/knobs` shows them."""
+    entries = front.admission.knobs.items()
+    return {"object": "list", "data": [{"id": name, "object": "knob", **describe(knob)} for name, knob in entries]}
+
+
+def _add_routes(app: Any) -> None:
+    """Add `/v1/knobs` to the server's own routes, behind whatever guards them."""
+
+    async def get_knobs(request: Any) -> Any:
+        return _json(listed(front_of(request.app.state.engine_client)))
+
+    async def post_knob(request: Any) -> Any:
+        engine = request.app.state.engine_client
+        try:
+            front = front_of(engine)
+            if not front.settings.allow_loading:
+                raise OptionError("This server loads knobs at its start only. Start it with --allow-loading.")
+            name, path = read_order(await request.body())
+            await load_knob_async(engine, name, path)
+        except TrimtabError as error:
+            return _json({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
+        return _json(listed(front))
+
+    for function, method in ((get_knobs, "GET"), (post_knob, "POST")):
+        function.__annotations__.clear()  # FastAPI reads them, and knows a request by its class only
+        app.add_route(KNOBS, function, methods=[method])
+
+
+def read_order(body: bytes) -> tuple[str, str]:
+    """Read the body of `POST /v1/knobs`: a name, and the path of a file on the server's machine."""
+    try:
+        content: object = json.loads(body)
+    except ValueError as error:
+        raise OptionError(f"The body is not JSON: {error}.") from None
+    fields = cast(dict[str, object], content) if isinstance(content, dict) else {}
+    name, path = fields.get("name"), fields.get("path")
+    if not isinstance(name, str) or not isinstance(path, str) or fields.keys() != {"name", "path"}:
+        raise OptionError('A knob is loaded by {"name": "math", "path": "math.knob.safetensors"}.')
+    return name, path
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Any:
+    return importlib.import_module("starlette.responses").JSONResponse(content, status)  # which vLLM brings along

@@ -1,0 +1,81 @@
+"""What an engine was told of knobs: `trimtab` in its `additional_config`, read and completed once, in its front end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, cast
+
+from trimtab.errors import OptionError, brief, unknown_name
+
+KEY = "trimtab"
+"""Of the settings in `additional_config`, and of what the front end writes into a request's `extra_args`."""
+REQUESTED = "knobs"
+"""Of what a request asks for in its `extra_args`."""
+
+
+@dataclass
+class Settings:
+    """The options of the plugin, as in `additional_config={"trimtab": {"knobs": {"math": "FILE"}}}`."""
+
+    knobs: dict[str, str] = field(default_factory=dict[str, str])
+    """Paths of knob files by the names under which requests turn them."""
+    strict: bool = True
+    """Whether a knob from another architecture or chat template is refused, and not only warned of."""
+    safe_ranges: bool = False
+    """Whether strengths outside a tuned knob's safe range are refused."""
+    layers: list[int] | None = None
+    """Layers that knobs may act on; None for all. Each has a table of addends, and costs an addition."""
+    allow_loading: bool = False
+    """Whether `POST /v1/knobs` may load knob files of the server's machine."""
+    digests: dict[str, str] = field(default_factory=dict[str, str])
+    """By name, of the knobs as the front end has read them."""
+    version: str = ""
+    """Of Trimtab; compiled models are kept by it."""
+
+    @staticmethod
+    def read(config: object) -> Settings | None:
+        """Return the settings in an engine's `additional_config`, or None where there are none.
+
+        Raises `OptionError` for what is no setting, `UnknownName` for one that does not exist.
+        """
+        found = cast(Mapping[str, object], config).get(KEY) if isinstance(config, Mapping) else None
+        if found is None:
+            return None
+        if not isinstance(found, Mapping):
+            raise OptionError(
+                f'additional_config["{KEY}"] holds settings, as in {{"knobs": {{}}}}; got {brief(found)}.'
+            )
+        options = cast(Mapping[str, Any], found)
+        known = Settings.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                raise unknown_name(f'setting in additional_config["{KEY}"]', name, known)
+        settings = Settings(**options)
+        _check(settings)
+        return settings
+
+    def stored(self) -> dict[str, Any]:
+        """Return what `read` takes."""
+        return {**asdict(self), "version": version("trimtab")}
+
+
+def _check(settings: Settings) -> None:
+    knobs = cast(object, settings.knobs)
+    entries = cast(Mapping[object, object], knobs).items() if isinstance(knobs, Mapping) else [(None, None)]
+    if not all(isinstance(part, str) for entry in entries for part in entry):
+        raise OptionError(f'The knobs of an engine are paths by name, as in {{"math": "FILE"}}; got {brief(knobs)}.')
+    for name in ("strict", "safe_ranges", "allow_loading"):
+        if not isinstance(getattr(settings, name), bool):
+            raise OptionError(f"{name} is true or false; got {brief(getattr(settings, name))}.")
+    layers: object = settings.layers
+    numbers = isinstance(layers, list) and layers and all(type(layer) is int and layer >= 0 for layer in layers)
+    if layers is not None and not numbers:
+        raise OptionError(f"layers is a list of layers, counted from 0; got {brief(layers)}.")
+
+
+def stamp_of(params: Any) -> dict[str, Any] | None:
+    """Return what the front end has written into a request, or None for one without knobs."""
+    extra = getattr(params, "extra_args", None)
+    return extra.get(KEY) if extra else None

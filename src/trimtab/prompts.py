@@ -1,0 +1,108 @@
+"""What is asked of a generation: prompts, settings and options of decoding, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+from trimtab.addends import Dose
+from trimtab.artifact import AnyKnob
+from trimtab.errors import OptionError, brief
+from trimtab.types import ROLES, Message, Setting, check_seed, check_strength, is_unicode, parse_setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Message | Mapping[str, str]]
+"""A user's message, or a conversation: messages, or mappings with `role` and `content`."""
+
+
+AnySetting = Setting | Dose | str
+"""Strengths by name, strengths of knobs, or the text form of the former."""
+
+
+def read_prompt(prompt: object) -> tuple[Message, ...]:
+    """Read a prompt as messages; a string is what the user says. Raises `OptionError` for anything else."""
+    if isinstance(prompt, str):
+        return (_message(Message("user", prompt)),)
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise OptionError(f"A prompt is a string, or a list of messages; got {prompt!r}.")
+    return tuple(_message(entry) for entry in cast(Sequence[object], prompt))
+
+
+def _message(entry: object) -> Message:
+    if isinstance(entry, Message):
+        if entry.role not in ROLES:
+            raise OptionError(f"Role {entry.role!r} is not one of {', '.join(ROLES)}.")
+        if not is_unicode(entry.content):
+            raise OptionError(f"A message holds half of a surrogate pair, no character: {entry.content[:60]!a}.")
+        return entry
+    fields = cast(Mapping[str, object], entry) if isinstance(entry, Mapping) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise OptionError(f"A message has a role and a content, both text; got {entry!r}.")
+    return _message(Message(role, content))
+
+
+def settings_per_prompt(knobs: AnySetting | Sequence[AnySetting] | None, count: int) -> Sequence[Setting | Dose]:
+    """Return one setting per prompt; raises `OptionError` where there are more or fewer."""
+    if isinstance(knobs, str):
+        knobs = parse_setting(knobs)
+    if knobs is None or isinstance(knobs, Mapping):
+        return [knobs or {}] * count
+    if not isinstance(knobs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {knobs!r}.')
+    if len(knobs) != count:
+        raise OptionError(
+            f"Got a list of {len(knobs)} knob settings for {count} prompts; pass one per prompt, or a mapping for "
+            "all of them."
+        )
+    settings = [parse_setting(one) if isinstance(one, str) else one for one in knobs]
+    for one in settings:
+        if not isinstance(one, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f'A setting is written {{"math": 0.8}} or "math=0.8"; got {brief(one)}.')
+    return settings
+
+
+def names_of(setting: Setting | Dose) -> dict[str, float]:
+    """Return a setting by the names of its knobs."""
+    return {key.name if isinstance(key, AnyKnob) else key: float(strength) for key, strength in setting.items()}
+
+
+COLDEST = 1e-6
+
+
+def _number(value: object, name: str) -> float:
+    """Return a number that is one, and not text that could be read as one."""
+    if isinstance(value, str):
+        raise OptionError(f"The {name} must be a number; got {value!r}.")
+    return check_strength(cast(float, value), name)
+
+
+def check_count(value: int, name: str) -> None:
+    """Raise `OptionError` for what is no whole number of 1 or more."""
+    if not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"{name} is a whole number, 1 or more; got {value!r}.")
+
+
+def check_decoding(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Raise `OptionError` for options of decoding that are out of range."""
+    check_count(max_new_tokens, "max_new_tokens")
+    check_seed(seed)
+    if _number(temperature, "temperature") < 0:
+        raise OptionError(f"The temperature is 0 (greedy) or more; got {temperature}.")
+    if 0 < temperature < COLDEST:  # logits divided by it would not be finite
+        raise OptionError(f"The temperature is 0 (greedy), or {COLDEST:g} or more; got {temperature}.")
+    if not 0 < _number(top_p, "top_p") <= 1:
+        raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Collect the ids that end a turn, from the tokenizer and from the model's generation settings."""
+    return end_tokens(tokenizer, model.generation_config.eos_token_id)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, own: object) -> list[int]:
+    """Collect the ids that end a turn, from the tokenizer and what a model's settings say of them (`own`)."""
+    known: list[object] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in known if isinstance(token, int)})

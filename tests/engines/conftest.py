@@ -1,0 +1,1 @@
+collect_ignore = ["interpreted.py"]  # which needs Triton
