@@ -316,9 +316,8 @@ def test_generate_says_the_same_with_either_engine(folder: Path, tmp_path: Path)
 def test_the_example_of_the_docs_runs(folder: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/engines.md").read_text(encoding="utf-8")
     example = page.split("```py\n")[1].split("```")[0]
-    example = example.replace('"MODEL"', repr(str(folder / "model"))).replace(
-        "4096", "256, 'gpu_memory_utilization': 0.1"
-    )
+    example = example.replace('"MODEL"', repr(str(folder / "model")))
+    example = example.replace("4096", "256, 'gpu_memory_utilization': 0.1")
     example = example.replace("math.knob.safetensors", str(folder / "alpha.knob.safetensors"))
     said = run_script(folder, example + "        print('ANSWERS', [answer.knobs for answer in answers])\n")
     assert "ANSWERS [{'math': 1.0}, {'math': -0.5}]" in said

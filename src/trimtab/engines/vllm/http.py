@@ -23,8 +23,6 @@ Send = Callable[[Message], Awaitable[None]]
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 """Routes whose requests have `vllm_xargs`."""
 KNOBS = "/v1/knobs"
-LIMIT = 64 * 2**20
-"""Longest body that is looked into, in bytes."""
 
 
 class KnobsInBody:
@@ -59,14 +57,12 @@ class KnobsInBody:
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bytes]:
-    """Take in a request's body, or what fits of it."""
+    """Take in a request's body, as the routes do."""
     messages: list[Message] = []
-    size = 0
     while True:
         message = await receive()
         messages.append(message)
-        size += len(message.get("body", b""))
-        if message["type"] != "http.request" or not message.get("more_body", False) or size > LIMIT:
+        if message["type"] != "http.request" or not message.get("more_body", False):
             return messages, b"".join(m.get("body", b"") for m in messages)
 
 

@@ -32,7 +32,7 @@ class Settings:
     digests: dict[str, str] = field(default_factory=dict[str, str])
     """By name, of the knobs as the front end has read them."""
     version: str = ""
-    """Of Trimtab; compiled models are kept by it."""
+    """Of Trimtab. vLLM keeps compiled models by all that stands here."""
 
     @staticmethod
     def read(config: object) -> Settings | None:
