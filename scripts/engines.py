@@ -1,7 +1,7 @@
 """Run every engine on the same requests, crowd one of them, measure what knobs cost, and write docs/engines.md.
 
     .venv-engines/bin/python scripts/engines.py            # all of it, about a quarter of an hour; `make engines`
-    .venv-engines/bin/python scripts/engines.py --throughput SIZE...   # the cost alone, as JSON
+    .venv-engines/bin/python scripts/engines.py --throughput       # the cost alone, as JSON
 
 An engine that is not installed is written down as "not run". Figures are computed in this run or not shown.
 """

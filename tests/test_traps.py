@@ -86,6 +86,7 @@ REQUIRED = {
     "train": "dpo prefworld prefworld:math --out x",
     "generate": "prefworld Hello",
     "chat": "prefworld",
+    "serve": "prefworld --engine vllm",
     "inspect": "x.safetensors",
     "check": "prefworld",
     "reproduce": "palrs",

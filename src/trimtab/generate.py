@@ -25,7 +25,7 @@ from trimtab.prompts import (
     check_decoding,
     end_ids,
     names_of,
-    read_prompt,
+    read_prompts,
     settings_per_prompt,
 )
 from trimtab.render import Renderer
@@ -34,6 +34,7 @@ from trimtab.types import (
     THOUGHTS,
     Markers,
     Message,
+    Setting,
     Where,
     check_strength,
     check_where,
@@ -95,14 +96,12 @@ def generate(
     check_count(batch_size, "batch_size")
     if where is not None:
         check_where(where)
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"Prompts come as a list; got {prompts!r}. Pass [prompt].")
+    conversations = read_prompts(prompts)
     if rack is not None and not isinstance(rack, Rack):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"rack is a Rack of named knobs; got {type(rack).__name__}. Pass Rack(NAME=knob).")
     if on_text is not None and len(prompts) != 1:
         raise OptionError(f"on_text streams one prompt; got {len(prompts)}.")
     renderer, adapter = Renderer(tokenizer), Adapter(model)
-    conversations = [read_prompt(prompt) for prompt in prompts]
     ids = [renderer.prompt_ids(messages) for messages in conversations]
     settings, doses = settings_per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
     _check_context(adapter, ids, max_new_tokens)
@@ -127,11 +126,17 @@ def generate(
             with steer(adapter, [doses[i] for i in chunk], prompt_lengths=lengths, thinking=markers):
                 new = _new_tokens(view, batch, device, stream)
             for i, made in zip(chunk, new, strict=True):
-                answer = made[: rooms[i]]
-                length = next((n for n, token in enumerate(answer) if token in ends), len(answer))
-                text, finished = renderer.decode(answer[:length]), length < len(answer)
-                results[i] = Generation(conversations[i], text, names_of(settings[i]), length, finished)
+                results[i] = finished_answer(renderer, conversations[i], made[: rooms[i]], ends, settings[i])
     return [results[i] for i in range(len(ids))]
+
+
+def finished_answer(
+    renderer: Renderer, prompt: tuple[Message, ...], tokens: list[int], ends: Sequence[int], setting: Setting | Dose
+) -> Generation:
+    """Return the answer that new tokens are, up to the first of `ends`."""
+    length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
+    text = renderer.decode(tokens[:length])
+    return Generation(prompt, text, names_of(setting), length, length < len(tokens))
 
 
 def _new_tokens(

@@ -21,6 +21,13 @@ AnySetting = Setting | Dose | str
 """Strengths by name, strengths of knobs, or the text form of the former."""
 
 
+def read_prompts(prompts: Sequence[Prompt]) -> list[tuple[Message, ...]]:
+    """Read every prompt as messages; raises `OptionError` for a prompt that is not in a list."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"Prompts come as a list; got {prompts!r}. Pass [prompt].")
+    return [read_prompt(prompt) for prompt in prompts]
+
+
 def read_prompt(prompt: object) -> tuple[Message, ...]:
     """Read a prompt as messages; a string is what the user says. Raises `OptionError` for anything else."""
     if isinstance(prompt, str):

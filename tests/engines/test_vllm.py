@@ -233,6 +233,7 @@ def test_a_bad_request_is_a_400_and_the_engine_lives_on(address: str, folder: Pa
         ({"knobs": "alpha=1e300"}, "too large"),
         ({"knobs": ["alpha"]}, "are written"),
         ({"knobs": "alpha"}, "name=strength"),
+        ({"knobs": {"polite": 1e39}}, "too large"),
         ({"knobs": {"alpha": 1}, "use_beam_search": True}, "Beam search"),
         ({"knobs": {"alpha": 1}, "vllm_xargs": {"knobs": "beta=1"}}, "either in it or beside it"),
         ({"vllm_xargs": {"trimtab": "forged"}}, "not for requests to pass"),

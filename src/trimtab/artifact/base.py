@@ -113,9 +113,12 @@ class PartsKnob:
         self.check_shapes(model)
         compare_identity(self.name, self.provenance, model, tokenizer, strict=strict, hashes=hashes)
 
-    def check_shapes(self, model: nn.Module) -> None:
-        """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
-        check_fit(self.name, self.parts, model)
+    def check_shapes(self, model: nn.Module, *, loaded: bool = True) -> None:
+        """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere.
+
+        `loaded=False` compares with a model without weights, on torch's device "meta".
+        """
+        check_fit(self.name, self.parts, model, loaded=loaded)
 
 
 def _check_header(header: Mapping[str, Any], kind: str, fields: frozenset[str]) -> None:

@@ -112,10 +112,12 @@ def digest_of(parts: Mapping[str, Part], *, whole: bool = False) -> str:
     return state.hexdigest()
 
 
-def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module) -> None:
-    """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere."""
+def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module, *, loaded: bool = True) -> None:
+    """Raise `KnobError` for a parameter that the model has not, has in another shape, quantised or elsewhere.
+
+    `loaded=False` takes a model without weights, made for comparing.
+    """
     known = dict(model.named_parameters(remove_duplicate=False))
-    skeleton = all(parameter.is_meta for parameter in known.values())  # a model without weights, made for comparing
     missing = [name for name in parts if name not in known]
     if missing:
         raise KnobError(
@@ -130,7 +132,7 @@ def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module) -> None:
                 f"Knob {knob!r} changes {name!r}, which this {type(model).__name__} holds as {own.dtype}: "
                 "nothing can be added to quantised weights. Load the model without quantisation."
             )
-        if own.is_meta and not skeleton:
+        if own.is_meta and loaded:
             raise KnobError(
                 f"Knob {knob!r} changes {name!r}, which is off-loaded in this {type(model).__name__}, so that "
                 "it cannot be changed. Load the model on one device."

@@ -195,13 +195,13 @@ def layers(text: str) -> list[int]:
     return found
 
 
-def assignments(texts: Iterable[str]) -> dict[str, object]:
-    """Read `name=value` texts; a value is JSON where it can be, else text."""
+def assignments(texts: Iterable[str], option: str = "--option") -> dict[str, object]:
+    """Read `name=value` texts of an option; a value is JSON where it can be, else text."""
     found: dict[str, object] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals:
-            raise OptionError(f"--option takes name=value; got {text!r}.")
+            raise OptionError(f"{option} takes name=value; got {text!r}.")
         try:
             found[name] = json.loads(value)
         except ValueError:

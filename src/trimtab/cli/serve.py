@@ -8,9 +8,10 @@ that it does not name are off. GET /v1/knobs lists them. The engine is vLLM, who
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from trimtab.cli import options
-from trimtab.cli.sources import load_knobs, vllm_options
+from trimtab.cli.sources import load_knobs, named_file, vllm_options
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
 
@@ -48,7 +49,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         model, own = vllm_options(args)
         from trimtab.engines.vllm.launch import Files, engine_options, serve
 
-    files = Files(rack)
+    files = Files(rack, dict(filter(None, map(_plain_file, args.knob))))
     settings = {
         "knobs": files.paths,
         "strict": not args.no_strict,
@@ -61,3 +62,11 @@ def run(args: Namespace, terminal: Terminal) -> None:
         serve(model, engine_options(rack, settings, own))
     finally:
         files.cleanup()
+
+
+def _plain_file(entry: str) -> tuple[str, Path] | None:
+    """Return the name and the place of a knob that lies in a file as it is; None for a panel."""
+    from trimtab.artifact import load_knob
+
+    name, path = named_file(entry)
+    return None if path.suffix == ".json" else (name or load_knob(path).name, path)

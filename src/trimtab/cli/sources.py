@@ -48,19 +48,21 @@ def open_model(args: Namespace, terminal: Terminal) -> Generator[Loaded]:
 
 
 def vllm_options(args: Namespace) -> tuple[str, dict[str, object]]:
-    """Return what vLLM is to load, a hub name or a folder, and the options that the user gave it."""
+    """Return what vLLM is to load, a hub name or a folder, and the options that the user gave it.
+
+    Sets `VLLM_NO_USAGE_STATS` unless the user has: what is run here is nobody's business.
+    """
     from trimtab.render.loading import locate
 
     source, _ = locate(args.model)
     dtype = args.dtype or ("float32" if args.model == WORLD else None)  # as `trimtab.load` has it
-    # Asked of no one who runs an engine for others, and answered to nobody.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    return str(source), {**({"dtype": dtype} if dtype else {}), **assignments(args.engine_option)}
+    return str(source), {**({"dtype": dtype} if dtype else {}), **assignments(args.engine_option, "--engine-option")}
 
 
 @contextmanager
 def open_vllm(args: Namespace, terminal: Terminal, rack: Rack) -> Generator[Engine]:
-    """Start vLLM in this process; it logs errors only, and nothing on stdout."""
+    """Start vLLM in this process; its log, of errors only unless the environment says otherwise, goes to stderr."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     model, own = vllm_options(args)

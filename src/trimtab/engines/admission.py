@@ -16,7 +16,7 @@ import torch
 
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.artifact.checks import check_knob_name
-from trimtab.artifact.parts import digest_of
+from trimtab.artifact.parts import LowRank, digest_of
 from trimtab.engines.slots import PLACES, knob_digest, plan_request
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json
@@ -24,6 +24,8 @@ from trimtab.types import check_strength, parse_setting
 
 ADAPTER = "trimtab:"
 """How the path of an adapter begins that is no path, but digests of weight knobs with their alphas."""
+ALPHAS = 1000.0
+"""Largest alpha, in mean residual norms or in multiples of a difference: beyond it there is nothing but overflow."""
 PREPARED = 4096
 """Settings that are remembered with what they come to."""
 
@@ -79,6 +81,7 @@ class Admission:
     safe_ranges: bool = False
     knobs: dict[str, AnyKnob] = field(default_factory=dict[str, AnyKnob])
     _digests: dict[str, str] = field(default_factory=dict[str, str])
+    _peaks: dict[str, float] = field(default_factory=dict[str, float])
     _known: dict[frozenset[tuple[str, float]], Admitted] = field(
         default_factory=dict[frozenset[tuple[str, float]], Admitted]
     )
@@ -94,9 +97,12 @@ class Admission:
         return digest
 
     def put(self, name: str, knob: AnyKnob) -> None:
-        """Give a knob a name, in the place of whatever had it."""
+        """Give a knob a name, in the place of whatever had it; raises `KnobError` for a name no setting can spell."""
         check_knob_name(name)
         digest = self.check(knob)
+        if isinstance(knob, DeltaKnob) and digest not in self._peaks:
+            sides = [part.b for part in knob.parts.values() if isinstance(part, LowRank)]
+            self._peaks[digest] = max(float(side.abs().max()) for side in sides)
         self._known.clear()
         self.knobs[name], self._digests[name] = knob, digest
 
@@ -105,7 +111,11 @@ class Admission:
 
         Raises `OptionError` and `UnknownName` that say what is wrong with it.
         """
-        setting = {name: s for name, s in read_setting(knobs).items() if self._checked(name, s)}
+        setting = read_setting(knobs)
+        for name in setting:
+            if name not in self.knobs:
+                raise unknown_name("knob", name, self.knobs)
+        setting = {name: strength for name, strength in setting.items() if strength}
         key = frozenset(setting.items())
         if not setting or key in self._known:
             return self._known.get(key)
@@ -115,38 +125,47 @@ class Admission:
         self._known[key] = admitted
         return admitted
 
-    def _checked(self, name: str, strength: float) -> bool:
-        """Check a knob at a strength, and tell whether that does anything."""
-        if name not in self.knobs:
-            raise unknown_name("knob", name, self.knobs)
-        bounds = self.knobs[name].safe_range
-        if self.safe_ranges and bounds is not None and not bounds[0] <= strength <= bounds[1]:
-            raise OptionError(
-                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
-            )
-        return strength != 0
-
     def _prepare(self, setting: Mapping[str, float]) -> Admitted:
+        strengths: dict[str, float] = {}  # by digest: names of one knob add up
+        names: dict[str, str] = {}
+        for name, strength in setting.items():
+            digest = self._digests[name]
+            strengths[digest] = strengths.get(digest, 0.0) + strength
+            names[digest] = name
         added: dict[str, tuple[Knob, float]] = {}
         weights: dict[str, float] = {}
-        rank = 0
-        for name, strength in setting.items():
-            knob, digest = self.knobs[name], self._digests[name]
+        for digest, strength in strengths.items():
+            knob = self.knobs[names[digest]]
+            self._check_strength(names[digest], strength)
             if isinstance(knob, DeltaKnob):
-                alpha = knob.alpha(strength)
-                rank += 0 if digest in weights else top_rank(knob)
-                weights[digest] = weights.get(digest, 0.0) + alpha
+                weights[digest] = knob.alpha(strength)
             else:
                 assert isinstance(knob, Knob)
-                added[digest] = knob, strength + added.get(digest, (knob, 0.0))[1]
-        if self.max_rank is not None and rank > self.max_rank:
-            raise OptionError(
-                f"The weight knobs {', '.join(sorted(setting))} have rank {rank} together; this engine runs adapters "
-                f"up to rank {self.max_rank} (max_lora_rank)."
-            )
+                added[digest] = knob, strength
+        self._check_rank({names[digest] for digest in weights})
         plan = plan_request(added, self.dtype)
         turned = {digest: strength for digest, (_, strength) in added.items() if strength}
         return Admitted(turned, plan.keys, adapter_path(weights))
+
+    def _check_strength(self, name: str, strength: float) -> None:
+        """Refuse what would break the answer, or numbers of the model's dtype: no worker has to look at it again."""
+        knob = self.knobs[name]
+        alpha, bounds = knob.alpha(strength), knob.safe_range
+        if self.safe_ranges and bounds is not None and strength and not bounds[0] <= strength <= bounds[1]:
+            raise OptionError(
+                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
+            )
+        peak = self._peaks.get(self._digests[name], 0.0)
+        if not abs(alpha) <= ALPHAS or not abs(alpha) * peak <= torch.finfo(self.dtype).max:
+            raise OptionError(f"Strength {strength:g} of {name!r} is too large: alpha is {alpha:g}.")
+
+    def _check_rank(self, names: set[str]) -> None:
+        rank = sum(top_rank(knob) for name in names if isinstance(knob := self.knobs[name], DeltaKnob))
+        if self.max_rank is not None and rank > self.max_rank:
+            raise OptionError(
+                f"The weight knobs {', '.join(sorted(names))} have rank {rank} together; this engine runs adapters up "
+                f"to rank {self.max_rank} (max_lora_rank)."
+            )
 
 
 def read_setting(knobs: object) -> dict[str, float]:
@@ -154,7 +173,7 @@ def read_setting(knobs: object) -> dict[str, float]:
     if isinstance(knobs, str) and knobs.lstrip().startswith("{"):
         try:
             knobs = parse_json(knobs)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OptionError(f"knobs is not JSON: {error}.") from None
     if isinstance(knobs, str):
         return parse_setting(knobs)
@@ -169,7 +188,7 @@ def read_setting(knobs: object) -> dict[str, float]:
 
 def top_rank(knob: DeltaKnob) -> int:
     """Return the largest rank among a low-rank knob's parts."""
-    return max(getattr(part, "rank", 0) for part in knob.parts.values())
+    return max(part.rank for part in knob.parts.values() if isinstance(part, LowRank))
 
 
 def adapter_path(weights: Mapping[str, float]) -> str:
@@ -204,7 +223,7 @@ def compose_adapter(
     """Put weight knobs at their alphas side by side: `[a1 B1, a2 B2]` times `[A1; A2]`, which is their sum exactly.
 
     Returns the rank R and, by module, A `[R, in]` and B `[out, R]` in `dtype`; modules that a knob leaves alone have
-    zeros there. Raises `OptionError` for alphas that `dtype` cannot hold.
+    zeros there. `Admission` has seen to it that `dtype` can hold them.
     """
     total = sum(top_rank(knob) for knob, _ in alphas)
     composed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -217,7 +236,5 @@ def compose_adapter(
             if part is not None:
                 a[at : at + part.rank], b[:, at : at + part.rank] = part.a.float(), alpha * part.b.float()
             at += top_rank(knob)
-        if not bool(b.to(dtype).isfinite().all()):
-            raise OptionError(f"A strength is too large for {dtype}; got {[(k.name, alpha) for k, alpha in alphas]}.")
         composed[name.removesuffix(".weight")] = a.to(dtype), b.to(dtype)
     return total, composed

@@ -1,7 +1,7 @@
 """A table of addends and a row number per token: how engines that pack many requests into one step are steered.
 
 A step of such an engine holds tokens of many requests, `[T, D]`, each request under a setting of its own. One layer's
-table has a row for each distinct sum of addends that is alive, and row 0, which is zero for ever; a number per token
+table has a row for each distinct sum of addends that is needed, and row 0, which is zero for ever; a number per token
 says which row it takes: `h + table[layer][rows]`. Table and numbers keep their addresses, so that graphs recorded once
 stay right whatever is in flight.
 """
@@ -142,24 +142,28 @@ class Slots:
         self._filled = 0  # rows beyond are 0
 
     def sync(self, live: Mapping[str, Plan]) -> None:
-        """Hold the addends of the requests of this step, and of no others.
+        """Hold the addends of the requests of this step.
 
-        A request that was taken back for others to go on, or that comes again under its old name, is one that left.
-        Raises `OptionError`, with the table as it was before they came, for more requests than there are `settings`.
+        Those of others stay while there is room: a request may miss a step, as every other one does in a pipeline, and
+        the next one may have the same setting. A request that comes again under its old name is another one. Raises
+        `OptionError` for more requests than there are `settings`.
         """
-        for request in [name for name, plan in self._plans.items() if name not in live or live[name].keys != plan.keys]:
-            for total in self._plans.pop(request).sums:
-                self._drop(total)
-        for request in live.keys() - self._plans.keys():
-            needed = {total.key for total in live[request].sums} - self._used.keys()
+        for request in [name for name in live if name in self._plans and self._plans[name].keys != live[name].keys]:
+            self._drop(request)
+        absent = [name for name in self._plans if name not in live]
+        for request, plan in live.items():
+            needed = {total.key for total in plan.sums} - self._used.keys()
+            while len(needed) > len(self._free) and absent:
+                self._drop(absent.pop(0))  # the one that came first
             if len(needed) > len(self._free):
                 raise OptionError(
                     f"The table of addends is full: it holds {self.table.shape[1] - 1} sums, three for every request "
                     "of a step."
                 )
-            for total in live[request].sums:
-                self._hold(total)
-            self._plans[request] = live[request]
+            if request not in self._plans:
+                self._plans[request] = plan
+                for total in plan.sums:
+                    self._hold(total)
 
     def _hold(self, total: Sum) -> None:
         if not total.key:
@@ -167,27 +171,27 @@ class Slots:
         self._counts[total.key] += 1
         if total.key not in self._used:
             row = self._used[total.key] = self._free.pop()
+            self.table[:, row].zero_()
             for layer, addend in total.addends.items():
                 if layer in self.layers:  # others belong to another stage of the pipeline
                     self.table[self.layers[layer], row].copy_(addend)
 
-    def _drop(self, total: Sum) -> None:
-        if not total.key:
-            return
-        self._counts[total.key] -= 1
-        if not self._counts[total.key]:
-            del self._counts[total.key]
-            row = self._used.pop(total.key)
-            self.table[:, row].zero_()
-            self._free.append(row)
+    def _drop(self, request: str) -> None:
+        for total in self._plans.pop(request).sums:
+            if total.key:
+                self._counts[total.key] -= 1
+                if not self._counts[total.key]:
+                    del self._counts[total.key]
+                    self._free.append(self._used.pop(total.key))
 
     def fill(
         self, requests: Sequence[str], counts: Sequence[int], begins: Sequence[int], prompts: Sequence[int]
     ) -> None:
         """Give every token of a step its row: `counts` tokens of each request, from absolute position `begins` on.
 
-        `prompts` are the requests' prompt lengths, so that a prompt that comes in pieces, or is computed again, is
-        steered as one that comes whole. Requests without a plan, and padding, take row 0.
+        All four are of one length, the number of requests. `prompts` are their prompt lengths, so that a prompt that
+        comes in pieces, or is computed again, is steered as one that comes whole. Requests without a plan, and padding,
+        take row 0.
         """
         places = np.array([self._places(request) for request in requests], dtype=np.int64).reshape(-1, 3)
         sizes = np.asarray(counts, dtype=np.int64)

@@ -113,12 +113,15 @@ def _cannot_load(name_or_path: str | Path, error: Exception) -> OptionError:
     return OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}{hint}")
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
+    """A folder, or a hub name."""
+
     name: str
     is_local: bool
 
 
-def locate(name_or_path: str | Path) -> _Source:
+def locate(name_or_path: str | Path) -> Source:
+    """Return what transformers calls a model, and whether it lies here; raises `OptionError` for an empty folder."""
     text = str(name_or_path)
     if text == BUNDLED:
         folder = resources.files("trimtab") / "prefworld" / "model"
@@ -127,15 +130,15 @@ def locate(name_or_path: str | Path) -> _Source:
                 "The bundled model 'prefworld' is not in this installation. Build it with "
                 "`python -m trimtab.prefworld.build`, or load another model by its folder or hub name."
             )
-        return _Source(str(folder), True)
+        return Source(str(folder), True)
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise OptionError(f"The folder {text!r} holds no config.json, so it is not a saved model.")
-        return _Source(str(path), True)
+        return Source(str(path), True)
     if path.is_file():
         raise OptionError(f"{text!r} is a file; a model is loaded from its folder.")
     looks_like_path = isinstance(name_or_path, Path) or text.startswith(("/", ".", "~", "\\")) or text.count("/") > 1
     if looks_like_path or not text:
         raise OptionError(f"There is no folder {text!r}. Pass 'prefworld', a folder with config.json, or a hub name.")
-    return _Source(text, False)
+    return Source(text, False)

@@ -1,4 +1,4 @@
-"""The only file that names what is inside vLLM: the seams that the plugin takes hold of, checked before any is touched.
+"""The functions inside vLLM that the plugin wraps or calls, all named here and checked before any is touched.
 
 A version of vLLM in which one has moved is refused by name, for engines with knobs; those without run as ever.
 """
@@ -146,6 +146,11 @@ def mixes_up_adapters() -> bool:
     return bool(vllm("vllm.platforms", "current_platform").is_cpu()) and numbers < (0, 33)
 
 
+def bypasses_front() -> bool:
+    """Tell whether requests come by another front end than the one that plugins are asked in."""
+    return bool(getattr(vllm("vllm", "envs"), "VLLM_USE_RUST_FRONTEND", False))
+
+
 def run_server(words: list[str]) -> None:
     """Run vLLM's `serve` with these words, as its own command line would."""
     command = vllm("vllm.entrypoints.cli.serve", "ServeSubcommand")()
@@ -161,6 +166,7 @@ def install() -> None:
     """Wrap every seam, once per process; where one has moved, only see to it that engines with knobs are refused."""
     if _state:
         return
+    _state["installed"] = True
     from trimtab.engines.vllm import front, scheduler, worker
 
     problems = moved_seams()
@@ -186,7 +192,6 @@ def install() -> None:
                 if not seam.optional:
                     raise
         setattr(vllm("vllm.v1.worker.worker_base", "WorkerBase"), RPC, worker.receive_knob)
-    _state["problems"] = problems
 
 
 def _wrap(seam: Seam, wrapper: Callable[..., Any]) -> None:

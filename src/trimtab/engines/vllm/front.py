@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,18 +14,21 @@ from torch import nn
 
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.artifact import load_knob as read_knob
+from trimtab.artifact.checks import check_knob_name
+from trimtab.artifact.identity import compare_identity
 from trimtab.engines.admission import ADAPTER, Admission, Admitted, adapter_name, engine_digest, top_rank
 from trimtab.engines.vllm import compat
 from trimtab.engines.vllm.settings import KEY, REQUESTED, Settings
 from trimtab.errors import KnobError, OptionError, TrimtabError, TrimtabWarning
 from trimtab.render.loading import model_class
 
-UNSUPPORTED = {
-    "prefill_context_parallel_size": (1, "prefill context parallelism"),
-    "enable_dbo": (0, "dual batch overlap"),
-    "ubatch_size": (1, "micro-batches"),
+UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "parallel_config.prefill_context_parallel_size": (1, "prefill context parallelism computes a prompt in pieces"),
+    "parallel_config.use_ubatching": (False, "micro-batches and dual batch overlap compute a step in pieces"),
+    "cache_config.kv_sharing_fast_prefill": (False, "fast prefill leaves tokens out in some layers"),
+    "kv_transfer_config": (None, "other KV caches (connectors) may not tell blocks apart by what was added to them"),
 }
-"""Options of vLLM's that cut a step's tokens into pieces, of which no layer is told; with what is off."""
+"""Options of vLLM's with which a layer would not be told which tokens it has, or a cache not what they are."""
 
 
 def refuse(error: TrimtabError) -> Callable[..., Any]:
@@ -44,13 +48,20 @@ def configure(original: Callable[..., Any], args: Any, *rest: Any, **options: An
     settings = Settings.read(config.additional_config)
     if settings is None:
         return config
-    for option, (off, name) in UNSUPPORTED.items():
-        if getattr(config.parallel_config, option, off) > off:
-            raise OptionError(f"Knobs do not go with {name} ({option}), which computes a step's tokens in pieces.")
+    for option, (off, reason) in UNSUPPORTED.items():
+        value = config
+        for part in option.split("."):
+            value = getattr(value, part)
+        if value != off:
+            raise OptionError(f"Knobs do not go with {option.rpartition('.')[2]}={value!r}: {reason}.")
+    if compat.bypasses_front():
+        raise OptionError("Knobs do not go with VLLM_USE_RUST_FRONTEND=1, which does not ask plugins about requests.")
+    if max(settings.layers or [0]) >= config.model_config.hf_text_config.num_hidden_layers:
+        raise OptionError(f"layers={settings.layers} names a layer that this model has not.")
     settings.knobs = {name: os.path.abspath(path) for name, path in settings.knobs.items()}
     front = Front(config, settings)  # which reads and checks every knob
     settings.digests = {name: front.admission.check(knob) for name, knob in front.admission.knobs.items()}
-    config.additional_config = {**config.additional_config, KEY: settings.stored()}
+    settings.put_into(config)
     return config
 
 
@@ -68,15 +79,17 @@ class Front:
             safe_ranges=settings.safe_ranges,
         )
         self._mixed_up = lora is not None and compat.mixes_up_adapters()
+        self._replicas: int = config.parallel_config.data_parallel_size
         for name, path in settings.knobs.items():
-            self.put(name, self.read(name, path))
+            knob = self.read(path)
+            if settings.digests.get(name, digest := self.admission.check(knob)) != digest:
+                raise KnobError(f"{path} holds another knob than the one that the engine was started with.")
+            self.put(name, knob)
 
-    def read(self, name: str, path: str) -> AnyKnob:
+    def read(self, path: str) -> AnyKnob:
         """Read a knob file, and compare the knob with the model; raises `KnobError` where it does not fit."""
         knob = read_knob(path)
-        digest = self.admission.check(knob)
-        if self.settings.digests.get(name, digest) != digest:
-            raise KnobError(f"{path} holds another knob than the one that the engine was started with.")
+        self.admission.check(knob)
         self._compare(knob)
         if isinstance(knob, DeltaKnob) and top_rank(knob) > (self.admission.max_rank or 0):
             raise KnobError(
@@ -89,6 +102,13 @@ class Front:
                 f"{self.settings.layers} (layers)."
             )
         return knob
+
+    def read_new(self, name: str, path: str) -> AnyKnob:
+        """Read a knob for an engine that runs; raises `OptionError` where not all of its workers could be asked."""
+        check_knob_name(name)
+        if self._replicas > 1:
+            raise OptionError("An engine of several replicas (data parallel) loads knobs at its start only.")
+        return self.read(path)
 
     @property
     def unadapted(self) -> str:
@@ -114,14 +134,17 @@ class Front:
         model, tokenizer = self._twin
         if model is None:
             warnings.warn(
-                f"transformers does not know this model, so that of knob {knob.name!r} only the sizes were compared.",
+                f"transformers cannot build this model, so that of knob {knob.name!r} only the sizes were compared.",
                 TrimtabWarning,
                 stacklevel=2,
             )
             return
-        knob.check(cast(Any, model), tokenizer, strict=self.settings.strict, hashes=False)
-        if isinstance(knob, DeltaKnob):
-            knob.check_shapes(model)
+        strict = self.settings.strict
+        if not isinstance(knob, DeltaKnob):
+            knob.check(cast(Any, model), tokenizer, strict=strict, hashes=False)
+        else:
+            knob.check_shapes(model, loaded=False)
+            compare_identity(knob.name, knob.provenance, cast(Any, model), tokenizer, strict=strict, hashes=False)
             foreign = next((n for n in knob.parts if not _is_plain_linear(model, n)), None)
             if foreign is not None:
                 raise KnobError(f"Knob {knob.name!r} changes {foreign!r}, no linear layer, which no adapter can.")
@@ -140,29 +163,25 @@ def _is_plain_linear(model: nn.Module, name: str) -> bool:
 
 
 def _empty_twin(model_config: Any) -> tuple[nn.Module | None, Any]:
-    """Return the model without weights, and its tokenizer, as transformers knows them; None for what it does not."""
-    from transformers import AutoConfig, AutoTokenizer
+    """Return the model without weights, and its tokenizer, as transformers makes them; None for what it cannot."""
+    from transformers import AutoTokenizer
 
     trust = {"trust_remote_code": model_config.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(model_config.model, revision=model_config.revision, **trust)
         with torch.device("meta"):
-            model = model_class(config).from_config(config, **trust)
-    except (ValueError, OSError, KeyError, ImportError, AttributeError):
+            model = model_class(model_config.hf_config).from_config(model_config.hf_config, **trust)
+    except (ValueError, KeyError, ImportError, AttributeError):  # one of vLLM's own
         return None, None
-    model.config.name_or_path = str(model_config.model)
-    try:
-        revision = model_config.tokenizer_revision
-        tokenizer = AutoTokenizer.from_pretrained(model_config.tokenizer, revision=revision, **trust)
-    except (ValueError, OSError, KeyError, ImportError):
-        tokenizer = None
-    return model, tokenizer
+    if model_config.skip_tokenizer_init:
+        return model, None
+    place, revision = model_config.tokenizer, model_config.tokenizer_revision
+    return model, AutoTokenizer.from_pretrained(place, revision=revision, **trust)
 
 
 def open_front(original: Callable[..., Any], processor: Any, vllm_config: Any, *rest: Any, **options: Any) -> None:
     """Give the processor of inputs the engine's knobs."""
     original(processor, vllm_config, *rest, **options)
-    settings = Settings.read(vllm_config.additional_config)
+    settings = Settings.of(vllm_config)
     processor.trimtab = None if settings is None else Front(vllm_config, settings)
 
 
@@ -172,13 +191,16 @@ def admit(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
     processor, params = call.arguments["self"], call.arguments["params"]
     front: Front | None = getattr(processor, "trimtab", None)
     extra: Mapping[str, Any] = getattr(params, "extra_args", None) or {}
-    if front is None and REQUESTED not in extra and KEY not in extra:
+    asked = REQUESTED in extra or KEY in extra
+    if not asked and (front is None or not front.unadapted):
         return original(*call.args, **call.kwargs)
     try:
         if front is None:
             raise OptionError(
                 'This engine was started without knobs. Start it with additional_config={"trimtab": {"knobs": {...}}}.'
             )
+        if asked and call.arguments.get("resumable"):
+            raise OptionError("A session fed in parts takes no knobs: vLLM keys its blocks before it knows them.")
         admitted = front.admit(params)
         adapter = admitted.adapter if admitted is not None else ""
         if call.arguments.get("lora_request") is None:
@@ -203,23 +225,19 @@ def load_knob(engine: Any, name: str, path: str | os.PathLike[str]) -> None:
     """Load a knob file into a running `vllm.LLM`, under a name, in the place of whatever had it.
 
     Every process of the engine reads the file, on its own machine; requests in flight keep the knob they came with.
-    Raises `KnobError` for a file that cannot be read, or does not fit, in any of them; the engine then goes on as it
-    was.
+    Raises `KnobError` for a file that cannot be read, or does not fit, in any of them, and `OptionError` for an engine
+    of several replicas (data parallel); the engine then goes on as it was.
     """
-    front = front_of(engine)
-    place = os.path.abspath(path)
-    knob = front.read("", place)
-    answers = engine.collective_rpc(compat.RPC, args=(place,))
-    _settle(front, name, knob, answers)
+    front, place = front_of(engine), os.path.abspath(path)
+    knob = front.read_new(name, place)
+    _settle(front, name, knob, engine.collective_rpc(compat.RPC, args=(place,)))
 
 
 async def load_knob_async(engine: Any, name: str, path: str | os.PathLike[str]) -> None:
-    """Load a knob file into a running `AsyncLLM`; see `load_knob`."""
-    front = front_of(engine)
-    place = os.path.abspath(path)
-    knob = front.read("", place)
-    answers: Awaitable[Any] = engine.collective_rpc(compat.RPC, args=(place,))
-    _settle(front, name, knob, await answers)
+    """Load a knob file into a running `AsyncLLM`, without holding up its requests; see `load_knob`."""
+    front, place = front_of(engine), os.path.abspath(path)
+    knob = await asyncio.to_thread(front.read_new, name, place)
+    _settle(front, name, knob, await engine.collective_rpc(compat.RPC, args=(place,)))
 
 
 def front_of(engine: Any) -> Front:

@@ -35,7 +35,7 @@ class KnobsInBody:
         """Serve one connection."""
         if scope["type"] == "lifespan":
             _add_routes(scope["app"])
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] == KNOBS:
+        if scope["type"] != "http" or scope["method"] != "POST" or not _may_hold_knobs(scope):
             await self._app(scope, receive, send)
             return
         messages, body = await _read(receive)
@@ -54,6 +54,12 @@ class KnobsInBody:
             return next(waiting, None) or await receive()
 
         await self._app(scope, replay, send)
+
+
+def _may_hold_knobs(scope: Message) -> bool:
+    """Tell whether a body is worth reading, which is done before anybody checks a key: not uploads and the like."""
+    kind = next((value for name, value in scope["headers"] if name.lower() == b"content-type"), b"")
+    return scope["path"] != KNOBS and b"json" in kind.lower()
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bytes]:
@@ -75,7 +81,7 @@ def move_knobs(body: bytes, path: str) -> bytes | None:
         return None
     try:
         content: object = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # the route itself says what is wrong
     if not isinstance(content, dict) or content.get(REQUESTED) is None:
         return None
@@ -125,7 +131,10 @@ def _add_routes(app: Any) -> None:
     """Add `/v1/knobs` to the server's own routes, behind whatever guards them."""
 
     async def get_knobs(request: Any) -> Any:
-        return _json(listed(front_of(request.app.state.engine_client)))
+        try:
+            return _json(listed(front_of(request.app.state.engine_client)))
+        except TrimtabError as error:
+            return _json({"error": {"message": str(error), "type": "NotFoundError", "code": 404}}, 404)
 
     async def post_knob(request: Any) -> Any:
         engine = request.app.state.engine_client
@@ -139,9 +148,8 @@ def _add_routes(app: Any) -> None:
             return _json({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
         return _json(listed(front))
 
-    for function, method in ((get_knobs, "GET"), (post_knob, "POST")):
-        function.__annotations__.clear()  # FastAPI reads them, and knows a request by its class only
-        app.add_route(KNOBS, function, methods=[method])
+    app.add_route(KNOBS, get_knobs, methods=["GET"])
+    app.add_route(KNOBS, post_knob, methods=["POST"])
 
 
 def read_order(body: bytes) -> tuple[str, str]:

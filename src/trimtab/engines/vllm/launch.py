@@ -12,7 +12,7 @@ from trimtab.artifact import DeltaKnob, Rack
 from trimtab.engines.admission import top_rank
 from trimtab.engines.vllm import compat
 from trimtab.engines.vllm.settings import KEY
-from trimtab.errors import KnobError
+from trimtab.errors import KnobError, OptionError, brief
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM's adapters can be made for."""
@@ -22,17 +22,21 @@ MIDDLEWARE = "trimtab.engines.vllm.http.KnobsInBody"
 
 
 class Files:
-    """Copies of the knobs of a rack as files, which every process of an engine reads; they go with `cleanup`."""
+    """The knobs of a rack as files, which every process of an engine reads for itself; `cleanup` removes what was made.
 
-    def __init__(self, rack: Rack) -> None:
+    `known` are paths of knobs that lie in files already. Others, made in memory or changed, are written down.
+    """
+
+    def __init__(self, rack: Rack, known: Mapping[str, str | Path] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="trimtab-knobs-")
-        self.paths: dict[str, str] = {}
+        self.paths = {name: str(path) for name, path in (known or {}).items()}
         for number, (name, knob) in enumerate(rack.items()):
-            self.paths[name] = str(Path(self._folder.name) / f"{number}.knob.safetensors")
-            knob.save(self.paths[name])
+            if name not in self.paths:
+                self.paths[name] = str(Path(self._folder.name) / f"{number}.knob.safetensors")
+                knob.save(self.paths[name])
 
     def cleanup(self) -> None:
-        """Remove the copies."""
+        """Remove what was made."""
         self._folder.cleanup()
 
 
@@ -52,8 +56,10 @@ def engine_options(rack: Rack, settings: Mapping[str, Any], own: Mapping[str, An
                 "further, or set max_lora_rank and turn fewer at once."
             )
         options = {"enable_lora": True, "max_lora_rank": fitting, "max_loras": ADAPTERS}
-    additional = {**own.get("additional_config", {}), KEY: dict(settings)}
-    return {**options, **own, "additional_config": additional}
+    additional = own.get("additional_config", {})
+    if not isinstance(additional, Mapping):
+        raise OptionError(f"additional_config is an object; got {brief(additional)}.")
+    return {**options, **own, "additional_config": {**additional, KEY: dict(settings)}}
 
 
 def words_of(model: str, options: Mapping[str, Any]) -> list[str]:
@@ -64,6 +70,8 @@ def words_of(model: str, options: Mapping[str, Any]) -> list[str]:
     """
     words = [model]
     for name, value in options.items():
+        if value is None:
+            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))

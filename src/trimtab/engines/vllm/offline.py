@@ -13,8 +13,8 @@ from trimtab.engines.vllm.front import front_of, load_knob
 from trimtab.engines.vllm.launch import Files, engine_options
 from trimtab.engines.vllm.settings import REQUESTED
 from trimtab.errors import OptionError
-from trimtab.generate import Generation
-from trimtab.prompts import Prompt, check_decoding, end_tokens, names_of, read_prompt, settings_per_prompt
+from trimtab.generate import Generation, finished_answer
+from trimtab.prompts import Prompt, check_decoding, end_tokens, read_prompts, settings_per_prompt
 from trimtab.render import Renderer
 from trimtab.types import Setting
 
@@ -75,7 +75,7 @@ class Engine:
         check_decoding(max_new_tokens, temperature, top_p, seed)
         tokenizer = self.llm.get_tokenizer()
         renderer, front = Renderer(tokenizer), front_of(self.llm)
-        conversations = [read_prompt(prompt) for prompt in prompts]
+        conversations = read_prompts(prompts)
         ids = [renderer.prompt_ids(messages) for messages in conversations]
         config = self.llm.llm_engine.model_config
         limit = config.max_model_len
@@ -88,8 +88,7 @@ class Engine:
         settings = settings_per_prompt(knobs, len(ids))
         for setting in settings:
             front.admission.admit(dict(setting))
-        own = config.try_get_generation_config().get("eos_token_id", config.hf_config.eos_token_id)
-        ends = end_tokens(tokenizer, own)
+        ends = end_tokens(tokenizer, config.try_get_generation_config().get("eos_token_id"))
         params = compat.vllm("vllm", "SamplingParams")
         sampling = [
             params(
@@ -103,13 +102,10 @@ class Engine:
             for i, setting in enumerate(settings)
         ]
         made = self.llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
-        answers: list[Generation] = []
-        for messages, setting, request in zip(conversations, settings, made, strict=True):
-            tokens = list(request.outputs[0].token_ids)
-            length = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
-            text = renderer.decode(tokens[:length])
-            answers.append(Generation(messages, text, names_of(setting), length, length < len(tokens)))
-        return answers
+        return [
+            finished_answer(renderer, messages, list(request.outputs[0].token_ids), ends, setting)
+            for messages, setting, request in zip(conversations, settings, made, strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the engine's processes, and remove its copies of the knobs."""

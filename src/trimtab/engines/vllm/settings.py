@@ -11,6 +11,8 @@ from trimtab.errors import OptionError, brief, unknown_name
 
 KEY = "trimtab"
 """Of the settings in `additional_config`, and of what the front end writes into a request's `extra_args`."""
+ATTRIBUTE = "trimtab_settings"
+"""Of a `VllmConfig`, which vLLM copies into every process of an engine."""
 REQUESTED = "knobs"
 """Of what a request asks for in its `extra_args`."""
 
@@ -32,7 +34,7 @@ class Settings:
     digests: dict[str, str] = field(default_factory=dict[str, str])
     """By name, of the knobs as the front end has read them."""
     version: str = ""
-    """Of Trimtab. vLLM keeps compiled models by all that stands here."""
+    """Of Trimtab."""
 
     @staticmethod
     def read(config: object) -> Settings | None:
@@ -56,15 +58,35 @@ class Settings:
         _check(settings)
         return settings
 
-    def stored(self) -> dict[str, Any]:
-        """Return what `read` takes."""
-        return {**asdict(self), "version": version("trimtab")}
+    @staticmethod
+    def of(config: Any) -> Settings | None:
+        """Return the settings that `put_into` has left in a `VllmConfig`, in any process; None where there are none.
+
+        Raises `OptionError` for a configuration that has lost them on its way.
+        """
+        if KEY not in (config.additional_config or {}):
+            return None
+        stored: dict[str, Any] | None = getattr(config, ATTRIBUTE, None)
+        if stored is None:
+            raise OptionError("This engine's configuration has lost its knobs on the way between its processes.")
+        return Settings(**stored)
+
+    def put_into(self, config: Any) -> None:
+        """Leave the settings in a `VllmConfig`.
+
+        vLLM keeps compiled models by what stands in `additional_config`: which layers have tables, and whose, makes
+        another model, and which knobs there are does not.
+        """
+        self.version = version("trimtab")
+        setattr(config, ATTRIBUTE, asdict(self))
+        shown = {"version": self.version, "layers": self.layers}
+        config.additional_config = {**config.additional_config, KEY: shown}
 
 
 def _check(settings: Settings) -> None:
     knobs = cast(object, settings.knobs)
-    entries = cast(Mapping[object, object], knobs).items() if isinstance(knobs, Mapping) else [(None, None)]
-    if not all(isinstance(part, str) for entry in entries for part in entry):
+    entries = cast(Mapping[object, object], knobs).items() if isinstance(knobs, Mapping) else None
+    if entries is None or not all(isinstance(part, str) for entry in entries for part in entry):
         raise OptionError(f'The knobs of an engine are paths by name, as in {{"math": "FILE"}}; got {brief(knobs)}.')
     for name in ("strict", "safe_ranges", "allow_loading"):
         if not isinstance(getattr(settings, name), bool):

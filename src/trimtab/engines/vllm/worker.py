@@ -93,8 +93,15 @@ class _Add:
     def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
         if self._eager and self._slots.idle:
             return output
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
         table, rows = block.get_buffer("trimtab_table"), block.get_buffer("trimtab_rows")
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        parts = len(output) if isinstance(output, tuple) else 1
+        flat = hidden.dim() == 2 or (hidden.dim() == 3 and hidden.shape[0] == 1)
+        if parts > 2 or not flat or hidden.shape[-1] != table.shape[-1]:
+            raise AdapterError(
+                f"A {type(block).__name__} returns {parts} parts, the first of shape {list(hidden.shape)}: not the "
+                f"residual stream, [tokens, {table.shape[-1]}], so that knobs cannot act on this model in vLLM."
+            )
         hidden = hidden + table[rows[: hidden.shape[-2]]]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -181,7 +188,7 @@ def load_adapter(original: Callable[..., Any], manager: Any, lora_request: Any) 
         knob = _knobs[digest]
         assert isinstance(knob, DeltaKnob)
         alphas.append((knob, alpha))
-    if not alphas:  # one that stands for none
+    if not alphas:  # the adapter of requests without: zeros, in the shape of any other
         alphas = [(next(knob for knob in _knobs.values() if isinstance(knob, DeltaKnob)), 0.0)]
     dtype = manager.lora_config.lora_dtype
     rank, parts = compose_adapter(alphas, dtype)
@@ -209,8 +216,8 @@ def load_adapter(original: Callable[..., Any], manager: Any, lora_request: Any) 
 def load_first_runner(original: Callable[..., Any], runner: Any, *args: Any, **options: Any) -> None:
     """Load the model, and put the tables beside its layers."""
     original(runner, *args, **options)
-    settings = Settings.read(runner.vllm_config.additional_config)
-    if settings is not None and getattr(runner, "trimtab", None) is None:
+    settings = Settings.of(runner.vllm_config)
+    if settings is not None:
         runner.trimtab = Steering(runner.vllm_config, runner.get_model(), runner.device, settings)
 
 
@@ -239,7 +246,7 @@ def fill_first_runner(
 def extend_model_state(original: Callable[..., Any], vllm_config: Any, model: nn.Module) -> type[Any]:
     """Return the model's own state class with knobs, which the second runner asks at every turn."""
     resolved: type[Any] = original(vllm_config, model)
-    settings = Settings.read(vllm_config.additional_config)
+    settings = Settings.of(vllm_config)
     return resolved if settings is None else steered_state(resolved, settings)
 
 
