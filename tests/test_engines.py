@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pico
-from trimtab.artifact import DeltaKnob, Knob, LowRank
+from trimtab.artifact import DeltaKnob, Knob, LowRank, Rack
 from trimtab.check.twin import LAYERS, WIDTH
 from trimtab.cli import main
 from trimtab.engines.admission import (
@@ -30,7 +30,7 @@ from trimtab.engines.admission import (
     read_setting,
 )
 from trimtab.engines.slots import PLACES, Plan, Slots, block_key, knob_digest, plan_request
-from trimtab.engines.vllm import compat, http, launch, scheduler, worker
+from trimtab.engines.vllm import Engine, compat, http, launch, scheduler, worker
 from trimtab.engines.vllm.front import admit, configure, front_of, load_knob, load_knob_async, open_front, refuse
 from trimtab.engines.vllm.settings import KEY, Settings
 from trimtab.errors import (
@@ -222,6 +222,7 @@ def test_a_setting_is_admitted_as_text_as_json_and_as_a_mapping() -> None:
         ("{", OptionError, "not JSON"),
         ("all", OptionError, "name=strength"),
         (3, OptionError, "are written"),
+        ({3: 1.0}, OptionError, "by their names"),
         ({"all": 1e39}, OptionError, "too large"),
         ({"w": 1e39}, OptionError, "too large"),
         ({"all": 1e4}, OptionError, "too large"),
@@ -716,6 +717,12 @@ def test_knobs_move_to_where_vllm_takes_them_from() -> None:
         assert http.move_knobs(body, "/v1/completions") is None
 
 
+def app_of(desk: Admission) -> Any:
+    """An app such as the middleware finds: its engine knows the knob m."""
+    engine = SimpleNamespace(input_processor=SimpleNamespace(trimtab=SimpleNamespace(admission=desk)))
+    return SimpleNamespace(state=SimpleNamespace(engine_client=engine))
+
+
 def headers_of(size: bytes) -> list[tuple[bytes, bytes]]:
     return [(b"content-length", size), (b"content-type", b"application/json"), (b"x", b"y")]
 
@@ -742,8 +749,10 @@ def exchange(path: str, *chunks: bytes, method: str = "POST") -> tuple[list[Any]
     async def send(message: Any) -> None:
         sent.append(message)
 
+    desk = Admission(torch.float32)
+    desk.put("m", KNOBS["all"])
     size = str(sum(map(len, chunks))).encode()
-    scope = {"type": "http", "method": method, "path": path, "headers": headers_of(size)}
+    scope = {"type": "http", "method": method, "path": path, "headers": headers_of(size), "app": app_of(desk)}
     asyncio.run(http.KnobsInBody(app)(scope, receive, send))
     return got, sent
 
@@ -764,8 +773,12 @@ def test_the_middleware_hands_on_everything_else_as_it_came() -> None:
     assert got[1]["body"] == b""
 
 
-def test_the_middleware_refuses_knobs_that_would_be_lost() -> None:
+def test_the_middleware_refuses_wrong_knobs_before_an_answer_begins_and_those_that_would_be_lost() -> None:
     for path, body, words in (
+        ("/v1/completions", b'{"knobs": "zz=1", "stream": true}', "Unknown knob 'zz'"),
+        ("/v1/messages", b'{"vllm_xargs": {"knobs": "m=nan"}}', "must be finite"),
+        ("/v1/completions", b'{"\\u006bnobs": "zz=1"}', "Unknown knob 'zz'"),
+        ("/v1/completions", '{"knobs": "zz=1"}'.encode("utf-16"), "Unknown knob 'zz'"),
         ("/tokenize", b'{"knobs": "m=1"}', "takes no 'knobs'"),
         ("/v1/completions", b'{"knobs": "m=1", "use_beam_search": true}', "Beam search"),
         ("/v1/completions", b'{"knobs": 3}', "are written"),
@@ -787,7 +800,15 @@ def test_the_list_of_knobs_says_what_a_client_needs() -> None:
 
 def test_an_order_to_load_names_a_knob_and_a_file() -> None:
     assert http.read_order(b'{"name": "m", "path": "f"}') == ("m", "f")
-    for body in (b"", b"[]", b'{"name": "m"}', b'{"name": "m", "path": 3}', b'{"name": "m", "path": "f", "x": 1}'):
+    for body in (
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b'{"name": "m", "path": ""}',
+        b'{"name": "m"}',
+        b'{"name": "m", "path": 3}',
+        b'{"name": "m", "path": "f", "x": 1}',
+    ):
         with pytest.raises(OptionError):
             http.read_order(body)
 
@@ -805,8 +826,35 @@ def test_an_engine_gets_room_for_all_weight_knobs_at_once() -> None:
         "additional_config": {"x": 1, "trimtab": {"knobs": {}}},
     }
     assert "enable_lora" not in launch.engine_options({"c": KNOBS["all"]}, {}, {})  # pyright: ignore[reportArgumentType]
+    for additional in ("text", {KEY: {}}):
+        with pytest.raises(OptionError, match="additional_config"):
+            launch.engine_options({}, {}, {"additional_config": additional})  # pyright: ignore[reportArgumentType]
     with pytest.raises(KnobError, match="rank 600 together"):
         launch.engine_options({"a": low("a", 600)}, {}, {})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_bundled_model_is_found_and_computes_in_float32(tmp_path: Path) -> None:
+    place, options = launch.model_options("prefworld")
+    assert (Path(place) / "config.json").is_file()
+    assert options == {"dtype": "float32"}
+    assert launch.model_options("some/model") == ("some/model", {})
+    with pytest.raises(OptionError, match=r"no config\.json"):
+        launch.model_options(tmp_path)
+
+
+def test_knobs_that_lie_in_files_are_read_where_they_are_and_others_written_down(tmp_path: Path) -> None:
+    KNOBS["all"].save(tmp_path / "k")
+    files = launch.Files(Rack(all=tmp_path / "k", prompt=KNOBS["prompt"]), {"all": tmp_path / "k"})
+    assert files.paths["all"] == str(tmp_path / "k")
+    assert knob_digest(Knob.load(files.paths["prompt"])) == knob_digest(KNOBS["prompt"])
+    files.cleanup()
+    assert not Path(files.paths["prompt"]).exists()
+    assert (tmp_path / "k").exists()
+
+
+def test_an_engine_refuses_what_is_no_rack() -> None:
+    with pytest.raises(OptionError, match="Rack of named knobs"):
+        Engine("prefworld", {"m": 1})  # pyright: ignore[reportArgumentType]
 
 
 def test_without_vllm_the_message_says_how_to_install_it(
@@ -832,6 +880,8 @@ def test_without_vllm_the_message_says_how_to_install_it(
         (["generate", "prefworld", "hi", "--engine", "vllm", "--device", "cpu"], "--device is not for --engine"),
         (["serve", "prefworld"], "--engine"),
         (["serve", "prefworld", "--engine", "vllm", "--port", "0"], "1 to 65535"),
+        (["serve", "prefworld", "--engine", "vllm", "--json"], "Leave --json out"),
+        (["serve", "prefworld", "--engine", "vllm", "--host", "256.0.0.1"], "Cannot listen on 256.0.0.1"),
         (["serve", "prefworld", "--engine", "vllm", "--layers", "-1"], "counts from 0"),
         (["serve", "prefworld", "--engine", "vllm", "--engine-option", "a"], "name=value"),
         (["serve", "prefworld", "--engine", "vllm", "--knob", "gone"], "no file"),

@@ -250,6 +250,13 @@ def test_a_bad_request_is_a_400_and_the_engine_lives_on(address: str, folder: Pa
     assert tokens(address, folder, ids, knobs='{"alpha": 1}') == wanted[1].tokens
 
 
+def test_a_wrong_knob_is_a_400_before_a_stream_begins(address: str, folder: Path) -> None:
+    ids = load.requests()[1].ids
+    status, content = rows.post(f"{address}/v1/completions", body(folder, ids, knobs={"zz": 1}, stream=True))
+    assert status == 400
+    assert "Unknown knob 'zz'" in json.dumps(content)
+
+
 def test_several_answers_to_a_prompt_take_its_knobs(address: str, folder: Path, wanted: list[load.Answer]) -> None:
     asked = body(folder, load.requests()[1].ids, knobs={"alpha": 1.0}, n=2, temperature=1e-4)
     status, content = rows.post(f"{address}/v1/completions", asked)
@@ -322,3 +329,61 @@ def test_the_example_of_the_docs_runs(folder: Path) -> None:
     example = example.replace("math.knob.safetensors", str(folder / "alpha.knob.safetensors"))
     said = run_script(folder, example + "        print('ANSWERS', [answer.knobs for answer in answers])\n")
     assert "ANSWERS [{'math': 1.0}, {'math': -0.5}]" in said
+
+
+ENGINE = """
+from trimtab import Rack
+from trimtab.engines.vllm import Engine
+from trimtab.errors import TrimtabError
+import pico
+if __name__ == "__main__":
+    sizes = {"enforce_eager": True, "gpu_memory_utilization": 0.1, "max_model_len": 128}
+    for options in ({"max_modellen": 3}, {"additional_config": {"trimtab": {}}}, ["a"]):
+        try:
+            Engine("prefworld", options=options)
+        except TrimtabError as error:
+            print("REFUSED", error)
+    tuned = pico.knob(1, width=192).with_(tuning={"safe_range": [-1, 1]})
+    with Engine("prefworld", Rack(m=tuned), safe_ranges=True, layers=[1], strict=True, options=sizes) as engine:
+        print("DTYPE", engine.llm.llm_engine.model_config.dtype, engine.knobs)
+        for knobs in ({"m": 2}, {"m": float("nan")}, [{"m": 1}] * 2):
+            try:
+                engine.generate(["Hi"], knobs=knobs)
+            except TrimtabError as error:
+                print("REFUSED", error)
+        for prompts in ("Hi", ["x" * 4000]):
+            try:
+                engine.generate(prompts)
+            except TrimtabError as error:
+                print("REFUSED", error)
+        sampled = {"knobs": "m=0.5", "temperature": 0.8, "top_p": 0.9, "seed": 3, "max_new_tokens": 9}
+        made = [engine.generate(["Hi"] * 2, **sampled) for _ in range(2)]
+        print("SAMPLED", made[0] == made[1], [answer.tokens <= 9 for answer in made[0]])
+    try:
+        engine.generate(["Hi"])
+    except TrimtabError as error:
+        print("REFUSED", error)
+"""
+
+
+def test_the_engine_of_python_refuses_in_words(folder: Path) -> None:
+    said = run_script(folder, ENGINE)
+    refusals = [line for line in said.splitlines() if line.startswith("REFUSED")]
+    for line, words in zip(
+        refusals,
+        (
+            "Did you mean 'max_model_len'",
+            "additional_config",
+            "options are a mapping",
+            "outside its safe range",
+            "must be finite",
+            "2 knob settings for 1 prompts",
+            "Prompts come as a list",
+            "this engine's context holds 128",
+            "was closed",
+        ),
+        strict=True,
+    ):
+        assert words in line, line
+    assert "DTYPE torch.float32 ['m']" in said
+    assert "SAMPLED True [True, True]" in said

@@ -7,6 +7,7 @@ that it does not name are off. GET /v1/knobs lists them. The engine is vLLM, who
 
 from __future__ import annotations
 
+import socket
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="prefworld (bundled), a local folder, or a hub name")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto: as stored)")
     parser.add_argument(
-        "--knob", action="append", default=[], metavar="[NAME=]FILE", help="a knob, or a panel; may be repeated"
+        "--knob",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a knob, or a panel, whose strengths play no part; may be repeated",
     )
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
     parser.add_argument(
@@ -42,11 +47,15 @@ def run(args: Namespace, terminal: Terminal) -> None:
     """Serve until stopped."""
     if not 0 < args.port < 2**16:
         raise OptionError(f"--port is a number from 1 to 65535; got {args.port}.")
+    if terminal.json:
+        raise OptionError("A server prints its log, and no JSON. Leave --json out.")
     if args.layers is not None and min(args.layers) < 0:
         raise OptionError("--layers counts from 0 here.")
     with terminal.working("Preparing"):
         rack = load_knobs(args.knob, None).rack
         model, own = vllm_options(args)
+        if not own.get("headless"):
+            _check_address(args.host, args.port)
         from trimtab.engines.vllm.launch import Files, engine_options, serve
 
     files = Files(rack, dict(filter(None, map(_plain_file, args.knob))))
@@ -62,6 +71,17 @@ def run(args: Namespace, terminal: Terminal) -> None:
         serve(model, engine_options(rack, settings, own))
     finally:
         files.cleanup()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise `OptionError` where nothing can listen, before a model is loaded for it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OptionError(f"Cannot listen on {host}:{port}: {error.strerror}.") from None
 
 
 def _plain_file(entry: str) -> tuple[str, Path] | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trimtab.cli.options import assignments, input_file
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
+from trimtab.errors import OptionError, PairsError, TrimtabError, TrimtabWarning, unknown_name
 from trimtab.types import Setting, check_strength, check_where, parse_setting
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def vllm_options(args: Namespace) -> tuple[str, dict[str, object]]:
 
     Sets `VLLM_NO_USAGE_STATS` unless the user has: what is run here is nobody's business.
     """
-    from trimtab.render.loading import locate
+    from trimtab.engines.vllm.launch import model_options
 
-    source, _ = locate(args.model)
-    dtype = args.dtype or ("float32" if args.model == WORLD else None)  # as `trimtab.load` has it
+    source, own = model_options(args.model)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    return str(source), {**({"dtype": dtype} if dtype else {}), **assignments(args.engine_option, "--engine-option")}
+    dtype = {"dtype": args.dtype} if args.dtype else {}
+    return source, {**own, **dtype, **assignments(args.engine_option, "--engine-option")}
 
 
 @contextmanager
@@ -70,7 +70,12 @@ def open_vllm(args: Namespace, terminal: Terminal, rack: Rack) -> Generator[Engi
         with terminal.working(f"Starting vLLM with {args.model}"):
             from trimtab.engines.vllm.offline import Engine
 
-            engine = stack.enter_context(Engine(model, rack, strict=not args.no_strict, options=own))
+            try:
+                engine = stack.enter_context(Engine(model, rack, strict=not args.no_strict, options=own))
+            except TrimtabError:
+                raise
+            except (ValueError, TypeError, RuntimeError, OSError) as error:  # of vLLM's, which says more above
+                raise OptionError(f"vLLM does not start: {str(error).strip().splitlines()[0]}") from None
         yield engine
 
 

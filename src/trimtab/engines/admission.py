@@ -114,7 +114,7 @@ class Admission:
         setting = read_setting(knobs)
         for name in setting:
             if name not in self.knobs:
-                raise unknown_name("knob", name, self.knobs)
+                raise unknown_name("knob", name[:100], self.knobs)
         setting = {name: strength for name, strength in setting.items() if strength}
         key = frozenset(setting.items())
         if not setting or key in self._known:
@@ -180,6 +180,9 @@ def read_setting(knobs: object) -> dict[str, float]:
     if not isinstance(knobs, Mapping):
         raise OptionError(f'knobs are written {{"math": 0.8}} or "math=0.8"; got {brief(knobs)}.')
     entries = cast(Mapping[object, object], knobs)
+    strange = next((name for name in entries if not isinstance(name, str)), None)
+    if strange is not None:
+        raise OptionError(f"Knobs are set by their names here; got {type(strange).__name__}.")
     wrong = next((name for name, value in entries.items() if not isinstance(value, int | float)), None)
     if wrong is not None:
         raise OptionError(f"The strength of {brief(wrong)} must be a number; got {brief(entries[wrong])}.")

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from trimtab.errors import AdapterError, MissingDependency
+from trimtab.errors import AdapterError, MissingDependency, unknown_name
 
 TRIED = ("0.32.0",)
 """Versions of vLLM on which the engine tests have run."""
@@ -144,6 +144,14 @@ def mixes_up_adapters() -> bool:
     """
     numbers = tuple(int(part) for part in vllm_version().split(".")[:2] if part.isdecimal())
     return bool(vllm("vllm.platforms", "current_platform").is_cpu()) and numbers < (0, 33)
+
+
+def check_option(name: str) -> None:
+    """Raise `UnknownName` for what is no option of `vllm.LLM`."""
+    known = {*inspect.signature(vllm("vllm", "LLM").__init__).parameters}
+    known |= {*inspect.signature(vllm("vllm.engine.arg_utils", "EngineArgs")).parameters}
+    if name not in known:
+        raise unknown_name("option of vLLM's", name, known)
 
 
 def bypasses_front() -> bool:

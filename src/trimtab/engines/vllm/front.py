@@ -242,7 +242,7 @@ async def load_knob_async(engine: Any, name: str, path: str | os.PathLike[str]) 
 
 def front_of(engine: Any) -> Front:
     """Return the knobs of an engine's front end; raises `OptionError` for an engine that was started without."""
-    front = getattr(engine.input_processor, "trimtab", None)
+    front = getattr(getattr(engine, "input_processor", None), "trimtab", None)
     if front is None:
         raise OptionError(
             'This engine was started without knobs. Start it with additional_config={"trimtab": {"knobs": {}}}.'

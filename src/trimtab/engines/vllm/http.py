@@ -41,7 +41,8 @@ class KnobsInBody:
         messages, body = await _read(receive)
         try:
             moved = move_knobs(body, scope["path"])
-        except OptionError as error:
+            _admit(scope, body if moved is None else moved)
+        except TrimtabError as error:
             await _refuse(send, str(error))
             return
         if moved is not None:
@@ -77,12 +78,9 @@ def move_knobs(body: bytes, path: str) -> bytes | None:
 
     Raises `OptionError` where knobs would be lost: on other routes, and with beam search.
     """
-    if f'"{REQUESTED}"'.encode() not in body:
+    if path not in ROUTES and f'"{REQUESTED}"'.encode() not in body:
         return None
-    try:
-        content: object = json.loads(body)
-    except (ValueError, RecursionError):
-        return None  # the route itself says what is wrong
+    content = _parsed(body)
     if not isinstance(content, dict) or content.get(REQUESTED) is None:
         return None
     fields = cast(dict[str, Any], content)
@@ -98,6 +96,21 @@ def move_knobs(body: bytes, path: str) -> bytes | None:
         raise OptionError(f'knobs are written {{"math": 0.8}} or "math=0.8"; got {brief(knobs)}.')
     text = knobs if isinstance(knobs, str) else json.dumps(knobs)
     return json.dumps({**fields, "vllm_xargs": {**others, REQUESTED: text}}).encode()
+
+
+def _parsed(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # the route itself says what is wrong
+
+
+def _admit(scope: Message, body: bytes) -> None:
+    """Raise what admission would, before an answer that is streamed has begun."""
+    content = _parsed(body) if scope["path"] in ROUTES else None
+    others = cast(dict[str, Any], content).get("vllm_xargs") if isinstance(content, dict) else None
+    if isinstance(others, dict) and others.get(REQUESTED) is not None:
+        front_of(scope["app"].state.engine_client).admission.admit(cast(dict[str, Any], others)[REQUESTED])
 
 
 async def _refuse(send: Send, message: str) -> None:
@@ -156,11 +169,11 @@ def read_order(body: bytes) -> tuple[str, str]:
     """Read the body of `POST /v1/knobs`: a name, and the path of a file on the server's machine."""
     try:
         content: object = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"The body is not JSON: {error}.") from None
     fields = cast(dict[str, object], content) if isinstance(content, dict) else {}
     name, path = fields.get("name"), fields.get("path")
-    if not isinstance(name, str) or not isinstance(path, str) or fields.keys() != {"name", "path"}:
+    if not isinstance(name, str) or not isinstance(path, str) or not path or fields.keys() != {"name", "path"}:
         raise OptionError('A knob is loaded by {"name": "math", "path": "math.knob.safetensors"}.')
     return name, path
 

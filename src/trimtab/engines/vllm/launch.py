@@ -13,6 +13,7 @@ from trimtab.engines.admission import top_rank
 from trimtab.engines.vllm import compat
 from trimtab.engines.vllm.settings import KEY
 from trimtab.errors import KnobError, OptionError, brief
+from trimtab.render.loading import BUNDLED, locate
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM's adapters can be made for."""
@@ -40,6 +41,14 @@ class Files:
         self._folder.cleanup()
 
 
+def model_options(model: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return what vLLM is to load, a hub name or a folder, and in which dtype where that is not as stored.
+
+    The bundled model computes in float32, as with `trimtab.load`. Raises `OptionError` for a folder without a model.
+    """
+    return str(locate(model).name), {"dtype": "float32"} if str(model) == BUNDLED else {}
+
+
 def engine_options(rack: Rack, settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `vllm.LLM` for a rack: the plugin's settings, room for weight knobs, and the user's own.
 
@@ -56,9 +65,10 @@ def engine_options(rack: Rack, settings: Mapping[str, Any], own: Mapping[str, An
                 "further, or set max_lora_rank and turn fewer at once."
             )
         options = {"enable_lora": True, "max_lora_rank": fitting, "max_loras": ADAPTERS}
-    additional = own.get("additional_config", {})
-    if not isinstance(additional, Mapping):
-        raise OptionError(f"additional_config is an object; got {brief(additional)}.")
+    additional: object = own.get("additional_config", {})
+    if not isinstance(additional, Mapping) or KEY in additional:
+        said = f"an object without {KEY!r}, which is written here"
+        raise OptionError(f"additional_config is {said}; got {brief(additional)}.")
     return {**options, **own, "additional_config": {**additional, KEY: dict(settings)}}
 
 

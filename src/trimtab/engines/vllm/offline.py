@@ -10,9 +10,9 @@ from typing import Any
 from trimtab.artifact import Rack
 from trimtab.engines.vllm import compat
 from trimtab.engines.vllm.front import front_of, load_knob
-from trimtab.engines.vllm.launch import Files, engine_options
+from trimtab.engines.vllm.launch import Files, engine_options, model_options
 from trimtab.engines.vllm.settings import REQUESTED
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, brief
 from trimtab.generate import Generation, finished_answer
 from trimtab.prompts import Prompt, check_decoding, end_tokens, read_prompts, settings_per_prompt
 from trimtab.render import Renderer
@@ -24,9 +24,12 @@ class Engine:
 
     `options` go to `vllm.LLM`, whose defaults hold: `tensor_parallel_size`, `max_model_len`, `enforce_eager` and so on.
     Weight knobs run as adapters, for which `enable_lora`, `max_lora_rank` and `max_loras` are set where the options do
-    not: one adapter per setting that is in flight.
-    `strict=False` turns a knob from another architecture or chat template into a warning. Raises `MissingDependency`
-    without vLLM, and `AdapterError` for a version of vLLM in which a seam has moved.
+    not: one adapter per setting that is in flight. `strict=False` turns a knob from another architecture or chat
+    template into a warning, `safe_ranges` refuses strengths outside a tuned knob's safe range, and `layers` are those
+    that knobs may act on, all unless given.
+
+    Raises `MissingDependency` without vLLM, `AdapterError` for a version of vLLM in which a seam has moved, `KnobError`
+    for a knob that does not fit, `OptionError` and `UnknownName` for options that vLLM has not.
     """
 
     def __init__(
@@ -35,17 +38,27 @@ class Engine:
         rack: Rack | None = None,
         *,
         strict: bool = True,
+        safe_ranges: bool = False,
         layers: Sequence[int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        make, held = compat.vllm("vllm", "LLM"), rack or Rack()
+        if rack is not None and not isinstance(rack, Rack):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"rack is a Rack of named knobs; got {type(rack).__name__}. Pass Rack(NAME=knob).")
+        make, held, own = compat.vllm("vllm", "LLM"), rack or Rack(), options or {}
+        if not isinstance(own, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"options are a mapping, as in {{'max_model_len': 4096}}; got {brief(own)}.")
+        for name in own:
+            compat.check_option(name)
         self._files = Files(held)
         settings = {
             "knobs": self._files.paths,
             "strict": strict,
+            "safe_ranges": safe_ranges,
             "layers": None if layers is None else list(layers),
         }
-        self.llm: Any = make(model=str(model), **engine_options(held, settings, options or {}))
+        source, dtype = model_options(model)
+        self._open = True
+        self.llm: Any = make(model=source, **engine_options(held, settings, {**dtype, **own}))
         """The `vllm.LLM`; its requests turn knobs by `SamplingParams(extra_args={"knobs": "math=0.8"})`."""
 
     def load(self, name: str, path: str | Path) -> None:
@@ -72,6 +85,8 @@ class Engine:
         Raises `OptionError` and `UnknownName` before any prompt is answered. Above temperature 0, answers depend on
         the seed and the prompt's place, and are others than those of transformers.
         """
+        if not self._open:
+            raise OptionError("This engine was closed. Start another.")
         check_decoding(max_new_tokens, temperature, top_p, seed)
         tokenizer = self.llm.get_tokenizer()
         renderer, front = Renderer(tokenizer), front_of(self.llm)
@@ -109,9 +124,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine's processes, and remove its copies of the knobs."""
-        core = getattr(getattr(self.llm, "llm_engine", None), "engine_core", None)
-        if core is not None:
-            core.shutdown()
+        self._open = False
+        self.llm.llm_engine.engine_core.shutdown()
         self._files.cleanup()
 
     def __enter__(self) -> Engine:
