@@ -7,7 +7,7 @@ requests are preempted and computed again. Controls leave knobs out of the key o
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +29,22 @@ CROWDED: dict[str, Any] = {
 
 
 @dataclass
-class Crowd:
+class Crowd(rows.Row):
     """One engine that is crowded."""
 
-    said: str
-    options: dict[str, Any] = field(default_factory=dict)
-    variables: dict[str, str] = field(default_factory=dict)
     key: bool = True
     """Whether knobs are in the key of cached blocks."""
-    gpu: bool = False
-
-    @property
-    def weights(self) -> bool:
-        """Whether weight knobs are among the requests; see `rows.Row`."""
-        return not self.gpu
 
 
+ON_GPU: dict[str, Any] = {"weights": False, "gpu": True}
 EAGER: dict[str, Any] = {**CROWDED, "enforce_eager": True}
 GRAPHS: dict[str, Any] = {**CROWDED, **rows.TRITON, "async_scheduling": True}
 CROWDS = {
     "first": Crowd("V1 runner", EAGER, rows.IN_PROCESS),
     "second": Crowd("V2 runner (Triton interpreted)", EAGER, {**rows.IN_PROCESS, **rows.INTERPRETED}),
     "control": Crowd("V1 runner, knobs left out of the key (control)", EAGER, rows.IN_PROCESS, key=False),
-    "graphs": Crowd("V2 runner on a GPU, CUDA graphs, async scheduling", GRAPHS, rows.EXACT, gpu=True),
-    "graphs-control": Crowd("the same, knobs left out of the key (control)", GRAPHS, rows.EXACT, key=False, gpu=True),
+    "graphs": Crowd("V2 runner on a GPU, CUDA graphs, async scheduling", GRAPHS, rows.EXACT, **ON_GPU),
+    "graphs-control": Crowd("the same, knobs left out of the key (control)", GRAPHS, rows.EXACT, key=False, **ON_GPU),
 }
 COUNTERS = {
     "preemptions": "vllm:num_preemptions",

@@ -40,7 +40,9 @@ def run_script(folder: Path, text: str, **variables: str) -> str:
     script = folder / "script.py"
     script.write_text(f"import sys\nsys.path[:0] = {[str(rows.HERE), str(rows.HERE.parent)]}\n{text}")
     own = rows.environment(folder, {**rows.IN_PROCESS, **variables})
-    done = subprocess.run([sys.executable, str(script)], env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=own, cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -358,6 +360,9 @@ if __name__ == "__main__":
                 print("REFUSED", error)
         sampled = {"knobs": "m=0.5", "temperature": 0.8, "top_p": 0.9, "seed": 3, "max_new_tokens": 9}
         made = [engine.generate(["Hi"] * 2, **sampled) for _ in range(2)]
+        pico.knob(1, name="n", width=192).save("n.knob.safetensors")
+        engine.load("n", "n.knob.safetensors")
+        print("LOADED", engine.knobs, engine.generate(["Hi"], knobs={"n": 0.5}, max_new_tokens=2)[0].knobs)
         print("SAMPLED", made[0] == made[1], [answer.tokens <= 9 for answer in made[0]])
     try:
         engine.generate(["Hi"])
@@ -386,4 +391,5 @@ def test_the_engine_of_python_refuses_in_words(folder: Path) -> None:
     ):
         assert words in line, line
     assert "DTYPE torch.float32 ['m']" in said
+    assert "LOADED ['m', 'n'] {'n': 0.5}" in said
     assert "SAMPLED True [True, True]" in said

@@ -80,7 +80,7 @@ class Admission:
     max_rank: int | None = None
     safe_ranges: bool = False
     knobs: dict[str, AnyKnob] = field(default_factory=dict[str, AnyKnob])
-    _digests: dict[str, str] = field(default_factory=dict[str, str])
+    digests: dict[str, str] = field(default_factory=dict[str, str])
     _peaks: dict[str, float] = field(default_factory=dict[str, float])
     _known: dict[frozenset[tuple[str, float]], Admitted] = field(
         default_factory=dict[frozenset[tuple[str, float]], Admitted]
@@ -96,15 +96,19 @@ class Admission:
             )
         return digest
 
-    def put(self, name: str, knob: AnyKnob) -> None:
-        """Give a knob a name, in the place of whatever had it; raises `KnobError` for a name no setting can spell."""
+    def put(self, name: str, knob: AnyKnob) -> str:
+        """Give a knob a name, in the place of whatever had it, and return its digest.
+
+        Raises `KnobError` for a name that no setting can spell, and for a knob that this engine cannot run.
+        """
         check_knob_name(name)
         digest = self.check(knob)
         if isinstance(knob, DeltaKnob) and digest not in self._peaks:
             sides = [part.b for part in knob.parts.values() if isinstance(part, LowRank)]
             self._peaks[digest] = max(float(side.abs().max()) for side in sides)
         self._known.clear()
-        self.knobs[name], self._digests[name] = knob, digest
+        self.knobs[name], self.digests[name] = knob, digest
+        return digest
 
     def admit(self, knobs: object) -> Admitted | None:
         """Read a request's setting, as text or a mapping, and return what it comes to; None where that is nothing.
@@ -129,7 +133,7 @@ class Admission:
         strengths: dict[str, float] = {}  # by digest: names of one knob add up
         names: dict[str, str] = {}
         for name, strength in setting.items():
-            digest = self._digests[name]
+            digest = self.digests[name]
             strengths[digest] = strengths.get(digest, 0.0) + strength
             names[digest] = name
         added: dict[str, tuple[Knob, float]] = {}
@@ -155,7 +159,7 @@ class Admission:
             raise OptionError(
                 f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
             )
-        peak = self._peaks.get(self._digests[name], 0.0)
+        peak = self._peaks.get(self.digests[name], 0.0)
         if not abs(alpha) <= ALPHAS or not abs(alpha) * peak <= torch.finfo(self.dtype).max:
             raise OptionError(f"Strength {strength:g} of {name!r} is too large: alpha is {alpha:g}.")
 

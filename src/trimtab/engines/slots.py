@@ -151,7 +151,8 @@ class Slots:
         for request in [name for name in live if name in self._plans and self._plans[name].keys != live[name].keys]:
             self._drop(request)
         absent = [name for name in self._plans if name not in live]
-        for request, plan in live.items():
+        for request in live.keys() - self._plans.keys():
+            plan = live[request]
             needed = {total.key for total in plan.sums} - self._used.keys()
             while len(needed) > len(self._free) and absent:
                 self._drop(absent.pop(0))  # the one that came first
@@ -160,10 +161,9 @@ class Slots:
                     f"The table of addends is full: it holds {self.table.shape[1] - 1} sums, three for every request "
                     "of a step."
                 )
-            if request not in self._plans:
-                self._plans[request] = plan
-                for total in plan.sums:
-                    self._hold(total)
+            self._plans[request] = plan
+            for total in plan.sums:
+                self._hold(total)
 
     def _hold(self, total: Sum) -> None:
         if not total.key:

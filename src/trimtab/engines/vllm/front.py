@@ -60,7 +60,7 @@ def configure(original: Callable[..., Any], args: Any, *rest: Any, **options: An
         raise OptionError(f"layers={settings.layers} names a layer that this model has not.")
     settings.knobs = {name: os.path.abspath(path) for name, path in settings.knobs.items()}
     front = Front(config, settings)  # which reads and checks every knob
-    settings.digests = {name: front.admission.check(knob) for name, knob in front.admission.knobs.items()}
+    settings.digests = dict(front.admission.digests)
     settings.put_into(config)
     return config
 
@@ -81,10 +81,9 @@ class Front:
         self._mixed_up = lora is not None and compat.mixes_up_adapters()
         self._replicas: int = config.parallel_config.data_parallel_size
         for name, path in settings.knobs.items():
-            knob = self.read(path)
-            if settings.digests.get(name, digest := self.admission.check(knob)) != digest:
+            digest = self.admission.put(name, self.read(path))
+            if settings.digests.get(name, digest) != digest:
                 raise KnobError(f"{path} holds another knob than the one that the engine was started with.")
-            self.put(name, knob)
 
     def read(self, path: str) -> AnyKnob:
         """Read a knob file, and compare the knob with the model; raises `KnobError` where it does not fit."""
@@ -115,10 +114,6 @@ class Front:
         """The adapter of requests that have none, where vLLM would give them another's; empty elsewhere."""
         weights = self._mixed_up and any(isinstance(knob, DeltaKnob) for knob in self.admission.knobs.values())
         return ADAPTER if weights else ""
-
-    def put(self, name: str, knob: AnyKnob) -> None:
-        """Give a knob its name."""
-        self.admission.put(name, knob)
 
     def _compare(self, knob: AnyKnob) -> None:
         """Compare a knob with the model, as `Knob.check` does; the model's weights are not needed for it."""
@@ -256,4 +251,4 @@ def _settle(front: Front, name: str, knob: AnyKnob, answers: list[dict[str, str]
         raise KnobError(f"A worker cannot load the knob: {wrong}")
     if {answer["digest"] for answer in answers} != {engine_digest(knob)}:
         raise KnobError("The workers have read another knob than the front end: its file differs between machines.")
-    front.put(name, knob)
+    front.admission.put(name, knob)
