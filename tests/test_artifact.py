@@ -68,6 +68,64 @@ def test_addend_is_strength_times_gain_times_residual_norm_along_the_direction()
         k.addend(math.nan)
 
 
+def spread(**changes: Any) -> Knob:
+    """A knob that acts at two layers at once."""
+    return knob(**{"also": (B,), "tuning": None, **changes})
+
+
+def test_a_knob_of_several_sites_adds_its_raw_vectors_in_proportion() -> None:
+    k = spread()
+    raw = k.with_(gain=k.raw_gain(A))
+    assert [*raw.addends(1.0)] == [1, 2]
+    assert torch.equal(raw.addends(1.0)[1], vector(1))
+    assert torch.equal(raw.addends(1.0)[2], vector(2))
+    half = k.with_(gain=k.raw_gain(A) / 2).addends(-1.0)
+    torch.testing.assert_close(half[2], -0.5 * vector(2))
+    torch.testing.assert_close(half[1], -0.5 * vector(1))
+    assert not any(addend.any() for addend in k.addends(0.0).values())
+    assert [*knob().addends(1.0)] == [1]
+
+
+def test_a_knob_of_several_sites_keeps_them_in_a_file_and_loses_them_with_another_site(tmp_path: Path) -> None:
+    k = spread()
+    k.save(tmp_path / "k")
+    back = Knob.load(tmp_path / "k")
+    assert back.also == (B,)
+    assert all(map(torch.equal, back.addends(0.7).values(), k.addends(0.7).values()))
+    assert back.pruned().sites == (A, B)
+    assert [*back.pruned().norms] == [1, 2]
+    assert back.with_(gain=2.0, where="all").also == (B,)
+    assert back.with_(site=B).also == ()
+    assert [*back.pruned(B).vectors] == [B]
+    assert "2 layers at once: 1, 2" in k.card()
+
+
+def test_knobs_of_the_same_layers_add_up_layer_by_layer() -> None:
+    one, two = spread(), spread(name="other", vectors={A: 3 * vector(3), B: vector(4)})
+    for total, other in ((one + two, two), (one - two, -two), (one + 0 * two, 0 * two)):
+        for layer, addend in total.addends(2.0).items():
+            torch.testing.assert_close(addend, one.addends(2.0)[layer] + other.addends(2.0)[layer])
+        assert sorted(total.addends(1.0)) == [1, 2]
+    assert not any(addend.any() for addend in (one - one).addends(1.0).values())
+    with pytest.raises(KnobError, match="at the same ones"):
+        one + knob()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operation": "ablate"}, "Only a knob that adds"),
+        ({"also": (Site(1, "first"),), "vectors": {A: vector(1), Site(1, "first"): vector(2)}}, "acts once at a layer"),
+        ({"also": (Site(3, "last"),)}, "no vector for its further site"),
+        ({"vectors": {A: 0 * vector(1), B: vector(2)}}, "in proportion"),
+        ({"vectors": {A: 1e-30 * vector(1), B: vector(2)}, "gain": 1e12}, "cannot hold"),
+    ],
+)
+def test_further_sites_that_make_no_sense_are_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KnobError, match=message):
+        spread(**changes)
+
+
 def test_knobs_are_told_apart_by_identity_and_share_no_memory_with_their_source() -> None:
     source = torch.stack([vector(1), vector(2)])
     k = knob(vectors={A: source[0], B: source[1]})
@@ -164,8 +222,8 @@ def test_knob_arithmetic_is_that_of_what_knobs_add() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"site": B}, "summed at one layer on the same tokens"),
-        ({"where": "all"}, "summed at one layer on the same tokens"),
+        ({"site": B}, "summed at one layer, or at the same ones, on the same tokens"),
+        ({"where": "all"}, "summed at one layer, or at the same ones, on the same tokens"),
         ({"operation": "ablate"}, "ablation is not linear"),
         ({"vectors": {A: vector(1, 8)}}, "width 32 and knob 'other' 8"),
         ({"provenance": {"architecture": "gpt2"}}, "another architecture: llama and gpt2"),

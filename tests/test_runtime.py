@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -39,7 +40,7 @@ from trimtab.adapter import CACHE_NAMES, Adapter
 from trimtab.artifact import OPERATIONS, Knob, Operation
 from trimtab.errors import AdapterError, CacheError, KnobError, OptionError
 from trimtab.runtime import steer
-from trimtab.types import Where
+from trimtab.types import Site, Where
 
 Side = Literal["left", "right"]
 WHERE: tuple[Where, ...] = ("all", "prompt", "context", "completion")  # those that positions alone decide
@@ -106,6 +107,23 @@ def test_two_layers_get_their_own_vectors(name: str) -> None:
     with steer(lm, {low: 1.0, high: -0.5}):
         assert torch.equal(lm(**inputs).logits, expected)
         assert torch.equal(greedy(lm, inputs), tokens)
+
+
+@torch.no_grad()
+def test_a_knob_of_several_sites_acts_like_a_knob_at_each() -> None:
+    lm, inputs = model(), pad(prompts([6, 4]))
+    low, high = knob(0, gain=0.5), knob(2)
+    sites = {**low.vectors, **high.vectors}
+    both = replace(low, vectors=sites, norms={0: 4.0, 2: 4.0}, also=(high.site,))
+    high = high.with_(gain=0.5 * 4.0 / both.raw_length(both.site) * both.raw_gain(high.site))
+    with steer(lm, [{low: 1.0, high: 1.0}, {low: -2.0, high: -2.0}]):
+        expected = lm(**inputs).logits
+    with steer(lm, [{both: 1.0}, {both: -2.0}]):
+        torch.testing.assert_close(lm(**inputs).logits, expected)
+    far = Site(9, "last")
+    beyond = replace(both, vectors={**sites, far: sites[low.site]}, norms={0: 4.0, 2: 4.0, 9: 4.0}, also=(far,))
+    with pytest.raises(AdapterError, match="no layer 9"), steer(lm, {beyond: 1.0}):
+        pass
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_tuning_finds_the_planted_site_and_stores_what_it_measured() -> None:
     winners = [row["gain"] for row in tuning["table"] if row["score"] == best and row["site"] == "1/last"]
     assert tuned.gain == min(winners)
     assert tuned.safe_range == (-1.0, 1.0)
+
+
+def test_a_knob_of_several_sites_is_tuned_in_gain_and_keeps_them() -> None:
+    lm, words = model(), tokenizer()
+    both = replace(planted(lm, words).with_(site=Site(1, "last")), also=(Site(0, "last"),))
+    tuned = tune(both, lm, words, PAIRS, gains=[0.5, 2.0], strengths=[1.0], broken_budget=1.0)
+    assert tuned.sites == both.sites
+    assert tuned.gain in (0.5, 2.0)
+    assert {row["site"] for row in tuned.tuning["table"]} == {"1/last"}
 
 
 def test_a_guardrail_that_falls_rules_a_setting_out() -> None:

@@ -121,8 +121,10 @@ def build_tables(adapter: Adapter, doses: Sequence[Mapping[AnyKnob, float]], uni
     """Sum what the knobs do at each layer; knobs at strength 0 in every row, and their layers, are left out."""
     rows = [{knob: s for knob, s in dose.items() if isinstance(knob, Knob)} for dose in doses]
     layers = {knob: _fitting_layer(adapter, knob) for row in rows for knob in row}
+    for knob in layers:
+        adapter.layers(site.layer for site in knob.sites)
     tables: dict[int, LayerTable] = {}
-    for (layer, where), addend in _sum_addends(rows, layers).items():
+    for (layer, where), addend in _sum_addends(rows).items():
         addend = (addend[0] if uniform else addend[:, None]).to(adapter.device(layer))
         tables.setdefault(layer, LayerTable()).adds[where] = addend
     for layer, reaction in _reactions(adapter, rows, layers, uniform):
@@ -178,15 +180,15 @@ def _moves(doses: Sequence[Mapping[AnyKnob, float]], uniform: bool) -> dict[Look
     return moves
 
 
-def _sum_addends(rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, int]) -> dict[tuple[int, Where], Tensor]:
+def _sum_addends(rows: Sequence[Mapping[Knob, float]]) -> dict[tuple[int, Where], Tensor]:
     """Sum each row's addends in its own order, `[B, D]` float32 per layer and `where`: neighbours change no bit."""
     sums: dict[tuple[int, Where], dict[int, Tensor]] = {}
     for b, row in enumerate(rows):
         for knob, strength in row.items():
             if strength != 0 and knob.operation == "add":
-                group = sums.setdefault((layers[knob], knob.where), {})
-                addend = knob.addend(strength)
-                group[b] = group[b] + addend if b in group else addend
+                for layer, addend in knob.addends(strength).items():
+                    group = sums.setdefault((layer, knob.where), {})
+                    group[b] = group[b] + addend if b in group else addend
     return {
         key: torch.stack([group.get(b, torch.zeros_like(next(iter(group.values())))) for b in range(len(rows))])
         for key, group in sums.items()
@@ -215,7 +217,7 @@ def row_doses(adapter: Adapter, rows: Sequence[Mapping[AnyKnob, float]]) -> list
 def _content(knob: Knob, strength: float) -> bytes:
     """Say all that a knob does at its layer, and how strongly."""
     if knob.operation == "add":
-        return knob.addend(strength).numpy().tobytes()
+        return b"".join(layer.to_bytes(4) + v.numpy().tobytes() for layer, v in knob.addends(strength).items())
     if knob.operation == "ablate":
         return (knob.direction * strength).numpy().tobytes()
     what = knob.direction.numpy().tobytes() if knob.kernel is None else knob.kernel.digest(knob.site)

@@ -73,8 +73,9 @@ def tune(
     """Return the knob at the site, the tokens and the gain that do best on validation data, pruned to that site.
 
     A weight knob has neither sites nor tokens: its gain alone is chosen, in multiples of the difference. The sites of a
-    lookahead knob are its candidate layers, one of which is taken. `gains` are `GAINS` or, for weights, `WEIGHT_GAINS`
-    where none are given.
+    lookahead knob are its candidate layers, one of which is taken; a knob that acts at several sites at once keeps
+    them, and its gain is that of the active one. `gains` are `GAINS` or, for weights, `WEIGHT_GAINS` where none are
+    given.
 
     `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob. A candidate
     is a site with one of them. Sites whose plain differences the two halves of the learning pairs do not share (a
@@ -110,7 +111,7 @@ def tune(
     if not -1 <= agreement <= 1:
         raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
     gains = (WEIGHT_GAINS if isinstance(knob, DeltaKnob) else GAINS) if gains is None else gains
-    searched = _reproducible(knob, agreement) if isinstance(knob, Knob) else knob
+    searched = _reproducible(knob, agreement) if isinstance(knob, Knob) and not knob.also else knob
     wheres = _wheres(knob, where, tokenizer)
     seen = _seen(knob, pairs)
     if seen:
@@ -264,6 +265,8 @@ def _content(knob: AnyKnob) -> dict[str, Any]:
         way = [knob.backend, knob.step, knob.per_token]
         return {"knob's gradient": knob.digest, **norms, "knob's scales": scales, "knob's way": way}
     content = {"knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()), **norms}
+    if knob.also:
+        content |= {"knob's further sites": list(map(str, knob.also))}
     if knob.kernel is not None:
         content |= {"knob's kernel": knob.kernel.header(), "knob's examples": digest(knob.kernel.tensors().items())}
     return content
@@ -353,7 +356,11 @@ def _rank(
     """Order the candidates by how much they raise the margin; settings that lower the chosen answers come last."""
     sites: list[Site | None] = [None]
     if isinstance(knob, Knob):
-        sites = [site for site, vector in knob.vectors.items() if float(vector.norm()) > 0]
+        sites = (
+            [site for site, vector in knob.vectors.items() if float(vector.norm()) > 0]
+            if not knob.also
+            else [knob.site]
+        )
     elif isinstance(knob, LookaheadKnob):
         sites = [*knob.sites]
     spots = list(product(sites, wheres, gains))

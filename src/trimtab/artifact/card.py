@@ -26,6 +26,7 @@ def describe(knob: Knob) -> str:
     lines = {
         "knob": f"{knob.name} ({knob.kind}, {knob.method})",
         "site": f"{knob.site}, one of {len(knob.vectors)} in layers {layers[0]} to {layers[-1]}",
+        "acts at": _acts_at(knob),
         "strength 1": "removes the component along the direction" if knob.operation == "ablate" else _dose(knob),
         "kernel": knob.kernel and str(knob.kernel),
         "where": f"{knob.operation} at {knob.where} tokens",
@@ -37,6 +38,15 @@ def describe(knob: Knob) -> str:
         **{key: known.get(key) for key in ("licence", "created", "tool")},
     }
     return _card(lines, knob.diagnostics)
+
+
+def _acts_at(knob: Knob) -> str | None:
+    """Name the layers of a knob that acts at several."""
+    if not knob.also:
+        return None
+    layers = sorted(site.layer for site in knob.sites)
+    shown = ", ".join(map(str, layers)) if len(layers) <= SHOWN else f"{layers[0]} to {layers[-1]}"
+    return f"{len(layers)} layers at once: {shown}"
 
 
 def describe_delta(knob: DeltaKnob) -> str:

@@ -38,6 +38,14 @@ def parse_site(text: str) -> Site:
     return Site.parse(text)
 
 
+def sites_of(stored: object) -> tuple[Site, ...]:
+    """Read further sites, as a header holds them."""
+    texts = cast(list[object], stored) if isinstance(stored, list) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise KnobError(f"Further sites are a list of some; got {brief(stored)}.")
+    return tuple(parse_site(text) for text in cast(list[str], texts))
+
+
 def safe_range_of(tuning: Mapping[str, Any] | None) -> tuple[float, float] | None:
     """Return the lowest and the highest safe strength that tuning stored; raises `KnobError` for what is no range."""
     bounds: object = (tuning or {}).get("safe_range")
@@ -85,6 +93,19 @@ def check_fields(knob: Knob) -> None:
             f"The active site {knob.site} has no vector; there are {len(knob.vectors)}: {known}"
             f"{', ...' if len(knob.vectors) > 3 else ''}."
         )
+    _check_further(knob)
+
+
+def _check_further(knob: Knob) -> None:
+    """Raise `KnobError` for further sites that a knob cannot have."""
+    if knob.also and knob.operation != "add":
+        raise KnobError(f"Only a knob that adds acts at several sites; {knob.name!r} has operation {knob.operation!r}.")
+    layers = [site.layer for site in knob.sites]
+    if len(set(layers)) < len(layers):
+        raise KnobError(f"A knob acts once at a layer; got sites {', '.join(map(str, knob.sites[:8]))}.")
+    for site in knob.also:
+        if site not in knob.vectors:
+            raise KnobError(f"Knob {knob.name!r} has no vector for its further site {site}.")
 
 
 def check_vectors(knob: Knob) -> None:
@@ -112,6 +133,13 @@ def check_vectors(knob: Knob) -> None:
     length = knob.gain * knob.norms[knob.site.layer]
     if length > torch.finfo(torch.float32).max:
         raise KnobError(f"Strength 1 would add a vector of length {length:.4g}, which float32 cannot hold.")
+    if knob.also and not knob.vectors[knob.site].any():
+        raise KnobError(
+            f"The vector of the active site {knob.site} is zero, so that nothing is in proportion to it at "
+            f"{len(knob.also)} further sites. Make a site active whose vector is not."
+        )
+    if not all(bool(addend.isfinite().all()) for addend in knob.addends(1.0).values()):
+        raise KnobError(f"Strength 1 of {knob.name!r} would add values that float32 cannot hold.")
 
 
 def check_alike(a: Knob, b: Knob) -> None:
@@ -121,10 +149,11 @@ def check_alike(a: Knob, b: Knob) -> None:
             "Only knobs that add can be summed; ablation is not linear, and what is piece-wise or a kernel depends on "
             "the stream. Steer with both at once."
         )
-    if (a.site.layer, a.where) != (b.site.layer, b.where):
+    layers = [{site.layer for site in knob.sites} for knob in (a, b)]
+    if (layers[0], a.where) != (layers[1], b.where):
         raise KnobError(
-            f"Knobs are summed at one layer on the same tokens; got {a.name!r} at {a.site} ({a.where}) and {b.name!r} "
-            f"at {b.site} ({b.where}). Steer with both at once: steer(model, {{a: 1, b: 1}})."
+            f"Knobs are summed at one layer, or at the same ones, on the same tokens; got {a.name!r} at {a.site} "
+            f"({a.where}) and {b.name!r} at {b.site} ({b.where}). Steer with both: steer(model, {{a: 1, b: 1}})."
         )
     if a.width != b.width:
         raise KnobError(f"Knob {a.name!r} has width {a.width} and knob {b.name!r} {b.width}: they are of two models.")

@@ -19,6 +19,7 @@ from trimtab.artifact.checks import (
     norms_of,
     parse_site,
     safe_range_of,
+    sites_of,
 )
 from trimtab.artifact.file import KnobFile, number, object_field, read_file, text_field, write_file
 from trimtab.artifact.identity import IDENTITY, check_identity
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 FIELDS = frozenset(
     "format_version sha256 kind name method site gain norms where operation provenance diagnostics tuning".split()
 )
-"""What the header of a knob file holds: each of them, of a kernel knob "kernel" too, and nothing else."""
+"""What the header of a knob file holds: each of them, and where the knob has them "kernel" and "also"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class Knob:
     """A preference as a direction of the residual stream, with what it takes to apply and to explain it.
 
     Strength s adds `s * gain * norms[site.layer]` times the unit direction of the active site: `alpha = s * gain` is
-    in multiples of the mean residual norm at that layer. Other operations look at the residual stream h at the token:
+    in multiples of the mean residual norm at that layer. At the sites of `also` it adds as much of each raw vector, in
+    proportion. Other operations look at the residual stream h at the token:
 
     - "ablate": strength s removes the share s of the component along the direction u; the gain plays no part.
     - "piecewise" adds as much along u, but towards the side on which h lies: `sign(h . u) u` in place of `u`. It makes
@@ -59,7 +61,7 @@ class Knob:
     norms: Mapping[int, float]
     """Mean residual norm per layer, over response tokens of the pairs, the sequence's first token left out."""
     site: Site
-    """The active site: the one that `addend` and `direction` speak of."""
+    """The active site: the one that gain, alpha and `direction` speak of."""
     gain: float
     """alpha at strength 1."""
     where: Where = "all"
@@ -72,6 +74,9 @@ class Knob:
     """What tuning measured: its table, the dose-response, `safe_range`; None before tuning."""
     kernel: KernelExamples | None = None
     """The examples of operation "kernel", at the sites of the vectors, which are then what they have in common."""
+    also: tuple[Site, ...] = ()
+    """Sites at other layers where a knob that adds acts as well, as control vectors of other tools do at every layer:
+    where the active site gets a multiple of its raw vector, each of these gets the same multiple of its own."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -100,6 +105,11 @@ class Knob:
         """Convert a strength to alpha, in multiples of the mean residual norm at the active site."""
         return check_strength(strength) * self.gain
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the knob acts: the active site, and those of `also`."""
+        return (self.site, *self.also)
+
     def length(self, strength: float) -> float:
         """Return how long a vector `strength` adds at the active site, below 0 for one that is turned around."""
         return self.alpha(strength) * self.norms[self.site.layer]
@@ -107,6 +117,14 @@ class Knob:
     def addend(self, strength: float) -> Tensor:
         """Return what `strength` of operation "add" adds to the residual stream at the active site, `[D]` float32."""
         return (self.length(strength) * unit(self.vectors[self.site])).float()
+
+    def addends(self, strength: float) -> dict[int, Tensor]:
+        """Return what `strength` of operation "add" adds at every layer where it acts, `[D]` float32 by layer."""
+        found = {self.site.layer: self.addend(strength)}
+        for site in self.also:
+            share = self.length(strength) / self.raw_length(self.site)
+            found[site.layer] = (share * self.vectors[site].double()).float()
+        return found
 
     def raw_length(self, site: Site) -> float:
         """Return the length of what the method found at `site`: of the vector, or of weighted examples on average."""
@@ -132,7 +150,8 @@ class Knob:
     ) -> Knob:
         """Return a copy with some fields replaced.
 
-        Another site without a gain sets the gain to the raw vector's length there. Tuning belongs to one site, gain,
+        Another site without a gain sets the gain to the raw vector's length there, and leaves that site alone, without
+        those of `also`. Tuning belongs to one site, gain,
         place and operation: replacing any of them drops it, unless a new `tuning` is passed along. Another operation
         than "kernel" drops its examples; raises `KnobError` for "kernel" where there are none.
         """
@@ -152,17 +171,18 @@ class Knob:
             provenance=self.provenance if provenance is None else provenance,
             diagnostics=self.diagnostics if diagnostics is None else diagnostics,
             tuning=self.tuning if tuning is None else tuning,
+            also=self.also if active == self.site else (),
         )
         same = all(getattr(self, part) == getattr(new, part) for part in ("site", "gain", "where", "operation"))
         return new if same or tuning is not None else replace(new, tuning=None)
 
     def pruned(self, site: Site | str | None = None) -> Knob:
-        """Return a copy that keeps one site only: the active one, or `site`, which becomes active."""
+        """Return a copy that keeps the sites where it acts only: those of the knob, or `site`, which becomes active."""
         new = self.with_(site=site)
-        return replace(new.at((new.site,)), norms={new.site.layer: new.norms[new.site.layer]})
+        return replace(new.at(new.sites), norms={site.layer: new.norms[site.layer] for site in new.sites})
 
     def at(self, sites: Collection[Site]) -> Knob:
-        """Return a copy that keeps these candidate sites, the active one among them, and what is stored of each."""
+        """Return a copy that keeps these sites, those where it acts among them, and what is stored of each."""
         vectors = {site: self.vectors[site] for site in sites}
         return replace(self, vectors=vectors, kernel=self.kernel and self.kernel.at(sites))
 
@@ -191,23 +211,25 @@ class Knob:
         return self * -1.0
 
     def __add__(self, other: Knob) -> Knob:
-        """Return the knob whose strength 1 is strength 1 of both; they must act on the same tokens of one layer."""
+        """Return the knob whose strength 1 is strength 1 of both; they must act on the same tokens and layers."""
         if not isinstance(other, Knob):  # pyright: ignore[reportUnnecessaryIsInstance]
             return NotImplemented
         check_alike(self, other)
-        norm = self.norms[self.site.layer]
-        vector = self.addend(1.0).double() + other.addend(1.0).double()
+        ours, theirs = self.addends(1.0), other.addends(1.0)
+        vectors = {site: ours[site.layer].double() + theirs[site.layer].double() for site in self.sites}
+        main = max(self.sites, key=lambda site: float(vectors[site].norm()) / self.norms[site.layer])
         shared = {key: self.provenance[key] for key in IDENTITY if key in self.provenance}
         parts = [{"name": knob.name, **knob.provenance} for knob in (self, other)]
         return Knob(
             name=f"{self.name}+{other.name}"[:100],  # as long as a name may be
             method="sum",
-            vectors={self.site: vector},
-            norms={self.site.layer: norm},
-            site=self.site,
-            gain=float(vector.norm()) / norm,
+            vectors=vectors,
+            norms={site.layer: self.norms[site.layer] for site in self.sites},
+            site=main,
+            gain=float(vectors[main].norm()) / self.norms[main.layer],
             where=self.where,
             provenance={**shared, "parts": parts},
+            also=tuple(site for site in self.sites if site != main and vectors[main].any()),
         )
 
     def __sub__(self, other: Knob) -> Knob:
@@ -222,7 +244,7 @@ class Knob:
         fails, and where a file stands that is no knob. A process that is killed meanwhile may leave
         `.NAME.XXXXXXXX.part`, which can be deleted.
         """
-        header = {
+        header: dict[str, Any] = {
             "kind": self.kind,
             "name": self.name,
             "method": self.method,
@@ -235,6 +257,8 @@ class Knob:
             "diagnostics": dict(self.diagnostics),
             "tuning": None if self.tuning is None else dict(self.tuning),
         }
+        if self.also:
+            header["also"] = list(map(str, self.also))
         tensors = {f"vector/{site}": vector for site, vector in self.vectors.items()}
         if self.kernel is not None:
             header["kernel"], tensors = self.kernel.header(), {**tensors, **self.kernel.tensors()}
@@ -281,7 +305,7 @@ def _from_file(file: KnobFile) -> Knob:
     where, operation = (text_field(header, name) for name in ("where", "operation"))
     if where not in WHERE or operation not in OPERATIONS:
         raise KnobError(f"its header is wrong: where={brief(where)}, operation={brief(operation)}.")
-    missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS - {"kernel"})
+    missing, unknown = sorted(FIELDS - header.keys()), sorted(header.keys() - FIELDS - {"kernel", "also"})
     if missing or unknown:
         wrong = f"lacks {brief(missing[0])}" if missing else f"has an unknown field {brief(unknown[0])}"
         raise KnobError(f"its header is wrong: it {wrong}.")
@@ -307,6 +331,7 @@ def _from_file(file: KnobFile) -> Knob:
             diagnostics=object_field(header, "diagnostics"),
             tuning=None if header["tuning"] is None else object_field(header, "tuning"),
             kernel=KernelExamples.from_file(object_field(header, "kernel"), *examples) if examples else None,
+            also=sites_of(header["also"]) if "also" in header else (),
         )
     except KnobError as error:
         raise KnobError(f"its content is wrong: {error}") from None

@@ -33,6 +33,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         tables = (sites_text(knob.diagnostics), tuning_text(knob.tuning, knob.site, knob.where, knob.gain))
         own = {
             "site": str(knob.site),
+            "also": list(map(str, knob.also)),
             "width": knob.width,
             "sites": [str(site) for site in knob.vectors],
             "norms": {str(layer): norm for layer, norm in knob.norms.items()},

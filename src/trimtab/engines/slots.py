@@ -62,9 +62,10 @@ class Plan:
 
 
 def knob_digest(knob: Knob) -> str:
-    """Say in 64 hexadecimal digits what an added knob does: its layer, its tokens, and its vector at strength 1."""
-    said = f"{knob.site.layer} {knob.where} {knob.length(1.0)!r} ".encode()
-    return hashlib.sha256(said + knob.addend(1.0).numpy().tobytes()).hexdigest()
+    """Say in 64 hexadecimal digits what an added knob does: its layers, its tokens, and its vectors at strength 1."""
+    addends = knob.addends(1.0)
+    said = f"{[*addends]} {knob.where} {knob.length(1.0)!r} ".encode()
+    return hashlib.sha256(said + b"".join(addend.numpy().tobytes() for addend in addends.values())).hexdigest()
 
 
 def plan_request(turned: Mapping[str, Turned], dtype: torch.dtype) -> Plan:
@@ -88,8 +89,8 @@ def plan_request(turned: Mapping[str, Turned], dtype: torch.dtype) -> Plan:
 def _add_up(own: Sequence[Turned], dtype: torch.dtype) -> dict[int, Tensor]:
     addends: dict[int, Tensor] = {}
     for knob, strength in own:
-        addend, layer = knob.addend(strength), knob.site.layer
-        addends[layer] = addends[layer] + addend if layer in addends else addend
+        for layer, addend in knob.addends(strength).items():
+            addends[layer] = addends[layer] + addend if layer in addends else addend
     if not all(bool(addend.to(dtype).isfinite().all()) for addend in addends.values()):
         named = {knob.name: strength for knob, strength in own}
         raise OptionError(f"A strength is too large for {dtype}; got {named}.")

@@ -136,5 +136,6 @@ def describe_knob(knob: AnyKnob, strength: float) -> dict[str, Any]:
         "vectors_sha256": digest((str(site), vector) for site, vector in knob.vectors.items()),
         "site": str(knob.site),
         "norm": knob.norms[knob.site.layer],
+        **({"also": list(map(str, knob.also))} if knob.also else {}),
         "steered_of_neutral": STEERED_OF_NEUTRAL[knob.where],
     }

@@ -95,11 +95,13 @@ class Front:
                 f"Knob {knob.name!r} has rank {top_rank(knob)}; this engine runs adapters up to rank "
                 f"{self.admission.max_rank} (max_lora_rank)."
             )
-        if isinstance(knob, Knob) and self.settings.layers is not None and knob.site.layer not in self.settings.layers:
-            raise KnobError(
-                f"Knob {knob.name!r} acts on layer {knob.site.layer}; this engine was started for layers "
-                f"{self.settings.layers} (layers)."
-            )
+        if isinstance(knob, Knob) and self.settings.layers is not None:
+            other = [site.layer for site in knob.sites if site.layer not in self.settings.layers]
+            if other:
+                raise KnobError(
+                    f"Knob {knob.name!r} acts on layer {other[0]}; this engine was started for layers "
+                    f"{self.settings.layers} (layers)."
+                )
         return knob
 
     def read_new(self, name: str, path: str) -> AnyKnob:
@@ -119,9 +121,10 @@ class Front:
         """Compare a knob with the model, as `Knob.check` does; the model's weights are not needed for it."""
         config = self._model_config.hf_text_config
         width, count = self._model_config.get_hidden_size(), config.num_hidden_layers
-        if isinstance(knob, Knob) and (knob.width != width or not 0 <= knob.site.layer < count):
+        top = max(site.layer for site in knob.sites) if isinstance(knob, Knob) else 0
+        if isinstance(knob, Knob) and (knob.width != width or top >= count):
             raise KnobError(
-                f"Knob {knob.name!r} has width {knob.width} and acts on layer {knob.site.layer}; this model has hidden "
+                f"Knob {knob.name!r} has width {knob.width} and acts on layer {top}; this model has hidden "
                 f"size {width} and {count} layers. Learn the knob on this model."
             )
         if self._twin is None:

@@ -130,6 +130,7 @@ def describe(knob: AnyKnob) -> dict[str, Any]:
         "method": knob.method,
         "where": knob.where,
         "layer": knob.site.layer if isinstance(knob, Knob) else None,
+        "layers": sorted(site.layer for site in knob.sites) if isinstance(knob, Knob) else None,
         "safe_range": None if knob.safe_range is None else list(knob.safe_range),
     }
 
