@@ -87,6 +87,8 @@ REQUIRED = {
     "generate": "prefworld Hello",
     "chat": "prefworld",
     "serve": "prefworld --engine vllm",
+    "export": "prefworld --knob x.safetensors --to gguf --out x.gguf",
+    "import": "prefworld x.gguf --out x.safetensors",
     "inspect": "x.safetensors",
     "check": "prefworld",
     "reproduce": "palrs",

@@ -31,6 +31,7 @@ def describe(knob: Knob) -> str:
         "kernel": knob.kernel and str(knob.kernel),
         "where": f"{knob.operation} at {knob.where} tokens",
         "safe range": describe_safe_range(knob),
+        "imported": _origin(known),
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
         "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
         "paper": known.get("paper"),
@@ -69,6 +70,7 @@ def describe_delta(knob: DeltaKnob) -> str:
         if isinstance(kl, float)
         else None,
         "safe range": describe_safe_range(knob),
+        "imported": _origin(known),
         **{IDENTITY[key]: known.get(key) for key in IDENTITY},
         "pairs": f"{known.get('pairs_count')}, sha256 {known.get('pairs_hash')}" if known.get("pairs_hash") else None,
         "anchors": _anchors(known),
@@ -107,6 +109,15 @@ def describe_lookahead(knob: LookaheadKnob) -> str:
 
 def _step(knob: LookaheadKnob) -> str:
     return "by a step of " + ("a length that the dtype resolves" if knob.step is None else f"{knob.step:g} times it")
+
+
+def _origin(known: Mapping[str, object]) -> str | None:
+    """Say which file of which tool a knob was made of; a foreign file may hold anything there."""
+    told = known.get("imported")
+    if not isinstance(told, Mapping):
+        return None
+    held = cast(Mapping[str, object], told)
+    return f"from {held.get('from')}, file {held.get('file')}, sha256 {held.get('sha256')}"
 
 
 def _anchors(known: Mapping[str, object]) -> str | None:

@@ -10,7 +10,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, reproduce, serve, train, tune
+from trimtab.cli import (
+    chat,
+    check,
+    compose,
+    demo,
+    eval,
+    export,
+    generate,
+    import_,
+    inspect,
+    learn,
+    reproduce,
+    serve,
+    train,
+    tune,
+)
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
@@ -24,6 +39,8 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "export": export,
+    "import": import_,
     "inspect": inspect,
     "check": check,
     "reproduce": reproduce,

@@ -1,6 +1,6 @@
 """Text and models in: the only caller of the tokenizer, and what loads a model with it."""
 
-from trimtab.render.loading import Loaded, has_model_class, load, load_config, model_class
+from trimtab.render.loading import Loaded, has_model_class, load, load_config, load_empty, model_class
 from trimtab.render.renderer import Rendered, Renderer
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "has_model_class",
     "load",
     "load_config",
+    "load_empty",
     "model_class",
 ]

@@ -67,6 +67,23 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
     return Loaded(model.eval(), tokenizer)
 
 
+def load_empty(name_or_path: str | Path) -> Loaded:
+    """Load a model without its weights (on torch's device "meta"), and its tokenizer; see `load`."""
+    config = load_config(name_or_path)
+    source, local = locate(name_or_path)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name_or_path, error) from None
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    if str(name_or_path) == BUNDLED:
+        model.config.name_or_path = BUNDLED
+    return Loaded(model.eval(), tokenizer)
+
+
 def _check_device(device: str | None) -> None:
     if device in (None, "auto"):
         return

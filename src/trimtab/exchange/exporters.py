@@ -1,0 +1,116 @@
+"""Write knobs at their strengths for other tools: GGUF, PEFT, a plain checkpoint; each product is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from trimtab.artifact import AnyKnob, Knob, model_identity
+from trimtab.artifact.identity import compare_identity
+from trimtab.errors import KnobError, unknown_name
+from trimtab.exchange.checkpoint import write_checkpoint
+from trimtab.exchange.constant import Constant, constant, new_folder, refuse_vectors, refuse_weights, write_record
+from trimtab.exchange.gguf import read_control_vector, write_control_vector
+from trimtab.exchange.lora import low_rank_sum, write_adapter
+from trimtab.runtime import Dose
+from trimtab.weights.source import read_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Exported(NamedTuple):
+    """What was written, and how it compares with what was meant."""
+
+    path: Path
+    format: str
+    facts: Mapping[str, Any]
+
+
+def export(
+    dose: Dose,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    to: str,
+    out: str | Path,
+    strict: bool = True,
+) -> Exported:
+    """Write a setting, as `{knob: 1.0}`, in the form of another tool, where that does exactly the same.
+
+    `to` is one of `EXPORTS`:
+
+    - "gguf": a control vector for llama.cpp and repeng, one vector per layer from 1 on; `out` is a file.
+    - "peft": a LoRA adapter, for weight knobs of low rank; `out` is a new folder.
+    - "checkpoint": a model folder like any other, vectors as biases of the blocks' last layers, differences of weights
+      added; `out` is a new folder. A vector needs an architecture whose blocks end in a layer that has, or can be
+      given, a bias. The model is loaded again and its logits are compared.
+
+    All of them act on every token, and several knobs become their sum. For "gguf" and "peft" the model may be without
+    weights (torch's device "meta"). Raises `KnobError` with the reason where a knob cannot be had in that form, and for
+    a knob of another model (`strict=False` warns of another template or architecture, see `Knob.check`).
+    """
+    if to not in EXPORTS:
+        raise unknown_name("form of export", to, EXPORTS)
+    for knob in dose:
+        _check(knob, model, tokenizer, strict=strict)
+    found = constant(dose)
+    return Exported(Path(out), to, EXPORTS[to](Path(out), found, dose, model, tokenizer))
+
+
+def _check(knob: AnyKnob, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, strict: bool) -> None:
+    """Compare a knob with the model, as `Knob.check` does; the model may be without weights."""
+    if isinstance(knob, Knob):
+        knob.check(model, tokenizer, strict=strict, hashes=False)
+    else:
+        knob.check_shapes(model, loaded=False)
+        compare_identity(knob.name, knob.provenance, model, tokenizer, strict=strict, hashes=False)
+
+
+def _gguf(
+    path: Path, found: Constant, dose: Dose, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    refuse_weights(found, "A control vector", "Export it with to='peft', or as a checkpoint.")
+    write_control_vector(path, found.addends, architecture=str(model.config.get_text_config().model_type))
+    back = read_control_vector(path).vectors
+    if back.keys() != found.addends.keys() or not all(torch.equal(back[i], v) for i, v in found.addends.items()):
+        raise KnobError(f"{str(path)!r} holds other vectors than were written. The file system may be at fault.")
+    return {"layers": sorted(back), "lengths": {layer: float(vector.norm()) for layer, vector in back.items()}}
+
+
+def _peft(
+    folder: Path, found: Constant, dose: Dose, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    refuse_vectors(found, "An adapter", "has no place in it. Export a control vector (to='gguf') or a checkpoint.")
+    parts = low_rank_sum(found.weights, model)
+    base = str(next(iter(found.weights)).provenance.get("model") or model_identity(model, hashes=False)["model"])
+    with new_folder(folder) as made:
+        write_adapter(made, parts, model, base)
+        write_record(made, dose, base)
+        back = read_adapter(made)
+        if back.keys() != parts.keys() or not all(
+            torch.allclose(back[name].dense(), part.dense(), rtol=1e-6, atol=0) for name, part in parts.items()
+        ):
+            raise KnobError(f"{str(folder)!r} holds another adapter than was written. The file system may be at fault.")
+    return {"weights": len(parts), "rank": max(part.rank for part in parts.values())}
+
+
+def _checkpoint(
+    folder: Path, found: Constant, dose: Dose, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    compared = write_checkpoint(folder, found, dose, model, tokenizer)
+    return {
+        "layers": sorted(found.addends),
+        "weights": len({n for k in found.weights for n in k.parts}),
+        **compared._asdict(),
+    }
+
+
+EXPORTS: dict[str, Callable[[Path, Constant, Dose, Any, Any], dict[str, Any]]] = {
+    "gguf": _gguf,
+    "peft": _peft,
+    "checkpoint": _checkpoint,
+}
