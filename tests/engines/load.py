@@ -131,7 +131,7 @@ def reference(own: PreTrainedModel, knobs: Rack, asked: Sequence[Request], new: 
                 scores = out.logits[0, -1].float().log_softmax(-1)
                 tokens.append(int(scores.argmax()))
                 logprobs.append(float(scores[tokens[-1]]))
-                out = own(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+                out = own(torch.tensor([[tokens[-1]]]), use_cache=True, **{pico.CACHE: getattr(out, pico.CACHE)})
         answers.append(Answer(tokens, logprobs))
     return answers
 

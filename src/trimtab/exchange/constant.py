@@ -108,7 +108,7 @@ def new_folder(folder: Path) -> Generator[Path]:
 
 
 def write_record(folder: Path, dose: Dose, base: str) -> None:
-    """Say in `trimtab.json` what a folder holds: the model beneath, each knob with its strength and where it is from."""
+    """Say in `trimtab.json` what a folder holds: the model beneath, each knob with strength and provenance."""
     knobs = [
         {
             "name": knob.name,

@@ -1,0 +1,1 @@
+collect_ignore = ["llama_model.py"]  # which needs llama.cpp
