@@ -88,6 +88,8 @@ REQUIRED = {
     "chat": "prefworld",
     "serve": "prefworld --engine vllm",
     "inspect": "x.safetensors",
+    "push": "x.safetensors ana/math",
+    "pull": "ana/math",
     "check": "prefworld",
     "reproduce": "palrs",
     "demo": "",

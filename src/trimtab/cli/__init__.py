@@ -10,7 +10,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, reproduce, serve, train, tune
+from trimtab.cli import (
+    chat,
+    check,
+    compose,
+    demo,
+    eval,
+    generate,
+    inspect,
+    learn,
+    pull,
+    push,
+    reproduce,
+    serve,
+    train,
+    tune,
+)
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
@@ -25,6 +40,8 @@ VERBS: dict[str, ModuleType] = {
     "chat": chat,
     "serve": serve,
     "inspect": inspect,
+    "push": push,
+    "pull": pull,
     "check": check,
     "reproduce": reproduce,
     "demo": demo,
