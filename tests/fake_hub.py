@@ -32,7 +32,7 @@ class Repo:
         return self.sha(branch)
 
     def sha(self, branch: str) -> str:
-        return _sha(repr((branch, [message for message, _ in self.branches[branch]])).encode())
+        return _sha(repr(self.branches[branch]).encode())
 
     def find(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return hash and files of a branch or of a branch's newest commit."""
@@ -44,14 +44,19 @@ class Repo:
 
 @dataclass
 class Hub:
-    """`requests` keeps method and path of what came; `refuse` answers a path that matches with (status, code, text)."""
+    """`requests` keeps method and path of what came; `refuse` answers a path that matches with (status, code, text).
+
+    Repositories named in `regular` take every file within the commit, the others the large ones before it.
+    A `page` is the answer to everything.
+    """
 
     repos: dict[str, Repo] = field(default_factory=dict)
-    lfs: bool = True
+    regular: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     visits: list[dict[str, Any]] = field(default_factory=list)
     stored: dict[str, bytes] = field(default_factory=dict)
     refuse: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    page: bytes | None = None
     url: str = ""
 
 
@@ -73,7 +78,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -88,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(json.dumps({"error": stop.text}).encode(), stop.status, {"X-Error-Code": stop.code})
 
     def route(self, path: str, body: bytes) -> None:
+        if self.hub.page is not None:
+            return self.send(self.hub.page)
         writes = self.command in ("POST", "PUT") and not path.startswith("/blobs/")
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if self.headers.get("Authorization") and not known:
@@ -142,7 +156,10 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, name: str, repo: Repo, revision: str, body: bytes) -> None:
         self.at(repo, revision)
         files = [entry["path"] for entry in json.loads(body)["files"]]
-        modes = ["lfs" if self.hub.lfs and file.endswith((".safetensors", ".png")) else "regular" for file in files]
+        modes = [
+            "lfs" if name not in self.hub.regular and file.endswith((".safetensors", ".png")) else "regular"
+            for file in files
+        ]
         entries = [
             {"path": file, "uploadMode": mode, "shouldIgnore": False} for file, mode in zip(files, modes, strict=True)
         ]

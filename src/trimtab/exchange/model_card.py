@@ -108,7 +108,7 @@ def licence_of(knob: AnyKnob, licence: str | None = None) -> str:
 def hub_name(knob: AnyKnob) -> str | None:
     """Return the base model's name on a hub, or None where the knob knows a folder's name, or none."""
     name: object = knob.provenance.get("model")
-    if not isinstance(name, str) or not is_repository(name, owner=False):
+    if not isinstance(name, str) or not is_repository(name, owner=False) or name == BUNDLED:
         return None
     # A model from a folder is known by the folder's name alone; only what came from a hub has a commit.
     from_hub = re.fullmatch(r"[0-9a-f]{40}", str(knob.provenance.get("revision")))
@@ -174,10 +174,11 @@ def _doses(knob: AnyKnob) -> str:
             "which strengths the model stays whole. Strength 1 is what its method gave; `trimtab tune` measures it."
         )
     tuning = _bounded(knob)
-    rails, judge, table = guardrails(tuning), tuning.get("task"), dose_table(tuning)
+    rails, table = guardrails(tuning), dose_table(tuning)
+    judge = f"the task {_code(tuning['task'])}" if tuning.get("task") else "the margin of pairs"
     parts = [
-        f"Its setting was chosen by {_code(judge) or 'the margin of pairs'} on validation data, which the figures "
-        "below come from too: a test on other data is likely to find less.",
+        f"Its setting was chosen by {judge} on validation data, which the figures below come from too: a test on "
+        "other data is likely to find less.",
         f"Guardrails, which may lose at most {_cell(tuning.get('budget'))}: {', '.join(map(_code, rails))}."
         if rails
         else "**No guardrail was watched:** what gets worse under this knob is not known.",

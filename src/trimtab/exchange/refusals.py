@@ -21,11 +21,13 @@ def endpoint() -> str:
 @contextmanager
 def asking(repo: str, revision: str | None) -> Generator[None]:
     """Turn whatever the hub's client raises into a `HubError`; it raises by far not only its own errors."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # of the client it uses
+
     try:
         yield
     except TrimtabError:
         raise
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise HubError(_explained(error, repo, revision)) from None
 
 
