@@ -129,8 +129,6 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and not known):
             raise Refusal(404 if known else 401, "RepoNotFound", "Repository not found")
-        if repo.gated:
-            raise Refusal(403, "GatedRepo", "Access to this model is restricted")
         return repo
 
     def create(self, asked: dict[str, Any]) -> None:
@@ -197,6 +195,8 @@ class Handler(BaseHTTPRequestHandler):
         self.json({})
 
     def resolve(self, repo: Repo, revision: str, file: str) -> None:
+        if repo.gated:  # what it holds is told to everybody, and given to some
+            raise Refusal(403, "GatedRepo", "Access to this model is restricted")
         sha, files = self.at(repo, revision)
         if file not in files:
             raise Refusal(404, "EntryNotFound", "Entry not found")

@@ -86,11 +86,11 @@ def push(
     with asking(repo, revision):
         api = _api(write=True)
         found = _find(api, repo, revision)
-        several = False
         if found.info is not None:
             _check_found(api, repo, found.info, private=private, replace_card=replace_card)
-            several = any(name != path.name for name in _knobs_in(found.info))
-        files = _files(knob, path, model_card(knob, repo, path.name, licence=allowed, several=several))
+        several = found.info is not None and any(name != path.name for name in _knobs_in(found.info))
+    files = _files(knob, path, model_card(knob, repo, path.name, licence=allowed, several=several))
+    with asking(repo, revision):
         return _commit(api, repo, files, found, revision, private, message or f"Push the knob {knob.name}")
 
 

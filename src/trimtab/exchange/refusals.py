@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -20,14 +20,12 @@ def endpoint() -> str:
 
 @contextmanager
 def asking(repo: str, revision: str | None) -> Generator[None]:
-    """Turn whatever the hub's client raises into a `HubError`; it raises by far not only its own errors."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] # of the client it uses
-
+    """Turn whatever the hub's client raises into a `HubError`; nothing but calls of the client belongs into it."""
     try:
         yield
     except TrimtabError:
         raise
-    except (HTTPError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 # what it raises shares no other base
         raise HubError(_explained(error, repo, revision)) from None
 
 
@@ -80,9 +78,11 @@ def _refused(error: Any, repo: str, login: str) -> str:
 
 
 def _said(error: object) -> str:
-    """Write the words of others on one line, without the token, whoever put it there."""
-    from huggingface_hub import get_token
+    """Write the words of others on one line, without the token and the password, whoever put them there."""
+    from huggingface_hub import constants, get_token
 
-    text, token = str(error) or type(error).__name__, get_token()
+    text, token = (str(error) or type(error).__name__).replace(constants.ENDPOINT, endpoint()), None
+    with suppress(Exception):  # to look for it may be what has failed
+        token = get_token()
     text = text.replace(token, "***") if token else text
     return printable(" ".join(text.split()))[:300].rstrip(".")
