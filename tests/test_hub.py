@@ -24,6 +24,8 @@ from fake_hub import TOKEN, Hub, Repo
 from trimtab.artifact import AnyKnob, DeltaKnob, LookaheadKnob, LowRank, load_knob, save_panel
 from trimtab.cli import main
 from trimtab.errors import HubError, OptionError
+from trimtab.evals.curve import curve_of
+from trimtab.evals.report import draw_dose_response
 from trimtab.exchange.hub import pull, push
 from trimtab.exchange.model_card import dose_plot, hub_name, is_generated, is_repository, licence_of, model_card
 
@@ -272,6 +274,10 @@ def test_a_dose_response_of_any_content_is_drawn_or_left_out() -> None:
     odd = {"dose_response": rows, "guardrails": [*"abcdefghijklmnopqrst", "_hidden", 3], "safe_range": [-1e300, 1e300]}
     knob = steering(tuning=odd)
     assert (dose_plot(knob) or b"")[:4] == b"\x89PNG"
+    curve = curve_of(odd)
+    assert curve is not None
+    low, high = draw_dose_response(curve, "a", odd["safe_range"]).axes[0].get_xlim()
+    assert -1 < low < high < 2  # as far as was measured
     assert len(next(line for line in card_of(knob).splitlines() if line.startswith("| strength")).split("|")) == 20
     for none in (rows[:3], rows[-1:], {}, None):
         assert dose_plot(steering(tuning={"dose_response": none})) is None
@@ -574,7 +580,7 @@ def test_what_a_hub_refuses_and_what_strangers_put_there_is_said_in_words(hub: H
     commits = {name: len(repo.branches["main"]) for name, repo in hub.repos.items()}
     said = run(hub, folder, jobs)
     expected |= {
-        "no login": "`hf auth login`",
+        "no login": "There is no token for the hub. Run `hf auth login`",
         "no login, hidden": "There is no model repository bo/hidden that you may see",
         "wrong token": "The hub does not accept the token (401)",
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import printable
-from trimtab.evals.curve import LARGEST, Curve, curve_of
+from trimtab.evals.curve import Curve, curve_of
 from trimtab.types import Site
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def draw_dose_response(curve: Curve, name: str, safe_range: Sequence[float] | No
         top.plot(x, 100 * np.array(line), ".--", label=_label(rail))
     top.plot(x, 100 * np.array(curve.broken), ":", color="grey", label="broken answers")
     if safe_range is not None:
-        top.axvspan(*np.clip(safe_range, -LARGEST, LARGEST), alpha=0.1, color="green", label="safe range")
+        top.axvspan(*np.clip(safe_range, min(x), max(x)), alpha=0.1, color="green", label="safe range")
     top.set(ylabel="percent of validation items", title=f"Dose-response of the {_label(name)} knob", ylim=(-3, 103))
     top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     bottom.plot(x, curve.kl, "k.-")

@@ -276,9 +276,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """Put text into a block whose fence is longer than any in the text."""
-    fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", text)), 0)
-    return f"{fence}{language}\n{text}\n{fence}"
+    """Put text into a block; its lines begin with words of ours, so none can end it."""
+    return f"```{language}\n{text}\n```"
 
 
 def _cut(lines: Sequence[str]) -> str:
