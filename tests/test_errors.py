@@ -25,6 +25,7 @@ TREE = {
     "TrainError": RuntimeError,
     "SandboxError": RuntimeError,
     "JudgeError": RuntimeError,
+    "HubError": RuntimeError,
     "MissingDependency": ImportError,
 }
 

@@ -16,6 +16,7 @@ from trimtab import artifact, check
 from trimtab.capture import capture
 from trimtab.cli import VERBS, main
 from trimtab.errors import AdapterError, OptionError, UnknownName
+from trimtab.exchange.hub import pull, push
 from trimtab.types import check_where
 
 TESTS = Path(__file__).parent
@@ -56,7 +57,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
         yield name, getattr(trimtab, name)
     for module in (artifact, check):
         yield from ((name, value) for name in module.__all__ if inspect.isfunction(value := getattr(module, name)))
-    yield "capture", capture
+    yield from {"capture": capture, "push": push, "pull": pull}.items()
     for owner in (trimtab.Knob, trimtab.Pairs, trimtab.Rack):
         for name, member in inspect.getmembers(owner, callable):
             if not name.startswith("_") and name in vars(owner):
@@ -90,6 +91,8 @@ REQUIRED = {
     "export": "prefworld --knob x.safetensors --to gguf --out x.gguf",
     "import": "prefworld x.gguf --out x.safetensors",
     "inspect": "x.safetensors",
+    "push": "x.safetensors ana/math",
+    "pull": "ana/math",
     "check": "prefworld",
     "reproduce": "palrs",
     "demo": "",

@@ -12,6 +12,7 @@ TrimtabError
 ├── TrainError         (RuntimeError)  training came to nothing that could be used
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
 ├── JudgeError         (RuntimeError)  the endpoint of a judge refuses, or cannot be reached
+├── HubError           (RuntimeError)  a hub of models refuses, cannot be reached, or has no such knob
 └── MissingDependency  (ImportError)   an optional package is not installed
 
 TrimtabWarning         (UserWarning)   the result stands, but may not mean what it seems to
@@ -74,6 +75,10 @@ class SandboxError(TrimtabError, RuntimeError):
 
 class JudgeError(TrimtabError, RuntimeError):
     """The endpoint of a judge refuses, cannot be reached, or does not speak the protocol."""
+
+
+class HubError(TrimtabError, RuntimeError):
+    """A hub of models refuses, cannot be reached, or does not have what was asked for."""
 
 
 class MissingDependency(TrimtabError, ImportError):

@@ -100,6 +100,23 @@ def refuse_workers(team: Team, method: str) -> None:
 
 
 @contextmanager
+def quiet_hub() -> Generator[None]:
+    """Keep the remarks and the bars of the hub's client off the terminal, which shows that work goes on."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    level, bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if bars:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()
+
+
+@contextmanager
 def quiet_transformers(*, bars: bool = False) -> Generator[None]:
     """Keep the remarks of transformers and of the hub's client, and unless `bars` their bars, off the terminal."""
     from huggingface_hub.utils import logging as hub

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from trimtab.errors import printable
+from trimtab.evals.curve import Row, as_list, as_object, as_rows, dose_table, guardrails, kl_head, measures
 
 SHOWN_SITES = 8
 _STATISTICS = ("relative_norm", "cos_r_mu", "angle", "pairwise_cosine", "probe_auc", "top5_share")
 _OF_GRADIENTS = ("pairwise_cosine", "probe_auc", "top5_share")
 """The rest compares two answers, where a gradient is one."""
-
-Row = Mapping[str, Any]
 
 
 def counted(number: int, noun: str) -> str:
@@ -65,13 +64,13 @@ def facts(entries: Mapping[str, object]) -> str:
 
 def sites_text(diagnostics: Row) -> str | None:
     """Return the best candidate sites of learning with their diagnostics, or None where there are none."""
-    selection, statistics = _object(diagnostics.get("selection")), _object(diagnostics.get("sites"))
-    ranking = [pair for pair in _list(selection.get("table")) if isinstance(pair, list) and len(cast(Any, pair)) == 2]
+    selection, statistics = as_object(diagnostics.get("selection")), as_object(diagnostics.get("sites"))
+    ranking = [pair for pair in as_list(selection.get("table")) if isinstance(pair, list) and len(cast(Any, pair)) == 2]
     rows: list[list[object]] = []
-    gradients = any("first_order" in _object(about) for about in statistics.values())
+    gradients = any("first_order" in as_object(about) for about in statistics.values())
     names = _OF_GRADIENTS if gradients else _STATISTICS
     for site, score in cast(list[list[object]], ranking[:SHOWN_SITES]):
-        about = _object(statistics.get(str(site)))
+        about = as_object(statistics.get(str(site)))
         rows.append([site, score, *(about.get(name) for name in names)])
     if not rows:
         return None
@@ -85,41 +84,30 @@ def tuning_text(tuning: Row | None, site: object, where: str, gain: float) -> st
     """Return the finalists and the dose-response of tuning, the chosen setting marked, or None before tuning."""
     if tuning is None:
         return None
-    rails = [str(name) for name in _list(tuning.get("guardrails"))]
-    kl = f"KL on {'guardrails' if rails else 'answers'}"
+    rails, kl = guardrails(tuning), kl_head(tuning)
     parts: list[str] = []
-    finalists = _rows(tuning.get("table"))
+    finalists = as_rows(tuning.get("table"))
     if finalists:
         own = (str(site), where, gain)
         chosen = [(row.get("site"), row.get("where", where), row.get("gain")) == own for row in finalists]
-        base = _object(tuning.get("base"))
-        rows = [["", "base", None, None, None, *_measures(base, rails), None, None]]
+        base = as_object(tuning.get("base"))
+        rows = [["", "base", None, None, None, *measures(base, rails), None, None]]
         for row, mark in zip(finalists, chosen, strict=True):
             place = ["*" if mark else "", row.get("site"), row.get("where"), row.get("gain"), row.get("margin")]
-            rows.append([*place, *_measures(row, rails), row.get("kl"), row.get("within_budget")])
+            rows.append([*place, *measures(row, rails), row.get("kl"), row.get("within_budget")])
         heads = ["", "site", "steers", "gain", "margin", "score", *rails, "broken", kl, "within budget"]
         judged = _cell(tuning.get("task")) if tuning.get("task") else "margin of the pairs"
         parts.append(f"finalists, judged by {judged} (* chosen)\n{columns(heads, rows)}")
-        bias = _object(tuning.get("selection_bias"))
+        bias = as_object(tuning.get("selection_bias"))
         if bias:
             parts.append(
                 f"selection bias: of {_cell(bias.get('settings'))} useless settings the best would seem to gain "
                 f"{_cell(bias.get('expected'))} on these {_cell(bias.get('items'))} items"
             )
-    curve = _rows(tuning.get("dose_response"))
-    if curve:
-        rows = [
-            [row.get("strength"), row.get("alpha"), *_measures(row, rails), row.get("kl"), row.get("within_budget")]
-            for row in curve
-        ]
-        heads = ["strength", "alpha", "score", *rails, "broken", kl, "within budget"]
-        parts.append(f"dose-response\n{columns(heads, rows)}")
+    curve = dose_table(tuning)
+    if curve is not None:
+        parts.append(f"dose-response\n{columns(*curve)}")
     return "\n\n".join(parts) or None
-
-
-def _measures(row: Row, rails: Sequence[str]) -> list[object]:
-    kept = _object(row.get("guardrails"))
-    return [row.get("score"), *(kept.get(rail) for rail in rails), row.get("broken")]
 
 
 def _cell(value: object) -> str:
@@ -129,15 +117,3 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return printable(text)
-
-
-def _object(value: object) -> Row:
-    return cast(Row, value) if isinstance(value, Mapping) else {}
-
-
-def _list(value: object) -> list[object]:
-    return cast(list[object], value) if isinstance(value, list) else []
-
-
-def _rows(value: object) -> list[Row]:
-    return [cast(Row, row) for row in _list(value) if isinstance(row, Mapping)]

@@ -19,7 +19,8 @@ from trimtab.errors import TrimtabWarning
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Messages speak Python; these of its keywords are options here.
 _KEYWORD = re.compile(
-    r"""\b(device|duplicates|format|length_match|search|selection|to|where)=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?"""
+    r"\b(device|duplicates|file|format|length_match|licence|search|selection|to|where)"
+    r"""=(?:'([^']*)'|"([^"]*)")(?: or '([^']*)')?"""
 )
 
 # Words that are English too are options only where a message says what they are; a recipe's fields follow a colon.
@@ -38,6 +39,7 @@ def as_options(message: str) -> str:
     """
     message = message.replace("pass strict=False", "pass --no-strict")
     message = re.sub(r"\blayer=", "--layer ", message)
+    message = message.replace("ass replace_card=True", "ass --replace-card")
     message = message.replace("thinking=(opening, closing)", "--thinking OPENING CLOSING")
 
     def as_option(found: re.Match[str]) -> str:
