@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, reproduce, serve, train, tune
+from trimtab.cli import chat, check, compose, demo, eval, generate, inspect, learn, pairs, reproduce, serve, train, tune
 from trimtab.cli.options import Parser
 from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, plain_warnings, say
 from trimtab.errors import OptionError, TrimtabError, unknown_name
 
 VERBS: dict[str, ModuleType] = {
+    "pairs": pairs,
     "learn": learn,
     "tune": tune,
     "compose": compose,
