@@ -316,7 +316,7 @@ def _rendered(renderer: Renderer, conversations: Sequence[Conversation]) -> list
         raise
 
 
-_NO_SYSTEM = "A contrast of system lines needs a model whose template shows them; two models make one without any."
+_NO_SYSTEM = "A contrast needs a model whose template shows system lines, or two models, which make one without any."
 
 
 def _check_told_apart(renderer: Renderer, prompts: Sequence[Conversation], lines: Lines) -> None:
@@ -327,5 +327,5 @@ def _check_told_apart(renderer: Renderer, prompts: Sequence[Conversation], lines
             if a == b:
                 raise RenderError(
                     f"Prompt {number} is the same tokens under {brief(one)} and under {brief(other)}: the chat "
-                    f"template does not show system lines. {_NO_SYSTEM}"
+                    f"template does not show system lines, or says this one by itself. {_NO_SYSTEM}"
                 )

@@ -139,8 +139,8 @@ def read_lines(
         )
     if chosen_system and rejected_system and len(chosen_system) != len(rejected_system):
         raise OptionError(
-            f"A contrast is one line of each side: got chosen_system {len(chosen_system)} times and rejected_system "
-            f"{len(rejected_system)} times. Pass as many of the one as of the other, or none of one."
+            f"A contrast is one line of each side; got {len(chosen_system)} of chosen_system and "
+            f"{len(rejected_system)} of rejected_system. Pass as many of the one as of the other, or none of one."
         )
     lines = Lines(tuple(chosen_system) or (None,) * count, tuple(rejected_system) or (None,) * count)
     for one, other in zip(*lines, strict=True):
