@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,22 +96,23 @@ def test_a_side_without_lines_is_asked_without_one(loaded: Loaded, side: str) ->
 
 def test_a_system_line_of_a_prompt_stays_and_that_of_the_contrast_is_added_to_it(loaded: Loaded) -> None:
     prompt = (Message("system", "You are a bird."), Message("user", "Hi"))
-    (pair,) = contrast_pairs(*loaded, [prompt], chosen_system=[BRIEF], max_new_tokens=6).pairs
+    (pair,) = contrast_pairs(*loaded, [prompt], chosen_system=[BRIEF], max_new_tokens=40).pairs
     assert pair.prompt == prompt
-    assert pair.chosen == said(loaded, "Hi", f"You are a bird.\n\n{BRIEF}")
-    assert pair.rejected == said(loaded, "Hi", "You are a bird.")
+    assert pair.chosen == said(loaded, "Hi", f"You are a bird.\n\n{BRIEF}", tokens=40)
+    assert pair.rejected == said(loaded, "Hi", "You are a bird.", tokens=40)
 
 
 def test_greedy_answers_to_the_same_question_are_computed_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
     def counting(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[Generation]:
-        asked.append(len(prompts))
+        asked.append((len(prompts), options["batch_size"]))
         return generate(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr("trimtab.contrast.generate", counting)
-    found = contrast_pairs(*loaded, ["Hi", "Hi"], chosen_system=["A", "B", "C"], max_new_tokens=6)
-    assert asked == [3, 1]
+    lines = ["A", "B", "C"]
+    found = contrast_pairs(*loaded, ["Hi", "Hi"], chosen_system=lines, max_new_tokens=6, batch_size=5)
+    assert asked == [(3, 5), (1, 5)]
     assert (found.asked, len(found.pairs), found.repeated) == (6, 3, 3)
 
 
@@ -222,17 +224,17 @@ def test_what_is_saved_loads_as_pairs_and_says_how_it_was_made(loaded: Loaded, t
 # What is said of the rest
 
 
-@pytest.mark.filterwarnings("error")
 def test_cut_answers_are_counted_and_warned_of_where_they_are_most_of_a_side() -> None:
     chosen, rejected = ["a", "b", "c", "d"], ["w", "x", "y", "z"]
-    found = join_sides(side("chosen", chosen, cut=2), side("rejected", rejected, cut=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # half of a side is not most of it
+        found = join_sides(side("chosen", chosen, cut=2), side("rejected", rejected, cut=1))
     assert (found.chosen_cut, found.rejected_cut) == (2, 1)
     assert [pair.meta["chosen_cut"] for pair in found.pairs] == [True, True, False, False]
     with pytest.warns(TrimtabWarning, match="3 of 4 rejected answers were cut short. Let max_new_tokens be larger"):
         join_sides(side("chosen", chosen), side("rejected", rejected, cut=3))
 
 
-@pytest.mark.filterwarnings("error")
 def test_sides_that_differ_in_length_by_more_than_a_factor_of_two_are_warned_of() -> None:
     found = join_sides(side("chosen", ["a", "b"], tokens=[4, 8]), side("rejected", ["x", "y"], tokens=[2, 4]))
     assert (found.chosen_tokens, found.rejected_tokens) == (6, 3)
@@ -335,7 +337,7 @@ def test_two_models_need_no_system_role() -> None:
 
 def test_a_prompt_that_leaves_no_room_is_named_by_its_own_number(loaded: Loaded) -> None:
     options = {"chosen_system": ["Be", BRIEF], "samples": 2, "temperature": 1.0, "max_new_tokens": 20}
-    with pytest.raises(OptionError, match="Prompt 3 is 2.. tokens long when rendered"):
+    with pytest.raises(OptionError, match=r"Prompt 3 is 2\d\d tokens long when rendered"):
         contrast_pairs(*loaded, ["a", "b", "c" * 250], **options)
     with pytest.warns(TrimtabWarning) as told:
         contrast_pairs(*loaded, ["a", "b", "c" * 220], **options)
