@@ -20,7 +20,7 @@ import pico
 import trimtab
 from trimtab.cli import main
 from trimtab.contrast import Answers, Contrast, answer_side, contrast_pairs, join_sides
-from trimtab.errors import OptionError, PairsError, RenderError, TrimtabWarning
+from trimtab.errors import OptionError, PairsError, RenderError, TrimtabWarning, UnknownName
 from trimtab.generate import Generation, generate
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
@@ -286,6 +286,14 @@ def test_two_models_may_have_the_same_line_or_none() -> None:
 def test_options_out_of_range_are_refused(loaded: Loaded, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         contrast_pairs(*loaded, ["Hi"], chosen_system=[BRIEF], **options)
+
+
+def test_a_side_is_one_of_two_and_asked_under_a_list_of_lines(loaded: Loaded) -> None:
+    with pytest.raises(UnknownName, match=r"Unknown side 'choosen'\. Known: chosen, rejected\."):
+        answer_side(*loaded, PROMPTS, "choosen")  # pyright: ignore[reportArgumentType]
+    for lines in ("abc", []):
+        with pytest.raises(OptionError, match=r"lines is a list of system lines, or \[None\] to ask without"):
+            answer_side(*loaded, PROMPTS, "chosen", lines=lines)
 
 
 def test_samples_of_a_warm_model_are_allowed() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import model_identity
-from trimtab.errors import OptionError, PairsError, RenderError, TrimtabWarning, brief
+from trimtab.errors import OptionError, PairsError, RenderError, TrimtabWarning, brief, unknown_name
 from trimtab.generate import Generation, check_context, generate
 from trimtab.pairs import Pairs, check_prompt
 from trimtab.prompts import Lines, Prompt, check_count, check_decoding, check_sampling, read_lines, read_prompts
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 Conversation = tuple[Message, ...]
 ROUNDS = 4
 """Batches between two calls of `progress`; prompts of similar length share a batch."""
@@ -95,9 +96,9 @@ def contrast_pairs(
     every contrast, `samples` times; a side without lines is asked without one. This is how persona vectors get their
     answers (arXiv:2507.21509, several phrasings of one trait), and RLCD its preference data (arXiv:2307.12950). The
     prompts of the pairs lack those lines, so that what is learned from the pairs brings the behaviour itself; a system
-    line of a prompt's own stays, and a contrast's is added to it. The `meta` of a pair says how it was made:
-    of each side, as in `chosen_system`, the system line, the `model`, the answer's `tokens`, and whether it was `cut`,
-    that is did not end by itself; `sample` (from 1) and `decoding`.
+    line of a prompt's own stays, and a contrast's is added to it. The `meta` of a pair says how it was made: the system
+    line, the model, the answer's length in tokens, and whether it was cut short, of each side (`chosen_system`,
+    `chosen_model`, `chosen_tokens`, `chosen_cut`, and so on), `sample` (from 1) and `decoding`.
 
     Decoding is as in `trimtab.generate`. Pairs are left out, and counted, where an answer is empty, where both are the
     same, and where a pair repeats or contradicts another. For answers of two models, one at a time in memory, see
@@ -152,6 +153,10 @@ def answer_side(
     of a larger model with those of a smaller one makes preference data without a judge (arXiv:2305.13735). `side`
     tells the draws of the two sides apart where they are sampled. Raises as `contrast_pairs` does.
     """
+    if side not in SIDES:
+        raise unknown_name("side", side, SIDES)
+    if isinstance(lines, str) or not lines:
+        raise OptionError(f"lines is a list of system lines, or [None] to ask without; got {brief(lines)}.")
     check_decoding(max_new_tokens, temperature, top_p, seed)
     check_count(batch_size, "batch_size")
     check_sampling(samples, temperature)
@@ -191,18 +196,7 @@ def join_sides(chosen: Answers, rejected: Answers) -> Contrast:
 
     Raises `OptionError` where the sides were not asked the same.
     """
-    for name in ("prompts", "samples", "decoding"):
-        if getattr(chosen, name) != getattr(rejected, name):
-            raise OptionError(f"The two sides differ in their {name}. Ask both of them alike.")
-    if len(chosen.lines) != len(rejected.lines):
-        raise OptionError(
-            f"The chosen side has {len(chosen.lines)} system lines and the rejected side {len(rejected.lines)}. A "
-            "contrast is one of each; None among them asks without one."
-        )
-    if (chosen.side, rejected.side) != ("chosen", "rejected"):
-        raise OptionError(
-            f"The sides to join are chosen and rejected, in this order; got {chosen.side} and {rejected.side}."
-        )
+    _check_alike(chosen, rejected)
     rows = [
         (prompt, *lines, sample)
         for prompt in chosen.prompts
@@ -243,6 +237,21 @@ def join_sides(chosen: Answers, rejected: Answers) -> Contrast:
     )
     _judge(found)
     return found
+
+
+def _check_alike(chosen: Answers, rejected: Answers) -> None:
+    for name in ("prompts", "samples", "decoding"):
+        if getattr(chosen, name) != getattr(rejected, name):
+            raise OptionError(f"The two sides differ in their {name}. Ask both of them alike.")
+    if len(chosen.lines) != len(rejected.lines):
+        raise OptionError(
+            f"The chosen side has {len(chosen.lines)} system lines and the rejected side {len(rejected.lines)}. A "
+            "contrast is one of each; None among them asks without one."
+        )
+    if (chosen.side, rejected.side) != SIDES:
+        raise OptionError(
+            f"The sides to join are chosen and rejected, in this order; got {chosen.side} and {rejected.side}."
+        )
 
 
 def _total(pairs: Pairs, name: str) -> float:
