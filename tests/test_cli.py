@@ -28,6 +28,7 @@ from trimtab.cli.sources import load_pairs, load_task
 from trimtab.cli.tables import sites_text, tuning_text
 from trimtab.cli.terminal import Terminal, as_options, harmless, plain_warnings
 from trimtab.compose import compose
+from trimtab.contrast import contrast_pairs
 from trimtab.errors import TrimtabError
 from trimtab.evals.benchmarks import load_benchmark
 from trimtab.evals.evaluate import evaluate
@@ -971,6 +972,7 @@ def test_help_of_every_verb_needs_neither_torch_nor_rich(verb: str) -> None:
 
 def test_the_help_states_the_defaults_and_names_of_the_functions() -> None:
     functions = {
+        "pairs": contrast_pairs,
         "learn": learn,
         "tune": tune,
         "compose": compose,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import pico
 from pico import knob, model, tokenizer
-from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
+from trimtab.artifact import DeltaKnob, LowRank
 from trimtab.cli import main
 from trimtab.cli.export import FORMS
 from trimtab.errors import KnobError, MissingDependency, OptionError, UnknownName
@@ -118,7 +118,11 @@ def test_differences_are_added_beside_vectors_and_the_folder_says_what_it_holds(
     torch.testing.assert_close(plain(tmp_path / "baked"), steered(lm, dose), atol=1e-5, rtol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
     record = json.loads((tmp_path / "baked" / RECORD).read_text())
-    assert [(entry["name"], entry["strength"]) for entry in record["knobs"]] == [("low", 0.5), ("dense", -0.2), ("pico", 1)]
+    assert [(entry["name"], entry["strength"]) for entry in record["knobs"]] == [
+        ("low", 0.5),
+        ("dense", -0.2),
+        ("pico", 1),
+    ]
     assert (tmp_path / "baked" / "tokenizer.json").is_file()
 
 
@@ -220,19 +224,13 @@ def test_layer_zero_and_weights_have_no_control_vector(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_writing_gguf_without_its_package_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writing_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.exchange.gguf.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install"):
         write_control_vector(tmp_path / "v.gguf", {1: torch.ones(4)}, architecture="llama")
 
 
 # --- what nobody can hold --------------------------------------------------------------------------------------------
-
-
-def lookahead() -> LookaheadKnob:
-    return LookaheadKnob.__new__(LookaheadKnob)
 
 
 @pytest.mark.parametrize("to", EXPORTS)
@@ -250,8 +248,8 @@ def test_knobs_that_look_at_the_stream_are_refused(operation: Any) -> None:
 
 
 def test_a_lookahead_is_refused_and_nothing_turned_is_nothing_to_write() -> None:
-    from trimtab.types import Message  # noqa: F401
     from test_lookahead import made_knob
+    from trimtab.types import Message  # noqa: F401
 
     with pytest.raises(KnobError, match="looks ahead"):
         constant({made_knob(): 1.0})
@@ -371,7 +369,9 @@ def test_the_help_names_every_form() -> None:
 
 
 def test_a_site_of_several_is_exported_with_all_of_them(tmp_path: Path) -> None:
-    both = replace(knob(1), vectors={**knob(1).vectors, **knob(2).vectors}, norms={1: 4.0, 2: 4.0}, also=(Site(2, "last"),))
+    both = replace(
+        knob(1), vectors={**knob(1).vectors, **knob(2).vectors}, norms={1: 4.0, 2: 4.0}, also=(Site(2, "last"),)
+    )
     export({both: 1.0}, model(), WORDS, to="gguf", out=tmp_path / "v.gguf")
     assert read_control_vector(tmp_path / "v.gguf").vectors.keys() == {1, 2}
     export({both: 1.0}, model(), WORDS, to="checkpoint", out=tmp_path / "c")

@@ -35,7 +35,19 @@ PLUGINS = {"evals/lm_eval.py": "lm_eval"}
 
 # What must work without training, learning or evaluation, and what those are.
 RUNTIME = ("runtime", "positions", "thoughts", "artifact", "adapter", "ops", "types", "files", "errors")
-BEYOND_RUNTIME = {"capture", "evals", "learn", "tune", "train", "prefworld", "methods", "demo", "compose", "reproduce"}
+BEYOND_RUNTIME = {
+    "capture",
+    "contrast",
+    "evals",
+    "learn",
+    "tune",
+    "train",
+    "prefworld",
+    "methods",
+    "demo",
+    "compose",
+    "reproduce",
+}
 
 # The modules that may use a name, so that what it stands for is done in one way.
 ONLY_IN = {

@@ -80,6 +80,7 @@ def test_every_public_parameter_is_exercised() -> None:
 
 
 REQUIRED = {
+    "pairs": "prefworld Hello --chosen-system Hi --out x.jsonl",
     "learn": "prefworld prefworld:math --out x.safetensors",
     "tune": "prefworld --knob x.safetensors --pairs prefworld:math --out y.safetensors",
     "compose": "prefworld --knob x.safetensors --prefer prefworld:math --out y.json",

@@ -104,7 +104,7 @@ def generate(
     renderer, adapter = Renderer(tokenizer), Adapter(model)
     ids = [renderer.prompt_ids(messages) for messages in conversations]
     settings, doses = settings_per_prompt(knobs, len(ids)), _doses(knobs, len(ids), rack, where)
-    _check_context(adapter, ids, max_new_tokens)
+    check_context(adapter, ids, max_new_tokens)
     limit = adapter.context_length
     rooms = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(row)) for row in ids]
     for row in ids:
@@ -188,7 +188,7 @@ def _chunks(
                 yield order[start : start + batch_size]
 
 
-def _check_context(adapter: Adapter, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_context(adapter: Adapter, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse a prompt after which the model cannot say a single token, and warn of answers that will be cut."""
     limit, longest = adapter.context_length, max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
     if limit is not None and longest is not None and len(ids[longest]) >= limit:

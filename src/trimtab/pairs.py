@@ -211,7 +211,7 @@ def _check(pair: object, place: str) -> None:
             raise PairsError(f"{place}: the {name} answer is {kind(answer)}; it must be text.")
         if not answer.strip():
             raise PairsError(f"{place}: the {name} answer is empty.")
-    _check_prompt(pair.prompt, place)
+    check_prompt(pair.prompt, place)
     for text in (*(message.content for message in pair.prompt), pair.chosen, pair.rejected):
         if not is_unicode(text):
             raise PairsError(f"{place} holds half of a surrogate pair, which is no character: {brief(ascii(text))}.")
@@ -222,7 +222,8 @@ def _check(pair: object, place: str) -> None:
         raise PairsError(f"{place}: its meta has a field {taken[0]!r}, which is the pair's own. Rename it.")
 
 
-def _check_prompt(prompt: object, place: str) -> None:
+def check_prompt(prompt: object, place: str) -> None:
+    """Raise `PairsError` for turns that no answer could follow; `place` names them in it."""
     if not isinstance(prompt, tuple) or not all(isinstance(turn, Message) for turn in cast(tuple[object, ...], prompt)):
         raise PairsError(f"{place}: the prompt is {kind(prompt)}; it must be a tuple of Messages.")
     messages = cast(tuple[Message, ...], prompt)

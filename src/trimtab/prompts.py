@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from trimtab.addends import Dose
 from trimtab.artifact import AnyKnob
@@ -102,6 +102,65 @@ def check_decoding(max_new_tokens: int, temperature: float, top_p: float, seed: 
         raise OptionError(f"The temperature is 0 (greedy), or {COLDEST:g} or more; got {temperature}.")
     if not 0 < _number(top_p, "top_p") <= 1:
         raise OptionError(f"top_p is above 0 and at most 1; got {top_p}.")
+
+
+# Contrasts
+
+
+class Lines(NamedTuple):
+    """The system lines of each contrast, on either side; None asks without one."""
+
+    chosen: tuple[str | None, ...]
+    rejected: tuple[str | None, ...]
+
+
+def read_lines(
+    chosen_system: Sequence[str] = (), rejected_system: Sequence[str] = (), *, two_models: bool = False
+) -> Lines:
+    """Return the system lines of every contrast; a side without lines gets None for each.
+
+    Raises `OptionError` for lines that make no contrast; with `two_models` the models make one.
+    """
+    for name, given in (("chosen_system", chosen_system), ("rejected_system", rejected_system)):
+        if isinstance(given, str) or not isinstance(given, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"{name} is a list of system lines; got {brief(given)}. Pass [line].")
+        for line in given:
+            if not isinstance(line, str) or not line.strip():  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptionError(f"{name} holds {brief(line)}, which says nothing. Leave it out, or write a line.")
+            if not is_unicode(line):
+                raise OptionError(f"{name} is not Unicode text: {line[:60]!a}.")
+    count = max(len(chosen_system), len(rejected_system))
+    if not count:
+        if two_models:
+            return Lines((None,), (None,))
+        raise OptionError(
+            "Without a system line both sides say the same. Pass chosen_system, rejected_system, or both: what the "
+            "model is told before the answers that you prefer, and before those that you do not."
+        )
+    if chosen_system and rejected_system and len(chosen_system) != len(rejected_system):
+        raise OptionError(
+            f"A contrast is one line of each side; got {len(chosen_system)} of chosen_system and "
+            f"{len(rejected_system)} of rejected_system. Pass as many of the one as of the other, or none of one."
+        )
+    lines = Lines(tuple(chosen_system) or (None,) * count, tuple(rejected_system) or (None,) * count)
+    for one, other in zip(*lines, strict=True):
+        if one == other and not two_models:
+            raise OptionError(f"Both sides have the same system line, {brief(one)}: that is no contrast. Change one.")
+    return lines
+
+
+def check_sampling(samples: int, temperature: float) -> None:
+    """Raise `OptionError` for a number of samples that is none, or that would all be the same."""
+    if not isinstance(samples, int) or samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"samples counts the answers to a prompt, and is a whole number, 1 or more; got {samples!r}.")
+    if samples > 1 and temperature == 0:
+        raise OptionError(
+            f"samples counts the answers to a prompt, and at temperature 0 they are all the same; got {samples}. Let "
+            "the temperature be above 0, such as 1."
+        )
+
+
+# Where answers end
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

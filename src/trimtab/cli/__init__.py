@@ -21,6 +21,7 @@ from trimtab.cli import (
     import_,
     inspect,
     learn,
+    pairs,
     pull,
     push,
     reproduce,
@@ -33,6 +34,7 @@ from trimtab.cli.terminal import STDOUT, Terminal, as_options, flush, give_up, p
 from trimtab.errors import OptionError, TrimtabError, unknown_name
 
 VERBS: dict[str, ModuleType] = {
+    "pairs": pairs,
     "learn": learn,
     "tune": tune,
     "compose": compose,

@@ -63,7 +63,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, terminal: Terminal) -> None:
     """Answer every prompt, in order; results are printed as they come."""
-    requests = _requests(args)
+    requests = read_requests(args)
     if args.batch_size is not None and args.batch_size < 1:
         raise OptionError(f"--batch-size is 1 or more; got {args.batch_size}.")
     if args.engine == "transformers" and args.engine_option:
@@ -160,7 +160,8 @@ def _checked(request: Request, common: dict[str, float], rack: Rack) -> dict[str
 # Prompts
 
 
-def _requests(args: Namespace) -> list[Request]:
+def read_requests(args: Namespace) -> list[Request]:
+    """Return the prompts of the arguments, of --input or of stdin, each with its setting and its place."""
     if args.prompts and args.input is not None:
         raise OptionError("Pass prompts as arguments or with --input, not both.")
     if args.prompts:

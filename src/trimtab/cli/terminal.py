@@ -25,9 +25,9 @@ _KEYWORD = re.compile(
 
 # Words that are English too are options only where a message says what they are; a recipe's fields follow a colon.
 _OPTION = re.compile(
-    r"\b(?:max_new_tokens|batch_size|length_match|token_budget|broken_budget|top_p)\b"
+    r"\b(?:max_new_tokens|batch_size|length_match|token_budget|broken_budget|top_p|chosen_system|rejected_system)\b"
     r"|(?<!: )(?<!, )\b(?:lora_rank|kl_items|judge_items|learning_rates|gamma_ratio)\b"
-    r"|(?<!: )\b(?:epochs|patience|workers|betas)(?= counts | are )"
+    r"|(?<!: )\b(?:epochs|patience|workers|betas|samples)(?= counts | are )"
 )
 
 
