@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import pico
 from pico import knob, model, tokenizer
-from trimtab.artifact import DeltaKnob, LowRank
+from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
 from trimtab.cli import main
 from trimtab.cli.export import FORMS
 from trimtab.errors import KnobError, MissingDependency, OptionError, UnknownName
@@ -31,6 +31,7 @@ from trimtab.render import load_empty
 from trimtab.runtime import steer
 from trimtab.types import WHERE, Site
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
 WORDS = tokenizer()
 IDS = torch.tensor(pico.prompts([7, 7]))
 
@@ -248,11 +249,10 @@ def test_knobs_that_look_at_the_stream_are_refused(operation: Any) -> None:
 
 
 def test_a_lookahead_is_refused_and_nothing_turned_is_nothing_to_write() -> None:
-    from test_lookahead import made_knob
-    from trimtab.types import Message  # noqa: F401
-
+    part = {"model.layers.0.mlp.down_proj.weight": torch.ones(32, 64)}
+    ahead = LookaheadKnob("k", "cold-fd", part, {1: 1.0}, {1: 1.0}, (1,), "model.layers", 0.01)
     with pytest.raises(KnobError, match="looks ahead"):
-        constant({made_knob(): 1.0})
+        constant({ahead: 1.0})
     with pytest.raises(OptionError, match="Nothing is turned"):
         constant({knob(1): 0.0, low_rank(): 0.0})
     with pytest.raises(OptionError, match="Nothing is turned"):
@@ -369,9 +369,8 @@ def test_the_help_names_every_form() -> None:
 
 
 def test_a_site_of_several_is_exported_with_all_of_them(tmp_path: Path) -> None:
-    both = replace(
-        knob(1), vectors={**knob(1).vectors, **knob(2).vectors}, norms={1: 4.0, 2: 4.0}, also=(Site(2, "last"),)
-    )
+    vectors = {**knob(1).vectors, **knob(2).vectors}
+    both = replace(knob(1), vectors=vectors, norms={1: 4.0, 2: 4.0}, also=(Site(2, "last"),))
     export({both: 1.0}, model(), WORDS, to="gguf", out=tmp_path / "v.gguf")
     assert read_control_vector(tmp_path / "v.gguf").vectors.keys() == {1, 2}
     export({both: 1.0}, model(), WORDS, to="checkpoint", out=tmp_path / "c")

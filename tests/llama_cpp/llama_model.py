@@ -1,4 +1,4 @@
-"""A Llama of transformers as a GGUF file, and its answers from llama.cpp: what the tests need, and no converter.
+"""A Llama or Qwen2 of transformers as a GGUF file, and its answers from llama.cpp: what the tests need, no converter.
 
 Token ids go in and logits come out, so that the file needs no tokenizer. llama.cpp's own converters know real models.
 """
@@ -38,10 +38,11 @@ CONTEXT = 256
 
 
 def write_model(path: Path, model: PreTrainedModel) -> None:
-    """Write a Llama in float32, with the biases of its MLPs if it has them."""
+    """Write a Llama or Qwen2 in float32, with whatever biases it has."""
     config: Any = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(config.hidden_size)
@@ -49,9 +50,9 @@ def write_model(path: Path, model: PreTrainedModel) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("no_vocab")
@@ -66,7 +67,7 @@ def write_model(path: Path, model: PreTrainedModel) -> None:
             for kind in ("weight", "bias"):
                 tensor = state.get(f"model.layers.{layer}.{theirs}.{kind}")
                 if tensor is not None:
-                    count = {"attn_q": heads, "attn_k": kv_heads}.get(ours)
+                    count = {"attn_q": heads, "attn_k": kv_heads}.get(ours) if config.model_type == "llama" else None
                     tensors[f"blk.{layer}.{ours}.{kind}"] = tensor if count is None else _permuted(tensor, count)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.float().contiguous().numpy())
@@ -77,7 +78,7 @@ def write_model(path: Path, model: PreTrainedModel) -> None:
 
 
 def _permuted(weight: Tensor, heads: int) -> Tensor:
-    """Order the rows of a projection as llama.cpp's rotary embedding has them: halves interleaved within a head."""
+    """Order the rows of a projection as llama.cpp has those of a Llama: halves interleaved within a head."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 

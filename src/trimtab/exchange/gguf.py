@@ -156,10 +156,9 @@ def _read(data: bytes) -> ControlVector:
         raise KnobError(f"its alignment is {brief(alignment)}.")
     start = -(-reader.at // alignment) * alignment
     vectors = {layer: _vector(data, start, layer, place) for layer, place in sorted(places.items())}
-    if len({len(vector) for vector in vectors.values()}) > 1:
-        raise KnobError(
-            f"its vectors have {len({len(v) for v in vectors.values()})} widths; those of a model have one."
-        )
+    widths = sorted({len(vector) for vector in vectors.values()})
+    if len(widths) > 1:
+        raise KnobError(f"its vectors have widths {brief(widths)}; those of a model have one.")
     return ControlVector(vectors, {name: value for name, value in header.items() if value is not None})
 
 

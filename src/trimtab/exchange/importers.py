@@ -24,7 +24,7 @@ from trimtab.exchange.neutral import neutral_pairs
 from trimtab.exchange.pickles import load_pickled, tensors_by_layer
 from trimtab.files import open_regular, reason
 from trimtab.pairs import Pairs
-from trimtab.types import Site
+from trimtab.types import Site, Where
 from trimtab.weights import difference
 
 if TYPE_CHECKING:
@@ -41,13 +41,15 @@ class Source(NamedTuple):
     paper: str
     together: bool
     """Whether its vectors act at all their layers at once; else they are candidates, one of which is taken."""
+    where: Where = "all"
+    """Tokens to which it adds them."""
 
 
 SOURCES = {
     "repeng": Source("arXiv:2310.01405", together=True),
     "llama.cpp": Source("", together=True),
     "steering-vectors": Source("arXiv:2312.06681", together=True),
-    "caa": Source("arXiv:2312.06681", together=False),
+    "caa": Source("arXiv:2312.06681", together=False, where="completion"),
     "bipo": Source("arXiv:2406.00045", together=False),
     "persona-vectors": Source("arXiv:2507.21509", together=False),
     "peft": Source("", together=False),
@@ -78,7 +80,8 @@ def import_knob(
 
     - A GGUF control vector, of repeng or llama.cpp: `direction.L` is layer L, all layers act at once.
     - An object of steering-vectors, or its dictionary of layers, as `torch.save` or `pickle.dump` wrote it.
-    - One vector `[D]` as `torch.save` wrote it, of CAA or BiPO; its layer is in the file's name, or is `layer`.
+    - One vector `[D]` as `torch.save` wrote it, of CAA or BiPO; its layer is in the file's name, or is `layer`. CAA adds
+      it from the instruction's last token on: where is "completion". Everything else acts on all tokens.
     - A stack `[n_layers + 1, D]` of persona vectors: row k is `hidden_states[k]` and so layer k - 1; the first row, of
       the embeddings, and the last, which was read after the final norm, are left out. `layer` says which one acts.
     - A PEFT LoRA adapter, a folder: a weight knob.
@@ -118,6 +121,7 @@ def import_knob(
         norms=norms,
         site=main,
         gain=lengths[main],
+        where=SOURCES[found].where,
         also=() if layer is not None else tuple(site for site in vectors if site != main),
         provenance={**_identity(model, tokenizer, found, licence), "imported": _origin(path, found, read.facts)},
         diagnostics={
@@ -158,7 +162,9 @@ def _read_file(path: Path, source: str | None, layer: int | None, n_layers: int)
     if isinstance(value, Tensor):
         number = _layer_in(path) if layer is None else layer
         if number is None:
-            raise OptionError(f"Neither {path.name!r} nor an option says which layer this vector is for. Pass layer.")
+            raise OptionError(
+                f"Neither {path.name!r} nor an option says which layer this vector is for. Pass layer=NUMBER."
+            )
         vector = {number % n_layers if -n_layers <= number < 0 else number: _vector(value, path)}
         return _Read(vector, "bipo" if re.match(r"vec_ep\d", path.name) else "caa")
     raise KnobError(
