@@ -29,9 +29,11 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-peers: export OMP_NUM_THREADS = 1
-test-peers: $(VENV)/.runtime $(PEERS)/.peers
+test-peers: $(VENV)/.dev $(PEERS)/.peers
 	rm -rf build/peers
 	$(BIN)/python peers/ours.py build/peers
+	$(PEERS)/bin/python peers/their_files.py build/peers
+	$(BIN)/python peers/read_back.py build/peers
 	$(PEERS)/bin/python peers/theirs.py build/peers
 
 test-oldest: export OMP_NUM_THREADS = 1

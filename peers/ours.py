@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.capture import FORMATS, capture
+from trimtab.capture import capture
 from trimtab.methods import METHODS
 from trimtab.pairs import Pairs
 from trimtab.prefworld import world
 from trimtab.render import Loaded, Renderer, load
+from trimtab.texts import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 POSITIONS = {"question_response": "last", "response_as_user": "post_instruction"}

@@ -61,6 +61,16 @@ asked for. The last column must fail: Trimtab's vector of the layer before (for 
 The activations that Trimtab and steering-vectors read differ by at most {reading:.0e} of their norm (must be below
 {reading_limit:.0e}).
 
+## Their files
+
+Random vectors, saved by the peers' own code (CAA's is no package: its file is what `torch.save` makes of a tensor,
+added from the prompt's last token on), imported by Trimtab, at multipliers 1 and -0.7 on the random model. A file of
+repeng that is exported again is the same bytes.
+
+| file | imported as | where | largest difference of a logit | the vector moves logits by |
+|---|---|---|---|---|
+{files}
+
 ## Again
 
 ```sh
@@ -109,6 +119,7 @@ def table(checks: list[Check], names: tuple[str, ...]) -> str:
 
 def page(folder: Path, tables: tuple[str, str], turned: int, total: int, difference: float) -> str:
     """Return the whole page."""
+    rows = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     packages = {"repeng": "repeng", "steering": "steering-vectors", "their_torch": "torch", "numpy": "numpy"}
     packages |= {"their_transformers": "transformers", "sklearn": "scikit-learn"}
     return PAGE_TEXT.format(
@@ -121,4 +132,5 @@ def page(folder: Path, tables: tuple[str, str], turned: int, total: int, differe
         own=tables[1],
         reading=difference,
         reading_limit=READING_LIMIT,
+        files="\n".join(f"| `{row[0]}` | " + " | ".join(row[1:]) + " |" for row in rows),
     )

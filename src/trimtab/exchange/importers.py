@@ -80,8 +80,8 @@ def import_knob(
 
     - A GGUF control vector, of repeng or llama.cpp: `direction.L` is layer L, all layers act at once.
     - An object of steering-vectors, or its dictionary of layers, as `torch.save` or `pickle.dump` wrote it.
-    - One vector `[D]` as `torch.save` wrote it, of CAA or BiPO; its layer is in the file's name, or is `layer`. CAA adds
-      it from the instruction's last token on: where is "completion". Everything else acts on all tokens.
+    - One vector `[D]` as `torch.save` wrote it, of CAA or BiPO; its layer is in the file's name, or is `layer`. CAA
+      adds it from the instruction's last token on: where is "completion". Everything else acts on all tokens.
     - A stack `[n_layers + 1, D]` of persona vectors: row k is `hidden_states[k]` and so layer k - 1; the first row, of
       the embeddings, and the last, which was read after the final norm, are left out. `layer` says which one acts.
     - A PEFT LoRA adapter, a folder: a weight knob.
