@@ -55,11 +55,12 @@ HOMES = {
     "peft": Home("adapter in PEFT", "peft", "transformers"),
 }
 SHORT = {
-    "layer 0": "layer 0",
-    "no place": "vectors",
+    "has no place in it": "vectors",
+    "output of layer 0": "layer 0",
     "difference of weights": "weights",
-    "acts on every token": "tokens",
+    "acts on every token": "some tokens",
 }
+"""How reasons to refuse are written into the table."""
 
 
 class Case(NamedTuple):
@@ -79,6 +80,9 @@ def main() -> None:
     if args.home:
         answer(args.home, args.folder)
         return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         table = compare_all(Path(name))
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
