@@ -55,7 +55,6 @@ HOMES = {
     "peft": Home("adapter in PEFT", "peft", "transformers"),
 }
 SHORT = {
-    "has no place in it": "vectors",
     "output of layer 0": "layer 0",
     "difference of weights": "weights",
     "acts on every token": "some tokens",

@@ -1,8 +1,9 @@
 """Write knobs at their strengths for other tools: llama.cpp and repeng, PEFT, or a model folder that needs no Trimtab.
 
 --to gguf writes a control vector (one vector per layer, from layer 1 on), --to peft a LoRA adapter (weight knobs of low
-rank), --to checkpoint a model folder with the vectors as biases and the differences of weights added. All of them act
-on every token; knobs that do not are refused with the reason. What was written is read again and compared.
+rank, and vectors as biases of the adapter), --to checkpoint a model folder with the vectors as biases and the
+differences of weights added. All of them act on every token; knobs that do not are refused with the reason. What was
+written is read again and compared.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def run(args: Namespace, terminal: Terminal) -> None:
         panel = load_knobs(args.knob, args.where)
         setting = setting_from(args, panel)
         warn_outside(panel.rack, setting)
+        from trimtab.artifact import Knob
         from trimtab.exchange import export
     with ExitStack() as stack:
-        if args.to == "checkpoint":
+        dose = panel.rack.resolve(setting)
+        if args.to == "checkpoint" or (args.to == "peft" and any(isinstance(knob, Knob) for knob in dose)):
             model, tokenizer = stack.enter_context(open_model(args, terminal))
         else:
             stack.enter_context(quiet_transformers())
@@ -56,7 +59,6 @@ def run(args: Namespace, terminal: Terminal) -> None:
 
                 model, tokenizer = load_empty(args.model)
         with terminal.working("Writing"):
-            dose = panel.rack.resolve(setting)
             made = export(dose, model, tokenizer, to=args.to, out=out, strict=not args.no_strict)
     record = {"to": made.format, "out": str(made.path), "knobs": setting, **made.facts}
     terminal.result(record, _text(made, format_setting(setting), args))
@@ -81,7 +83,8 @@ def _text(made: Exported, setting: str, args: Namespace) -> str:
         rows["layers"] = ", ".join(map(str, found["layers"]))
         rows["next"] = f"llama-cli -m MODEL.gguf --control-vector {place}"
     elif made.format == "peft":
-        rows["weights"] = f"{found['weights']}, of rank {found['rank']}"
+        rows["weights"] = f"{found['weights']}, of rank {found['rank']}" if found["weights"] else None
+        rows["biases"] = ", ".join(f"layer {layer}" for layer in found["layers"]) or None
         rows["next"] = f"peft.PeftModel.from_pretrained(model, {str(made.path)!r})"
     else:
         rows["biases"] = ", ".join(f"layer {layer}" for layer in found["layers"]) or None

@@ -62,7 +62,8 @@ def find_place(adapter: Adapter, layer: int) -> Place:
             return Place(path, factor)
     raise KnobError(
         f"Nothing that is added inside block {layer} of this {type(adapter.model).__name__} comes out of it unchanged: "
-        "there is a norm or a gate behind its last layer. So no bias can stand for the vector."
+        "there is a norm or a gate behind its last layer. So no bias can stand for the vector. Export a control vector "
+        "for llama.cpp, or serve the knob by vLLM."
     )
 
 
@@ -80,7 +81,7 @@ def with_bias(config: PretrainedConfig, places: list[str]) -> tuple[PretrainedCo
     missing = next(place for place in places if f"{place}.bias" not in present)
     raise KnobError(
         f"{missing!r} has no bias, and {config.get_text_config().model_type} has none to switch on, as Llama and "
-        "Granite do (mlp_bias). Export a control vector for llama.cpp, or serve the knob by vLLM."
+        "Granite do (mlp_bias). Export an adapter, which brings its own, or a control vector for llama.cpp."
     )
 
 

@@ -74,12 +74,6 @@ def _check(knob: AnyKnob) -> None:
         )
 
 
-def refuse_vectors(found: Constant, home: str, instead: str) -> None:
-    """Raise `KnobError` where a home that holds weights would have to hold vectors."""
-    if found.addends:
-        raise KnobError(f"{home} holds differences of weights; a vector at layer {min(found.addends)} {instead}")
-
-
 def refuse_weights(found: Constant, home: str, instead: str) -> None:
     """Raise `KnobError` where a home that holds vectors would have to hold weights."""
     for knob in found.weights:

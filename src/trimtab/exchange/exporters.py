@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, Knob, model_identity
 from trimtab.artifact.identity import compare_identity
+from trimtab.artifact.parts import LowRank
 from trimtab.errors import KnobError, unknown_name
 from trimtab.exchange.checkpoint import write_checkpoint
-from trimtab.exchange.constant import Constant, constant, new_folder, refuse_vectors, refuse_weights, write_record
+from trimtab.exchange.constant import Constant, constant, new_folder, refuse_weights, write_record
 from trimtab.exchange.gguf import read_control_vector, write_control_vector
-from trimtab.exchange.lora import low_rank_sum, write_adapter
+from trimtab.exchange.lora import PREFIX, bias_parts, low_rank_sum, write_adapter
 from trimtab.runtime import Dose
-from trimtab.weights.source import read_adapter
+from trimtab.weights.source import ADAPTER, read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,14 +48,16 @@ def export(
     `to` is one of `EXPORTS`:
 
     - "gguf": a control vector for llama.cpp and repeng, one vector per layer from 1 on; `out` is a file.
-    - "peft": a LoRA adapter, for weight knobs of low rank; `out` is a new folder.
+    - "peft": a LoRA adapter, of weight knobs of low rank, and of vectors as biases of its own (PEFT's `lora_bias`);
+      `out` is a new folder.
     - "checkpoint": a model folder like any other, vectors as biases of the blocks' last layers, differences of weights
       added; `out` is a new folder. A vector needs an architecture whose blocks end in a layer that has, or can be
       given, a bias. The model is loaded again and its logits are compared.
 
-    All of them act on every token, and several knobs become their sum. For "gguf" and "peft" the model may be without
-    weights (torch's device "meta"). Raises `KnobError` with the reason where a knob cannot be had in that form, and for
-    a knob of another model (`strict=False` warns of another template or architecture, see `Knob.check`).
+    All of them act on every token, and several knobs become their sum. For "gguf", and for weight knobs in "peft", the
+    model may be without weights (torch's device "meta"). Raises `KnobError` with the reason where a knob cannot be had
+    in that form, and for a knob of another model (`strict=False` warns of another template or architecture, see
+    `Knob.check`).
     """
     if to not in EXPORTS:
         raise unknown_name("form of export", to, EXPORTS)
@@ -84,18 +90,30 @@ def _gguf(
 def _peft(
     folder: Path, found: Constant, dose: Dose, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    refuse_vectors(found, "An adapter", "has no place in it. Export a control vector (to='gguf') or a checkpoint.")
     parts = low_rank_sum(found.weights, model)
-    base = str(next(iter(found.weights)).provenance.get("model") or model_identity(model, hashes=False)["model"])
+    biases = bias_parts(found.addends, Adapter(model)) if found.addends else {}
+    known = next((knob.provenance.get("model") for knob in dose), None)
+    base = str(known or model_identity(model, hashes=False)["model"])
     with new_folder(folder) as made:
-        write_adapter(made, parts, model, base)
+        write_adapter(made, parts, biases, model, base)
         write_record(made, dose, base)
-        back = read_adapter(made)
-        if back.keys() != parts.keys() or not all(
+        _check_adapter(made, parts, biases)
+    ranks = [part.rank for part in parts.values()]
+    return {"weights": len(parts), "rank": max(ranks, default=0), "layers": sorted(found.addends)}
+
+
+def _check_adapter(folder: Path, parts: Mapping[str, LowRank], biases: Mapping[str, Tensor]) -> None:
+    """Raise `KnobError` where a folder holds another adapter than was meant."""
+    if biases:
+        stored = load_file(folder / ADAPTER)
+        same = all(torch.equal(stored[f"{PREFIX}{name}.lora_B.bias"], vector) for name, vector in biases.items())
+    else:
+        back = read_adapter(folder)
+        same = back.keys() == parts.keys() and all(
             torch.allclose(back[name].dense(), part.dense(), rtol=1e-6, atol=0) for name, part in parts.items()
-        ):
-            raise KnobError(f"{str(folder)!r} holds another adapter than was written. The file system may be at fault.")
-    return {"weights": len(parts), "rank": max(part.rank for part in parts.values())}
+        )
+    if not same:
+        raise KnobError(f"{str(folder)!r} holds another adapter than was written. The file system may be at fault.")
 
 
 def _checkpoint(

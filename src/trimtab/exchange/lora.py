@@ -1,4 +1,4 @@
-"""Low-rank weight knobs as PEFT keeps LoRA adapters: a folder with `adapter_config.json` and safetensors."""
+"""Low-rank weight knobs, and vectors, as PEFT keeps LoRA adapters: a folder with a configuration and safetensors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from trimtab.adapter import Adapter
 from trimtab.artifact import DeltaKnob
 from trimtab.artifact.parts import LowRank, Part, joined, scaled
 from trimtab.errors import KnobError
+from trimtab.exchange.bias import find_place
 from trimtab.weights.rows import is_linear
 from trimtab.weights.source import ADAPTER
+
+PREFIX = "base_model.model."
 
 
 def low_rank_sum(weights: Mapping[DeltaKnob, float], model: nn.Module) -> dict[str, LowRank]:
@@ -42,22 +46,43 @@ def low_rank_sum(weights: Mapping[DeltaKnob, float], model: nn.Module) -> dict[s
     return {name: part for name, part in total.items() if isinstance(part, LowRank)}
 
 
-def write_adapter(folder: Path, parts: Mapping[str, LowRank], model: nn.Module, base: str) -> None:
+def bias_parts(addends: Mapping[int, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """Return the vectors that stand for `addends` behind linear layers, `[D]` by the layers' names.
+
+    Raises `KnobError` for a model without weights, in which no place can be looked for, and for a block without one.
+    """
+    if next(adapter.model.parameters()).is_meta:
+        raise KnobError("A vector's place in an adapter is found by running the model, and this one has no weights.")
+    places = {layer: find_place(adapter, layer) for layer in addends}
+    return {place.module: addends[layer] / place.factor for layer, place in places.items()}
+
+
+def write_adapter(
+    folder: Path, parts: Mapping[str, LowRank], biases: Mapping[str, Tensor], model: nn.Module, base: str
+) -> None:
     """Write a folder that `PeftModel.from_pretrained` loads; its scale is 1, and strengths are in its matrices.
 
-    `base` is what the configuration says of the model beneath. Raises `KnobError` where the model mixes layers that
-    hold their weights `[out, in]` with those of GPT-2, which hold them `[in, out]`: PEFT takes one or the other.
+    `biases` are added behind layers as an adapter's own bias (PEFT's `lora_bias`), whose matrices are zero where no
+    part says otherwise. `base` is what the configuration says of the model beneath. Raises `KnobError` where the model
+    mixes layers that hold their weights `[out, in]` with those of GPT-2, which hold them `[in, out]`: PEFT takes one or
+    the other.
     """
-    modules = {name: name.removesuffix(".weight") for name in parts}
-    turned = {not isinstance(model.get_submodule(module), nn.Linear) for module in modules.values()}
+    sides = {name.removesuffix(".weight"): part for name, part in parts.items()}
+    modules = {name: model.get_submodule(name) for name in sorted({*sides, *biases})}
+    turned = {not isinstance(module, nn.Linear) for module in modules.values()}
     if len(turned) > 1:
         raise KnobError(
             "An adapter changes weights stored [out, in], or weights stored [in, out]; this one would both."
         )
     (fan_in_fan_out,) = turned
-    ranks = {module: parts[name].rank for name, module in modules.items()}
+    for name, module in modules.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        out, inner = weight.shape
+        sides.setdefault(name, LowRank(torch.zeros(1, inner), torch.zeros(out, 1)))
+    ranks = {name: sides[name].rank for name in modules}
     top = max(ranks.values())
-    other = {re.escape(module): rank for module, rank in ranks.items() if rank != top}
+    other = {re.escape(name): rank for name, rank in ranks.items() if rank != top}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -67,15 +92,19 @@ def write_adapter(folder: Path, parts: Mapping[str, LowRank], model: nn.Module, 
         "lora_alpha": top,
         "rank_pattern": other,
         "alpha_pattern": other,
-        "target_modules": sorted(modules.values()),
+        "target_modules": list(modules),
         "lora_dropout": 0.0,
         "bias": "none",
+        "lora_bias": bool(biases),
         "fan_in_fan_out": fan_in_fan_out,
     }
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in modules.items():
-        a, b = (parts[name].b.T, parts[name].a.T) if fan_in_fan_out else (parts[name].a, parts[name].b)
-        for side, tensor in (("A", a), ("B", b)):
-            tensors[f"base_model.model.{module}.lora_{side}.weight"] = tensor.detach().float().cpu().contiguous()
-    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    tensors: dict[str, Tensor] = {}
+    for name in modules:
+        part = sides[name]
+        a, b = (part.b.T, part.a.T) if fan_in_fan_out else part
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+        if biases:
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = biases.get(name, torch.zeros(len(b)))
+    stored = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / ADAPTER, metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
