@@ -86,7 +86,8 @@ def main() -> None:
         table = compare_all(Path(name))
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    PAGE.write_text(before + MARKS[0] + "\n\n" + table + "\n\n" + MARKS[1] + after, encoding="utf-8")
+    parts = [before + MARKS[0], table, coverage(), MARKS[1] + after]
+    PAGE.write_text("\n\n".join(parts), encoding="utf-8")
 
 
 # The cases
@@ -227,6 +228,32 @@ def said_versions() -> str:
             done = subprocess.run([str(PYTHONS[environment]), "-c", program, *packages], capture_output=True, text=True)
             found += done.stdout.split("\n")[:-1]
     return f"Measured with {', '.join(found)}."
+
+
+def coverage() -> str:
+    """Say of which architectures, as small random twins, a checkpoint or an adapter holds vectors at two layers."""
+    import warnings
+
+    from trimtab.errors import KnobError
+    from trimtab.exchange import export
+
+    found: dict[str, list[str]] = {}
+    words = pico.tokenizer()
+    for name in pico.ARCHITECTURES:
+        model, dose = pico.model(name), {pico.knob(0): 0.5, pico.knob(1): -1.0}
+        held: list[str] = []
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for to in ("checkpoint", "peft"):
+                try:
+                    export(dose, model, words, to=to, out=Path(folder) / to)
+                except KnobError:
+                    continue
+                held.append(to)
+        found.setdefault(" and ".join(held) or "neither", []).append(name)
+    rows = [f"| {held} | {len(names)} | {', '.join(names)} |" for held, names in found.items()]
+    heads = ["| held by | | architectures, by the names that transformers gives them |", "|---|---|---|"]
+    return "\n".join(["Vectors at layers 0 and 1 of small random twins:", "", *heads, *rows])
 
 
 # The homes

@@ -154,7 +154,8 @@ def test_peft_does_with_an_exported_adapter_what_the_knobs_do(ranks: tuple[int, 
     lm, dose = model(), {low_rank(ranks=ranks): 0.7, low_rank(5, ranks=ranks, name="two").with_(gain=2.0): -0.4}
     wanted = steered(lm, dose)
     made = export(dose, lm, WORDS, to="peft", out=tmp_path / "adapter")
-    assert made.facts == {"weights": 2, "rank": 2 * max(ranks), "layers": []}
+    assert (made.facts["weights"], made.facts["rank"], made.facts["layers"]) == (2, 2 * max(ranks), [])
+    assert made.facts["error"] < 1e-5 < made.facts["effect"]
     adapted = PeftModel.from_pretrained(model(), tmp_path / "adapter")
     torch.testing.assert_close(logits(adapted), wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits(adapted.merge_and_unload()), wanted, atol=1e-5, rtol=1e-4)
@@ -206,7 +207,8 @@ def test_what_is_no_product_of_a_linear_layer_makes_no_adapter(tmp_path: Path) -
 def test_an_adapter_brings_vectors_as_biases_of_its_own(name: str, tmp_path: Path) -> None:
     lm, dose = model(name), {knob(0): -0.5, knob(1): 1.0}
     made = export(dose, lm, WORDS, to="peft", out=tmp_path / "adapter")
-    assert made.facts == {"weights": 0, "rank": 0, "layers": [0, 1]}
+    assert (made.facts["weights"], made.facts["rank"], made.facts["layers"]) == (0, 0, [0, 1])
+    assert made.facts["error"] < 1e-5 < made.facts["effect"]
     adapted, wanted = PeftModel.from_pretrained(model(name), tmp_path / "adapter"), steered(lm, dose)
     torch.testing.assert_close(logits(adapted), wanted, atol=1e-5, rtol=1e-4)
     assert float((wanted - logits(lm)).abs().max()) > 0.01
@@ -219,6 +221,16 @@ def test_an_adapter_holds_vectors_and_differences_together(tmp_path: Path) -> No
     torch.testing.assert_close(logits(adapted), steered(lm, dose), atol=1e-5, rtol=1e-4)
     with pytest.raises(OptionError, match="with biases"):  # weights alone make a weight knob
         import_knob(tmp_path / "adapter", lm, WORDS)
+
+
+def test_an_adapter_that_peft_does_not_load_is_not_kept_and_one_without_peft_is_compared_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KnobError, match="PEFT does not take an adapter at this place"):
+        export({knob(1): 1.0}, model("mamba"), WORDS, to="peft", out=tmp_path / "x")
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr("trimtab.exchange.exporters.find_spec", lambda name: None)
+    assert "error" not in export({knob(1): 1.0}, model(), WORDS, to="peft", out=tmp_path / "x").facts
 
 
 def test_a_vector_has_no_place_in_an_adapter_behind_a_norm_or_without_weights_to_try(tmp_path: Path) -> None:

@@ -89,8 +89,9 @@ def _text(made: Exported, setting: str, args: Namespace) -> str:
     else:
         rows["biases"] = ", ".join(f"layer {layer}" for layer in found["layers"]) or None
         rows["weights"] = f"{found['weights']} changed" if found["weights"] else None
+        rows["next"] = f'trimtab generate {place} "..."'
+    if "error" in found:
         rows["compared"] = (
             f"logits differ by {found['error']:.2g} of their length; the knobs change {found['effect']:.2g} of it"
         )
-        rows["next"] = f'trimtab generate {place} "..."'
     return f"Exported {setting} ({made.format}).\n" + facts({**rows, "written to": made.path})

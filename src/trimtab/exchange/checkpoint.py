@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import model_identity
@@ -54,13 +55,8 @@ def write_checkpoint(
         _write(made, found, biases, config, model)
         tokenizer.save_pretrained(made)
         write_record(made, dose, str(model_identity(model, hashes=False)["model"]))
-        compared = compare(made, dose, model)
-        if not compared.error <= TOLERANCES[model.dtype]:
-            raise KnobError(
-                f"What was written is not the steered model: its logits differ by {compared.error:.2g} of their "
-                f"length, where {TOLERANCES[model.dtype]:g} is rounding in {model.dtype}. Nothing was kept."
-            )
-    return compared
+        device = str(Adapter(model).input_device)
+        return compare(model, dose, lambda: load(made, dtype=model.dtype, device=device).model)
 
 
 def _biases(found: Constant, adapter: Adapter) -> tuple[PretrainedConfig, dict[str, Tensor]]:
@@ -99,24 +95,32 @@ def _write(
 
 
 @torch.no_grad()
-def compare(folder: Path, dose: Dose, model: PreTrainedModel) -> Compared:
-    """Load what was written and put its logits beside those of the model under hooks."""
+def compare(model: PreTrainedModel, dose: Dose, written: Callable[[], nn.Module]) -> Compared:
+    """Put the logits of what was written, once it is loaded, beside those of the model under hooks.
+
+    Raises `KnobError` where they differ by more than rounding.
+    """
     adapter = Adapter(model)
     ids = probe_ids(adapter, ROWS, TOKENS)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     bare = _logits(model, inputs)
     with steer(model, dose, prompt_lengths=[TOKENS] * ROWS):
         wanted = _logits(model, inputs)
-    written = load(folder, dtype=model.dtype, device=str(adapter.input_device)).model
-    got = _logits(written, inputs)
+    got = _logits(written(), inputs)
     length = float(wanted.norm())
-    return Compared(
+    found = Compared(
         error=float((got - wanted).norm()) / length,
         largest=float((got - wanted).abs().max()),
         effect=float((wanted - bare).norm()) / length,
         same_tokens=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
     )
+    if not found.error <= TOLERANCES[model.dtype]:
+        raise KnobError(
+            f"What was written is not the steered model: its logits differ by {found.error:.2g} of their length, where "
+            f"{TOLERANCES[model.dtype]:g} is rounding in {model.dtype}. Nothing was kept."
+        )
+    return found
 
 
-def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs, use_cache=False).logits.float().cpu()

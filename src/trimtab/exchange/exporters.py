@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, Knob, model_identity
 from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.parts import LowRank
 from trimtab.errors import KnobError, unknown_name
-from trimtab.exchange.checkpoint import write_checkpoint
+from trimtab.exchange.checkpoint import Compared, compare, write_checkpoint
 from trimtab.exchange.constant import Constant, constant, new_folder, refuse_weights, write_record
 from trimtab.exchange.gguf import read_control_vector, write_control_vector
 from trimtab.exchange.lora import PREFIX, bias_parts, low_rank_sum, write_adapter
@@ -49,7 +52,7 @@ def export(
 
     - "gguf": a control vector for llama.cpp and repeng, one vector per layer from 1 on; `out` is a file.
     - "peft": a LoRA adapter, of weight knobs of low rank, and of vectors as biases of its own (PEFT's `lora_bias`);
-      `out` is a new folder.
+      `out` is a new folder. With weights in the model and PEFT installed, PEFT loads it, and logits are compared.
     - "checkpoint": a model folder like any other, vectors as biases of the blocks' last layers, differences of weights
       added; `out` is a new folder. A vector needs an architecture whose blocks end in a layer that has, or can be
       given, a bias. The model is loaded again and its logits are compared.
@@ -98,8 +101,27 @@ def _peft(
         write_adapter(made, parts, biases, model, base)
         write_record(made, dose, base)
         _check_adapter(made, parts, biases)
+        empty = next(model.parameters()).is_meta
+        compared = None if empty or find_spec("peft") is None else _in_peft(made, dose, model)
     ranks = [part.rank for part in parts.values()]
-    return {"weights": len(parts), "rank": max(ranks, default=0), "layers": sorted(found.addends)}
+    facts = {"weights": len(parts), "rank": max(ranks, default=0), "layers": sorted(found.addends)}
+    return facts if compared is None else {**facts, **compared._asdict()}
+
+
+def _in_peft(folder: Path, dose: Dose, model: PreTrainedModel) -> Compared:
+    """Load an adapter by PEFT on a copy of the model, which PEFT changes, and compare."""
+    from peft import PeftModel
+
+    def adapted() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what cannot be merged later on
+            try:
+                return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+            except ValueError as error:
+                said = str(error).splitlines()[0]
+                raise KnobError(f"PEFT does not take an adapter at this place: {said} Export a checkpoint.") from None
+
+    return compare(model, dose, adapted)
 
 
 def _check_adapter(folder: Path, parts: Mapping[str, LowRank], biases: Mapping[str, Tensor]) -> None:
