@@ -143,8 +143,9 @@ def _front_matter(knob: AnyKnob, licence: str) -> str:
 def _summary(knob: AnyKnob) -> str:
     base = hub_name(knob)
     told = f" for [{base}](https://huggingface.co/{base})" if base else ""
+    made = "imported from" if isinstance(knob.provenance.get("imported"), Mapping) else "learned by"
     return (
-        f"A Trimtab knob{told}: {_KINDS[knob.kind][0]}, learned by {_code(knob.method)}. It is turned at inference: "
+        f"A Trimtab knob{told}: {_KINDS[knob.kind][0]}, {made} {_code(knob.method)}. It is turned at inference: "
         "strength 0 is exactly the bare model, 1 the calibrated dose, -1 the reverse."
     )
 
