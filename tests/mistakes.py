@@ -58,7 +58,7 @@ def ends_after_the_final_norm(old: Any) -> Any:
 
 
 def one_layer_late(old: Any) -> Any:
-    return lambda adapter, knob: min(old(adapter, knob) + 1, adapter.n_layers - 1)
+    return lambda adapter, knob, site: min(old(adapter, knob, site) + 1, adapter.n_layers - 1)
 
 
 def twice(old: Any) -> Any:

@@ -74,7 +74,7 @@ def test_each_pair_holds_what_the_model_says_under_the_two_lines_and_its_prompt_
         "chosen_cut": True,
         "rejected_cut": True,
         "sample": 1,
-        "decoding": {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0},
+        "decoding": {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "seed": 0, "samples": 1, "batch_size": 64},
     }
 
 
@@ -132,7 +132,7 @@ def test_samples_are_draws_of_their_own_which_the_seed_brings_back(loaded: Loade
     assert len({pair.chosen for pair in first.pairs}) == len({pair.rejected for pair in first.pairs}) == 6
     assert first.pairs == draw(1).pairs
     assert not set(texts(first.pairs)) & set(texts(draw(2).pairs))
-    decoding = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "seed": 1}
+    decoding = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "seed": 1, "samples": 3, "batch_size": 2}
     assert all(pair.meta["decoding"] == decoding for pair in first.pairs)
 
 
@@ -146,7 +146,14 @@ def test_the_likeliest_share_alone_is_sampled_where_it_is_asked_for(loaded: Load
 
 def test_rounds_and_sides_of_sampled_answers_draw_apart(loaded: Loaded) -> None:
     # One prompt in a batch, so that rounds of the same seed would repeat each other.
-    drawn = answer_side(*loaded, ["Hi"], "chosen", samples=12, temperature=1.0, max_new_tokens=6, batch_size=1)
+    seen: list[tuple[int, int]] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    sampled: dict[str, Any] = {"samples": 12, "temperature": 1.0, "max_new_tokens": 6, "batch_size": 1}
+    drawn = answer_side(*loaded, ["Hi"], "chosen", progress=note, **sampled)
+    assert seen == [(4, 12), (8, 12), (12, 12)]
     other = answer_side(*loaded, ["Hi"], "rejected", samples=12, temperature=1.0, max_new_tokens=6, batch_size=1)
     assert len({answer.text for answer in (*drawn.answers, *other.answers)}) == 24
 

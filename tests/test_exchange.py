@@ -20,14 +20,14 @@ from pico import knob, model, tokenizer
 from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
 from trimtab.cli import main
 from trimtab.cli.export import FORMS
-from trimtab.errors import KnobError, MissingDependency, OptionError, UnknownName
+from trimtab.errors import AdapterError, KnobError, MissingDependency, OptionError, TrimtabWarning, UnknownName
 from trimtab.exchange import EXPORTS, export, import_knob
 from trimtab.exchange import checkpoint as checkpoints
 from trimtab.exchange.bias import find_place
 from trimtab.exchange.constant import RECORD, constant
 from trimtab.exchange.gguf import read_control_vector, write_control_vector
 from trimtab.exchange.lora import low_rank_sum
-from trimtab.render import load_empty
+from trimtab.render import Loaded, load_empty
 from trimtab.runtime import steer
 from trimtab.types import WHERE, Site
 
@@ -133,17 +133,61 @@ def test_differences_are_added_beside_vectors_and_the_folder_says_what_it_holds(
 def test_sixteen_bits_are_baked_within_their_rounding(tmp_path: Path) -> None:
     lm = model(dtype=torch.bfloat16)
     made = export({knob(1): 1.0}, lm, WORDS, to="checkpoint", out=tmp_path / "baked")
-    assert 0 < made.facts["error"] < 0.06 < made.facts["effect"]
+    assert 0 < made.facts["error"] < 0.1 * made.facts["effect"]
 
 
 def test_what_does_not_come_out_as_meant_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(found: Any, adapter: Any) -> Any:
-        return adapter.model.config, {}
+    def forgetful(found: Any, places: Any, zeros: Any, model: Any) -> Any:
+        return zeros
 
     monkeypatch.setattr(checkpoints, "_biases", forgetful)
     with pytest.raises(KnobError, match="is not the steered model"):
         export({knob(1): 1.0}, model(), WORDS, to="checkpoint", out=tmp_path / "x")
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoints, "load", lambda *args, **options: Loaded(model(seed=1, mlp_bias=True), WORDS))
+    with pytest.raises(KnobError, match="was written otherwise than it was meant"):
+        export({knob(1): 1.0}, model(), WORDS, to="checkpoint", out=tmp_path / "x")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_difference_of_the_very_bias_that_holds_a_vector_is_kept(tmp_path: Path) -> None:
+    lm, place = model("gpt2"), "transformer.h.1.mlp.c_proj.bias"
+    delta = DeltaKnob("bias", "delta", {place: torch.linspace(-1, 1, 32)})
+    dose: dict[Any, float] = {delta: 1.0, knob(1): 1.0}
+    export(dose, lm, WORDS, to="checkpoint", out=tmp_path / "baked")
+    torch.testing.assert_close(plain(tmp_path / "baked"), steered(lm, dose), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2", "glm4", "mixtral"])
+@pytest.mark.parametrize("to", ["peft", "checkpoint"])
+def test_sixteen_bits_and_a_long_stream_hide_no_norm_and_no_gate(name: str, to: str, tmp_path: Path) -> None:
+    """Beside a long residual stream what a block adds is small, and in 16 bits less than rounding."""
+    lm = model(name, dtype=torch.bfloat16)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight.mul_(1000)
+    with pytest.raises(KnobError, match="there is a norm or a gate behind its last layer"):
+        export({knob(1): 1.0}, lm, WORDS, to=to, out=tmp_path / "x")
+
+
+def test_a_dose_that_drowns_in_rounding_is_warned_of(tmp_path: Path) -> None:
+    lm = model(dtype=torch.bfloat16)
+    with pytest.warns(TrimtabWarning, match="drowns in rounding"):
+        export({knob(1): 1e-3}, lm, WORDS, to="checkpoint", out=tmp_path / "baked")
+
+
+def test_other_dtypes_and_models_without_weights_have_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(KnobError, match=r"computes in torch\.float64"):
+        export({knob(1): 1.0}, model(dtype=torch.float64), WORDS, to="checkpoint", out=tmp_path / "x")
+    with torch.device("meta"):
+        empty = type(model())(model().config)
+    with pytest.raises(KnobError, match="this model has none"):
+        export({knob(1): 1.0}, empty, WORDS, to="checkpoint", out=tmp_path / "x")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_folder_of_a_model_in_sixteen_bits_says_so(tmp_path: Path) -> None:
+    export({knob(1): 1.0}, model(dtype=torch.bfloat16), WORDS, to="checkpoint", out=tmp_path / "baked")
+    assert json.loads((tmp_path / "baked" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
@@ -267,6 +311,15 @@ def test_layer_zero_and_weights_have_no_control_vector(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_file_that_is_no_control_vector_stays_and_so_does_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name, message in (("notes.txt", "is not replaced"), ("folder", "it is a folder")):
+        with pytest.raises(KnobError, match=message):
+            export({knob(1): 1.0}, model(), WORDS, to="gguf", out=tmp_path / name)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_writing_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.exchange.gguf.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="pip install"):
@@ -297,8 +350,20 @@ def test_a_lookahead_is_refused_and_nothing_turned_is_nothing_to_write() -> None
         constant({ahead: 1.0})
     with pytest.raises(OptionError, match="Nothing is turned"):
         constant({knob(1): 0.0, low_rank(): 0.0})
-    with pytest.raises(OptionError, match="Nothing is turned"):
+    with pytest.raises(OptionError, match="the knobs cancel"):
         constant({knob(1): 1.0, knob(1): -1.0})
+
+
+def test_doses_that_could_only_overflow_and_models_that_are_steered_are_refused(tmp_path: Path) -> None:
+    lm, low = model(), low_rank()
+    for to in EXPORTS:
+        with pytest.raises(OptionError, match="is too large"):
+            export({knob(1): 1e20}, lm, WORDS, to=to, out=tmp_path / "x.gguf")
+        with steer(lm, {low: 1.0}), pytest.raises(AdapterError, match="is being steered"):
+            export({knob(1): 1.0}, lm, WORDS, to=to, out=tmp_path / "x.gguf")
+    with pytest.raises(OptionError, match="Settings map knobs to strengths"):
+        export(knob(1), lm, WORDS, to="gguf", out=tmp_path / "x.gguf")  # pyright: ignore[reportArgumentType]
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_knob_of_another_model_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
@@ -373,7 +438,8 @@ def test_the_command_exports_and_says_what_is_next(
     ("words", "message"),
     [
         (["--to", "gguf", "--out", "v.bin"], "ends in .gguf"),
-        (["--to", "gguf", "--out", "taken.gguf"], "is no control vector"),
+        (["--to", "gguf", "--out", "taken.gguf"], "not known to be a control vector"),
+        (["--to", "gguf", "--out", "full"], "is a folder"),
         (["--to", "peft", "--out", "full"], "is not empty"),
         (["--to", "onnx", "--out", "x"], "invalid choice"),
         (["--to", "gguf", "--out", "v.gguf", "--knob", "zero"], "--where all"),

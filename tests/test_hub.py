@@ -327,10 +327,10 @@ def test_a_dry_run_writes_exactly_what_would_be_pushed(folder: Path, capsys: pyt
     )
     assert done == ("https://huggingface.co/ana/bare/tree/a%2Fb", None, ("bare.safetensors", "README.md"))
     (folder / "second" / "README.md").write_text("mine")
-    with pytest.raises(OptionError, match="replaces none"):
+    with pytest.raises(OptionError, match="nothing in it is replaced"):
         push("bare.safetensors", "ana/bare", licence="mit", dry_run="second")
     assert (folder / "second" / "README.md").read_text() == "mine"
-    with pytest.raises(OptionError, match="replaces none"):
+    with pytest.raises(OptionError, match="nothing in it is replaced"):
         push("bare.safetensors", "ana/bare", licence="mit", dry_run="bare.safetensors")
 
 
@@ -563,7 +563,7 @@ def test_what_a_hub_refuses_and_what_strangers_put_there_is_said_in_words(hub: H
         "pull bo/among --file y.safetensors": "It has of/good.safetensors",
         "pull bo/mess": "exists and is not known to be a knob",
         "pull bo/pickle --out p.safetensors": "x.safetensors of bo/pickle at commit",
-        "pull bo/plain --out p.safetensors": "without Trimtab's header",
+        "pull bo/plain --out p.safetensors": "does not begin as one does",
         "pull bo/torn --out p.safetensors": "the checksum differs",
         "pull bo/among --out notes.safetensors": "exists and is no knob",
     }

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, _utils
 
 import foreign
 import pico
 from foreign import floats, gguf_bytes, text
 from pico import model, tokenizer
 from test_runtime import plain_hooks
-from trimtab.artifact import Knob, load_knob
+from trimtab.artifact import DeltaKnob, Knob, LowRank, load_knob
 from trimtab.cli import main
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.exchange import SOURCES, export, import_knob
@@ -71,7 +72,7 @@ def test_a_file_of_repeng_goes_in_and_comes_out_bit_for_bit(tmp_path: Path) -> N
     save_repeng(tmp_path / "happy.gguf", {1: VECTORS[1], 2: VECTORS[2]})
     with pytest.warns(TrimtabWarning, match="after the final norm"):
         knob = imported(tmp_path / "happy.gguf")
-    assert (knob.name, knob.method) == ("happy", "repeng")
+    assert (knob.name, knob.method, knob.provenance["paper"]) == ("happy", "gguf", None)
     assert sorted(site.layer for site in knob.sites) == [1, 2]
     assert all(torch.equal(addend, VECTORS[layer]) for layer, addend in knob.addends(1.0).items())
     knob.save(tmp_path / "k")
@@ -82,7 +83,9 @@ def test_a_file_of_repeng_goes_in_and_comes_out_bit_for_bit(tmp_path: Path) -> N
     fields = knob.provenance["imported"].pop("fields")
     assert fields["controlvector.model_hint"] == "llama"
     assert len(knob.provenance["imported"].pop("sha256")) == 64
-    assert knob.provenance["imported"] == {"from": "repeng", "file": "happy.gguf"}
+    assert knob.provenance["imported"] == {"from": "gguf", "file": "happy.gguf"}
+    with pytest.warns(TrimtabWarning, match="repeng reads layer 2"):
+        assert imported(tmp_path / "happy.gguf", source="repeng").provenance["paper"] == "arXiv:2310.01405"
 
 
 def test_one_layer_of_several_can_act_alone_and_the_others_stay_candidates(tmp_path: Path) -> None:
@@ -92,6 +95,9 @@ def test_one_layer_of_several_can_act_alone_and_the_others_stay_candidates(tmp_p
     assert knob.sites == (Site(0, "imported"),)
     assert [*knob.vectors] == [Site(0, "imported"), Site(1, "imported")]
     steers_as_there(knob, {0: VECTORS[0]}, 1.0)
+    save_repeng(tmp_path / "half.gguf", {0: 0 * VECTORS[0], 1: VECTORS[1]})
+    with pytest.raises(KnobError, match="vector of layer 0 is zero"):
+        imported(tmp_path / "half.gguf", layer=0)
     with pytest.raises(OptionError, match="no vector for layer 2; it has them for 0, 1"):
         imported(tmp_path / "v.gguf", layer=2)
 
@@ -104,12 +110,12 @@ def test_vectors_of_sixteen_bits_are_read_too(kind: int, code: str | None, tmp_p
     assert read_control_vector(tmp_path / "v.gguf").vectors[1].tolist() == values
 
 
-FIELD = {"general.architecture": (8, text("controlvector"))}
+EIGHT = [f"direction.{i}" for i in range(1, 9)]
 HOSTILE_GGUF = {
     "empty": (b"", "does not begin"),
     "only magic": (b"GGUF", "ends in the middle"),
     "version 1": (gguf_bytes({"direction.1": floats()}, version=1), "version 1"),
-    "cut": (gguf_bytes({"direction.1": floats()})[:-40], "ends before the vector"),
+    "cut": (gguf_bytes({"direction.1": floats()})[:-40], "ends before its vectors do"),
     "cut header": (gguf_bytes({"direction.1": floats()})[:40], "ends in the middle"),
     "no tensors": (gguf_bytes({}), "holds no tensors"),
     "endless tensors": (gguf_bytes({"direction.1": floats()}, counts=(2**62, 1)), "claims 4611686018427387904 tensors"),
@@ -118,9 +124,12 @@ HOSTILE_GGUF = {
     "endless list": (gguf_bytes({}, fields={"a": (9, struct.pack("<IQ", 0, 2**60))}), "claims"),
     "list of nothing": (gguf_bytes({}, fields={"a": (9, struct.pack("<IQ", 9, 1) * 9)}), "nested"),
     "strange type": (gguf_bytes({}, fields={"a": (77, b"")}), "type 77"),
-    "a field twice": (
-        gguf_bytes({}, counts=(0, 2)).replace(b"", b"", 1)[:24] + 2 * (text("a") + struct.pack("<IB", 0, 1)),
-        "'a' twice",
+    "a field twice": (gguf_bytes({}, counts=(0, 2))[:24] + 2 * (text("a") + struct.pack("<IB", 0, 1)), "'a' twice"),
+    "tensors over each other": (
+        gguf_bytes(
+            {f"direction.{i}": floats() for i in range(1, 9)}, offsets={f"direction.{i}": 0 for i in range(1, 9)}
+        )[:-900],
+        "claim 1024 bytes",
     ),
     "a layer twice": (
         gguf_bytes({"direction.1": floats(), "direction.2": floats()}).replace(b"direction.2", b"direction.1"),
@@ -133,7 +142,7 @@ HOSTILE_GGUF = {
     "no dimension": (gguf_bytes({"direction.1": ([], 0, b"")}), "has shape"),
     "a wide one": (gguf_bytes({"direction.1": ([2**50], 0, b"")}), "has shape"),
     "quantised": (gguf_bytes({"direction.1": ([32], 8, b"\0" * 40)}), "GGUF's type 8"),
-    "beyond the end": (gguf_bytes({"direction.1": floats()}, offsets={"direction.1": 2**60}), "ends before"),
+    "beyond the end": (gguf_bytes({"direction.1": floats()}, offsets={"direction.1": 2**60}), "ends before the vector"),
     "not finite": (gguf_bytes({"direction.1": floats(value=float("nan"))}), "not finite"),
     "two widths": (gguf_bytes({"direction.1": floats(), "direction.2": floats(16)}), "widths [16, 32]"),
     "not UTF-8": (gguf_bytes({"direction.1": floats()}).replace(b"controlvector", b"\xff" * 13), "not UTF-8"),
@@ -213,7 +222,7 @@ def test_lone_vectors_of_caa_and_bipo_find_their_layer_in_the_name_or_in_the_opt
     steers_as_there(bipo, {2: VECTORS[2].half()}, -1.0)
     mine = imported(tmp_path / "mine.pt", layer=-1, source="bipo", name="renamed", licence="MIT")
     assert (mine.name, mine.method, mine.site.layer, mine.provenance["licence"]) == ("renamed", "bipo", 2, "MIT")
-    with pytest.raises(OptionError, match="which layer this vector is for"):
+    with pytest.raises(OptionError, match="says which layer it is for"):
         imported(tmp_path / "mine.pt")
 
 
@@ -224,7 +233,11 @@ def test_a_stack_of_persona_vectors_loses_the_embeddings_and_the_normed_row(tmp_
         imported(tmp_path / "response_avg_diff.pt")
     knob = imported(tmp_path / "response_avg_diff.pt", layer=1)
     assert [*knob.vectors] == [Site(0, "imported"), Site(1, "imported")]
-    steers_as_there(knob, {1: VECTORS[1]}, 1.0)  # row 2
+    assert knob.where == "completion"
+    steers_as_there(knob.with_(where="all"), {1: VECTORS[1]}, 1.0)  # row 2
+    torch.save(stack[:3], tmp_path / "short.pt")
+    with pytest.raises(KnobError, match="holds 3 rows; a stack of hidden_states of this LlamaForCausalLM has 4"):
+        imported(tmp_path / "short.pt")
 
 
 @pytest.mark.parametrize("kind", ["torch", "old torch", "pickle", "protocol 0", "hidden", "storage"])
@@ -251,15 +264,50 @@ def test_the_pickles_of_these_tests_do_run_code_where_they_are_opened(tmp_path: 
 def test_names_that_a_reader_of_pickles_cannot_resolve_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "v.layer1.pt"
     for data, said in (
-        (b"\x80\x04\x8c\x11collections\x8c\x0bOrderedDict0\x93.", "KnobError"),
+        (b"\x80\x04\x8c\x0bcollections\x8c\x0bOrderedDict)0\x93.", "what cannot be told"),
         (b"\x80\x02\x82\x01.", "extension"),
         (b"\x80\x02(cos\nsystem\nq\x00.", "os.system"),
         (b"(S'ls'\nios\nsystem\n.", "os.system"),
     ):
         path.write_bytes(data)
-        with pytest.raises(KnobError) as error:
+        with pytest.raises(KnobError, match="would run") as error:
             load_pickled(path)
-        assert said in f"{error.value} KnobError"
+        assert said in str(error.value)
+
+
+def test_a_pickle_sets_no_attribute_of_torch(tmp_path: Path) -> None:
+    """GLOBAL and BUILD together would set attributes on whatever is found under a name."""
+    before = torch.UntypedStorage.nbytes, _utils._rebuild_tensor_v2.__defaults__
+    state = b"N}\x8c\x06nbytesccollections\nOrderedDict\ns\x86b."  # the state (None, {"nbytes": OrderedDict})
+    defaults = b"N}\x8c\x0c__defaults__K\x01K\x02\x86s\x86b."
+    for start, rest in (
+        (b"ctorch.storage\nUntypedStorage\n", state),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n", defaults),
+    ):
+        (tmp_path / "v.layer1.pt").write_bytes(b"\x80\x04" + start + rest)
+        with pytest.raises(KnobError):
+            imported(tmp_path / "v.layer1.pt")
+        assert (torch.UntypedStorage.nbytes, _utils._rebuild_tensor_v2.__defaults__) == before
+
+
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    wide = torch.zeros(1).as_strided((2**23,), (0,))
+    for value in (wide, dict.fromkeys(range(500), wide), torch.zeros(1).as_strided((4, 2**23), (0, 0))):
+        torch.save(value, tmp_path / "v.layer1.pt")
+        with pytest.raises(KnobError, match="of width 8388608"):
+            imported(tmp_path / "v.layer1.pt", layer=1)
+
+
+def test_archives_that_are_compressed_are_refused(tmp_path: Path) -> None:
+    torch.save(VECTORS[1], tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(tmp_path / "v.layer1.pt", "w", zipfile.ZIP_LZMA) as new,
+    ):
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry))
+    with pytest.raises(KnobError, match="compressed"):
+        imported(tmp_path / "v.layer1.pt")
 
 
 DAMAGED = {
@@ -278,6 +326,8 @@ DAMAGED = {
     "not finite": pickle.dumps({1: torch.full((32,), float("inf"))}),
     "whole numbers": pickle.dumps({1: torch.ones(32, dtype=torch.int64)}),
     "matrix": pickle.dumps({1: torch.ones(4, 8)}),
+    "no dimension": pickle.dumps(torch.tensor(1.0)),
+    "no dimension by layer": pickle.dumps({1: torch.tensor(1.0)}),
     "stretched": pickle.dumps({1: torch.ones(1).expand(2**40)}),
 }
 
@@ -321,11 +371,55 @@ def test_vectors_of_another_model_zeros_and_knobs_are_refused(tmp_path: Path) ->
             imported(tmp_path / name)
     with pytest.raises(UnknownName, match="Did you mean 'repeng'"):
         imported(tmp_path / "wide.gguf", source="repen")
+    save_repeng(tmp_path / "fits.gguf", {1: VECTORS[1]})
+    for source in ("peft", "caa", "steering-vectors"):
+        with pytest.raises(OptionError, match="is a file as gguf writes it"):
+            imported(tmp_path / "fits.gguf", source=source)
+    with pytest.raises(OptionError, match="layer is a number"):
+        imported(tmp_path / "fits.gguf", layer="1")
     (tmp_path / "folder").mkdir()
     with pytest.raises(KnobError, match="without adapter_config"):
         imported(tmp_path / "folder")
-    with pytest.raises(OptionError, match="neither source nor layer"):
-        imported(tmp_path / "folder", layer=1)
+    for options in ({"layer": 1}, {"source": "caa"}, {"pairs": neutral_pairs()}):
+        with pytest.raises(OptionError, match="no source, layer or pairs"):
+            imported(tmp_path / "folder", **options)
+    (tmp_path / "folder" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "folder" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(KnobError, match="Its weights are a pickle, which is never opened"):
+        imported(tmp_path / "folder")
+
+
+def test_a_file_that_says_another_model_or_layer_than_it_is_given_brings_a_warning(tmp_path: Path) -> None:
+    save_repeng(tmp_path / "v.gguf", {1: VECTORS[1]}, hint="gemma2")
+    with pytest.warns(TrimtabWarning, match="made for a model of type 'gemma2'; this one is llama"):
+        imported(tmp_path / "v.gguf")
+    torch.save(VECTORS[1], tmp_path / "vec_layer_2_x.pt")
+    with pytest.warns(TrimtabWarning, match="name says layer 2"):
+        assert imported(tmp_path / "vec_layer_2_x.pt", layer=0).site.layer == 0
+    lm = model()
+    low = DeltaKnob(
+        "low", "delta", {"model.layers.1.self_attn.q_proj.weight": LowRank(torch.ones(1, 32), torch.ones(32, 1))}
+    )
+    export({low: 1.0}, lm, WORDS, to="peft", out=tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/Mistral-7B"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.warns(TrimtabWarning, match="trained on 'someone/Mistral-7B'"):
+        back = import_knob(tmp_path / "adapter", lm, WORDS)
+    assert back.provenance["imported"]["fields"] == {"base_model": "someone/Mistral-7B"}
+    zero = DeltaKnob("zero", "delta", {name: LowRank(part.a, 0 * part.b) for name, part in low.parts.items()})
+    export({zero: 1.0}, lm, WORDS, to="peft", out=tmp_path / "zeros")
+    with pytest.raises(KnobError, match="an adapter of zeros"):
+        import_knob(tmp_path / "zeros", lm, WORDS)
+
+
+def test_harmless_pickles_of_other_numbers_are_not_said_to_run_code(tmp_path: Path) -> None:
+    for value in (np.ones(32), torch.ones(32, dtype=torch.int64), torch.ones(32, dtype=torch.complex64)):
+        torch.save(value, tmp_path / "v.layer1.pt")
+        with pytest.raises(KnobError, match="tensors of floats are taken"):
+            imported(tmp_path / "v.layer1.pt")
+    torch.save({"1": VECTORS[1]}, tmp_path / "text.pt")
+    assert imported(tmp_path / "text.pt").site.layer == 1
 
 
 def test_norms_are_those_of_the_pairs_that_are_given(tmp_path: Path) -> None:
@@ -359,7 +453,7 @@ def test_the_command_imports_and_the_knob_steers(tmp_path: Path, capsys: pytest.
     torch.save(VECTORS[0], tmp_path / "lone.pt")
     for words, message in (
         ([str(tmp_path / "lone.pt")], "Pass --layer"),
-        ([str(tmp_path / "lone.pt"), "--layer", "9"], "layers 0 to 2"),
+        ([str(tmp_path / "lone.pt"), "--layer", "9"], "There is no layer 9"),
         ([str(tmp_path / "lone.pt"), "--layer", "1", "--source", "caaa"], "Did you mean 'caa'"),
         ([str(tmp_path / "none.pt")], "There is no file"),
         ([str(tmp_path / "lone.pt"), "--layer", "1", "--name", "a b"], "A knob's name"),
@@ -367,3 +461,9 @@ def test_the_command_imports_and_the_knob_steers(tmp_path: Path, capsys: pytest.
         assert main(["import", lm, *words, "--out", str(tmp_path / "new.safetensors")]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_the_help_names_every_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(source in said for source in SOURCES)

@@ -52,7 +52,7 @@ BEYOND_RUNTIME = {
 # The modules that may use a name, so that what it stands for is done in one way.
 ONLY_IN = {
     "register_forward_hook": {"adapter/stream.py", "adapter/aside.py", "engines/vllm/worker.py"},
-    "register_forward_pre_hook": {"adapter/stream.py", "adapter/aside.py"},
+    "register_forward_pre_hook": {"adapter/stream.py", "adapter/aside.py", "adapter/alone.py"},
     "apply_chat_template": {"render/renderer.py", "evals/lm_eval.py"},  # the harness renders its own, by that name
 }
 

@@ -15,8 +15,9 @@ import trimtab
 from trimtab import artifact, check
 from trimtab.capture import capture
 from trimtab.cli import VERBS, main
+from trimtab.contrast import answer_side, contrast_pairs
 from trimtab.errors import AdapterError, OptionError, UnknownName
-from trimtab.exchange.hub import pull, push
+from trimtab.exchange import export, import_knob, pull, push
 from trimtab.types import check_where
 
 TESTS = Path(__file__).parent
@@ -57,7 +58,8 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
         yield name, getattr(trimtab, name)
     for module in (artifact, check):
         yield from ((name, value) for name in module.__all__ if inspect.isfunction(value := getattr(module, name)))
-    yield from {"capture": capture, "push": push, "pull": pull}.items()
+    exchanged = {"export": export, "import_knob": import_knob, "push": push, "pull": pull}
+    yield from {"capture": capture, "contrast_pairs": contrast_pairs, "answer_side": answer_side, **exchanged}.items()
     for owner in (trimtab.Knob, trimtab.Pairs, trimtab.Rack):
         for name, member in inspect.getmembers(owner, callable):
             if not name.startswith("_") and name in vars(owner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -15,10 +15,14 @@ from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
 from trimtab.errors import KnobError, OptionError, brief
 from trimtab.kernels import Weigher
 from trimtab.positions import RowDose
-from trimtab.types import LATER, Where, check_strength
+from trimtab.types import LATER, WHERE, Site, Where, check_strength
 
 Dose = Mapping[AnyKnob, float] | Mapping[Knob, float] | Mapping[DeltaKnob, float] | Mapping[LookaheadKnob, float]
 """Knobs with their strengths."""
+
+
+ALPHAS = 1000.0
+"""Largest alpha, in mean residual norms or in multiples of a difference: beyond it there is nothing but overflow."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,11 @@ def turned_weights(row: Dose) -> dict[DeltaKnob, float]:
 def build_tables(adapter: Adapter, doses: Sequence[Mapping[AnyKnob, float]], uniform: bool) -> dict[int, LayerTable]:
     """Sum what the knobs do at each layer; knobs at strength 0 in every row, and their layers, are left out."""
     rows = [{knob: s for knob, s in dose.items() if isinstance(knob, Knob)} for dose in doses]
-    layers = {knob: _fitting_layer(adapter, knob) for row in rows for knob in row}
-    for knob in layers:
-        adapter.layers(site.layer for site in knob.sites)
+    layers = {
+        knob: {site.layer: _fitting_layer(adapter, knob, site) for site in knob.sites} for row in rows for knob in row
+    }
     tables: dict[int, LayerTable] = {}
-    for (layer, where), addend in _sum_addends(rows).items():
+    for (layer, where), addend in _sum_addends(rows, layers).items():
         addend = (addend[0] if uniform else addend[:, None]).to(adapter.device(layer))
         tables.setdefault(layer, LayerTable()).adds[where] = addend
     for layer, reaction in _reactions(adapter, rows, layers, uniform):
@@ -147,10 +151,11 @@ def build_tables(adapter: Adapter, doses: Sequence[Mapping[AnyKnob, float]], uni
 
 
 def _reactions(
-    adapter: Adapter, rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, int], uniform: bool
+    adapter: Adapter, rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, Mapping[int, int]], uniform: bool
 ) -> Iterator[tuple[int, Reaction]]:
     """Return what knobs do that looks at the stream, and at which layer, in the order of their names."""
-    for knob, layer in sorted(layers.items(), key=lambda item: item[0].name):
+    for knob, resolved in sorted(layers.items(), key=lambda item: item[0].name):
+        layer = resolved[knob.site.layer]
         strengths = [row.get(knob, 0.0) for row in rows]
         share = knob.operation == "ablate"
         doses = strengths if share else [knob.length(strength) for strength in strengths]
@@ -180,15 +185,27 @@ def _moves(doses: Sequence[Mapping[AnyKnob, float]], uniform: bool) -> dict[Look
     return moves
 
 
-def _sum_addends(rows: Sequence[Mapping[Knob, float]]) -> dict[tuple[int, Where], Tensor]:
+def sum_addends(added: Iterable[tuple[Knob, float]]) -> dict[int, Tensor]:
+    """Sum what knobs that add do at their strengths, in this order, `[D]` float32 by layer."""
+    sums: dict[int, Tensor] = {}
+    for knob, strength in added:
+        for layer, addend in knob.addends(strength).items():
+            sums[layer] = sums[layer] + addend if layer in sums else addend
+    return sums
+
+
+def _sum_addends(
+    rows: Sequence[Mapping[Knob, float]], layers: Mapping[Knob, Mapping[int, int]]
+) -> dict[tuple[int, Where], Tensor]:
     """Sum each row's addends in its own order, `[B, D]` float32 per layer and `where`: neighbours change no bit."""
     sums: dict[tuple[int, Where], dict[int, Tensor]] = {}
     for b, row in enumerate(rows):
-        for knob, strength in row.items():
-            if strength != 0 and knob.operation == "add":
-                for layer, addend in knob.addends(strength).items():
-                    group = sums.setdefault((layer, knob.where), {})
-                    group[b] = group[b] + addend if b in group else addend
+        added = [(knob, strength) for knob, strength in row.items() if strength != 0 and knob.operation == "add"]
+        for where in WHERE:
+            own = [(knob, strength) for knob, strength in added if knob.where == where]
+            resolved = {number: layer for knob, _ in own for number, layer in layers[knob].items()}
+            for number, addend in sum_addends(own).items():
+                sums.setdefault((resolved[number], where), {})[b] = addend
     return {
         key: torch.stack([group.get(b, torch.zeros_like(next(iter(group.values())))) for b in range(len(rows))])
         for key, group in sums.items()
@@ -204,7 +221,10 @@ def row_doses(adapter: Adapter, rows: Sequence[Mapping[AnyKnob, float]]) -> list
         elif isinstance(knob, LookaheadKnob):
             said, content = f"{knob.alpha(strength)!r} {_way(knob)}", knob.digest.encode()
         else:
-            said, content = f"{_fitting_layer(adapter, knob)} {knob.where} {knob.operation}", _content(knob, strength)
+            said, content = (
+                f"{_fitting_layer(adapter, knob, knob.site)} {knob.where} {knob.operation}",
+                _content(knob, strength),
+            )
         digests[knob, strength] = hashlib.sha256(said.encode() + content).digest()
     doses: list[RowDose] = []
     for row in rows:
@@ -235,8 +255,8 @@ def named(row: Dose) -> dict[str, float]:
     return {knob.name: strength for knob, strength in row.items()}
 
 
-def _fitting_layer(adapter: Adapter, knob: Knob) -> int:
-    """Return the layer a knob writes to, after checking that its vector has the model's width."""
+def _fitting_layer(adapter: Adapter, knob: Knob, site: Site) -> int:
+    """Return the layer a knob writes to at a site, after checking that its vectors have the model's width."""
     width = int(knob.direction.shape[-1])
     if width != adapter.hidden_size:
         name = type(adapter.model).__name__
@@ -244,7 +264,7 @@ def _fitting_layer(adapter: Adapter, knob: Knob) -> int:
             f"Knob {knob.name!r} has width {width}; this {name} has hidden size {adapter.hidden_size}. "
             "Use a knob learned on this model."
         )
-    return adapter.layer(knob.site.layer)
+    return adapter.layer(site.layer)
 
 
 def react(hidden: Tensor, reaction: Reaction, seen: Tensor, mask: Tensor | None) -> Tensor:

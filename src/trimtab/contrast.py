@@ -155,7 +155,8 @@ def answer_side(
     """
     if side not in SIDES:
         raise unknown_name("side", side, SIDES)
-    if isinstance(lines, str) or not lines:
+    told: list[object] = [line for line in lines if line is not None]
+    if isinstance(lines, str) or not lines or any(not isinstance(line, str) or not line.strip() for line in told):
         raise OptionError(f"lines is a list of system lines, or [None] to ask without; got {brief(lines)}.")
     check_decoding(max_new_tokens, temperature, top_p, seed)
     check_count(batch_size, "batch_size")
@@ -186,7 +187,8 @@ def answer_side(
     if greedy:
         answer = dict(zip(work, made, strict=True))
         made = [answer[turns] for turns in asked]
-    decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    decoding: dict[str, object] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    decoding |= {"seed": seed, "samples": samples, "batch_size": batch_size}  # rows of a batch share its draws
     name = model_identity(model, hashes=False)["model"]
     return Answers(side, name, tuple(conversations), tuple(lines), samples, decoding, tuple(made))
 

@@ -151,7 +151,7 @@ def read_lines(
 
 def check_sampling(samples: int, temperature: float) -> None:
     """Raise `OptionError` for a number of samples that is none, or that would all be the same."""
-    if not isinstance(samples, int) or samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if type(samples) is not int or samples < 1:
         raise OptionError(f"samples counts the answers to a prompt, and is a whole number, 1 or more; got {samples!r}.")
     if samples > 1 and temperature == 0:
         raise OptionError(

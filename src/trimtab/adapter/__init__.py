@@ -3,6 +3,7 @@
 The only part that registers hooks, knows paths of layers, or looks into the outputs of blocks and the caches of models.
 """
 
+from trimtab.adapter.alone import Alone, block_alone
 from trimtab.adapter.aside import cache_tensors, parameters_to, run_aside, second_cache, with_cache
 from trimtab.adapter.calls import CACHE_NAMES, CallInfo, Generating, generating, read_note, write_note
 from trimtab.adapter.stream import Adapter, Reading, WriteFn
@@ -10,10 +11,12 @@ from trimtab.adapter.stream import Adapter, Reading, WriteFn
 __all__ = [
     "CACHE_NAMES",
     "Adapter",
+    "Alone",
     "CallInfo",
     "Generating",
     "Reading",
     "WriteFn",
+    "block_alone",
     "cache_tensors",
     "generating",
     "parameters_to",

@@ -42,7 +42,7 @@ def sites_of(stored: object) -> tuple[Site, ...]:
     """Read further sites, as a header holds them."""
     texts = cast(list[object], stored) if isinstance(stored, list) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise KnobError(f"Further sites are a list of some; got {brief(stored)}.")
+        raise KnobError(f'Further sites are a list such as ["4/last", "5/last"]; got {brief(stored)}.')
     return tuple(parse_site(text) for text in cast(list[str], texts))
 
 

@@ -31,7 +31,7 @@ BLANK = "0" * 64
 _FOREIGN = {
     b"\x80": "a pickle, which is never opened, since that could run code",
     b"PK": "a zip archive or a file of torch.save, which is never opened, since that could run code",
-    b"GGUF": "a GGUF file",
+    b"GGUF": "a GGUF file; `trimtab import` makes a knob of a control vector",
     b"\x1f\x8b": "compressed with gzip",
     b"\x93NUMPY": "a NumPy array",
     b"{": "JSON text, as a panel is, which names knobs and is none",

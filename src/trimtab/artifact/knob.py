@@ -151,9 +151,9 @@ class Knob:
         """Return a copy with some fields replaced.
 
         Another site without a gain sets the gain to the raw vector's length there, and leaves that site alone, without
-        those of `also`. Tuning belongs to one site, gain,
-        place and operation: replacing any of them drops it, unless a new `tuning` is passed along. Another operation
-        than "kernel" drops its examples; raises `KnobError` for "kernel" where there are none.
+        those of `also`. Tuning belongs to one site, gain, place and operation: replacing any of them drops it, unless a
+        new `tuning` is passed along. Another operation than "kernel" drops its examples; raises `KnobError` for
+        "kernel" where there are none.
         """
         active = Site.parse(site) if isinstance(site, str) else site or self.site
         if active not in self.vectors:

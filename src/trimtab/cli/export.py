@@ -65,14 +65,10 @@ def run(args: Namespace, terminal: Terminal) -> None:
 
 
 def _place(text: str) -> Path:
-    """Check that a GGUF file can be written there, and that nothing else is replaced by it."""
+    """Check before any work is done that a GGUF file can be written there."""
     path = writable(text)
     if path.suffix != ".gguf":
         raise OptionError(f"A control vector is a file whose name ends in .gguf; got {text!r}.")
-    if path.exists():
-        from trimtab.exchange.gguf import read_control_vector
-
-        read_control_vector(path)  # what is no control vector stays
     return path
 
 
@@ -90,6 +86,7 @@ def _text(made: Exported, setting: str, args: Namespace) -> str:
         rows["biases"] = ", ".join(f"layer {layer}" for layer in found["layers"]) or None
         rows["weights"] = f"{found['weights']} changed" if found["weights"] else None
         rows["next"] = f'trimtab generate {place} "..."'
+    rows["compared"] = "read again, and the same"
     if "error" in found:
         rows["compared"] = (
             f"logits differ by {found['error']:.2g} of their length; the knobs change {found['effect']:.2g} of it"

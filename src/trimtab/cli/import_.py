@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the knob (default: from FILE)")
     parser.add_argument(
         "--source",
-        help="bipo, caa, llama.cpp, peft, persona-vectors, repeng or steering-vectors (default: as FILE tells)",
+        help="bipo, caa, gguf, llama.cpp, peft, persona-vectors, repeng or steering-vectors (default: as FILE tells)",
     )
     parser.add_argument("--layer", type=int, metavar="L", help="layer of a lone vector, or the one of several to act")
     parser.add_argument(

@@ -38,7 +38,7 @@ def as_options(message: str) -> str:
     'Pass --duplicates drop to leave it out.'
     """
     message = message.replace("pass strict=False", "pass --no-strict")
-    message = re.sub(r"\blayer=", "--layer ", message)
+    message = re.sub(r"\blayer=(?=NUMBER|\d)", "--layer ", message)
     message = message.replace("ass replace_card=True", "ass --replace-card")
     message = message.replace("thinking=(opening, closing)", "--thinking OPENING CLOSING")
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from trimtab.addends import ALPHAS
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.artifact.checks import check_knob_name
 from trimtab.artifact.parts import LowRank, digest_of
@@ -24,8 +25,6 @@ from trimtab.types import check_strength, parse_setting
 
 ADAPTER = "trimtab:"
 """How the path of an adapter begins that is no path, but digests of weight knobs with their alphas."""
-ALPHAS = 1000.0
-"""Largest alpha, in mean residual norms or in multiples of a difference: beyond it there is nothing but overflow."""
 PREPARED = 4096
 """Settings that are remembered with what they come to."""
 

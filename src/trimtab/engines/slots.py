@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.addends import sum_addends
 from trimtab.artifact import Knob
 from trimtab.errors import OptionError
 from trimtab.types import Where
@@ -87,10 +88,7 @@ def plan_request(turned: Mapping[str, Turned], dtype: torch.dtype) -> Plan:
 
 
 def _add_up(own: Sequence[Turned], dtype: torch.dtype) -> dict[int, Tensor]:
-    addends: dict[int, Tensor] = {}
-    for knob, strength in own:
-        for layer, addend in knob.addends(strength).items():
-            addends[layer] = addends[layer] + addend if layer in addends else addend
+    addends = sum_addends(own)
     if not all(bool(addend.to(dtype).isfinite().all()) for addend in addends.values()):
         named = {knob.name: strength for knob, strength in own}
         raise OptionError(f"A strength is too large for {dtype}; got {named}.")

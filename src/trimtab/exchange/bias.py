@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapter import Adapter
+from trimtab.adapter import Adapter, block_alone
 from trimtab.errors import KnobError
 from trimtab.render import model_class
 
@@ -20,9 +21,12 @@ OWN = ("model_type", "architectures", "attention_bias", "mlp_bias", "transformer
 """Fields of a configuration that are not carried over to a Llama."""
 SWITCHES = ("mlp_bias", "use_bias", "bias")
 """Fields of a configuration that give layers a bias, the one that touches the fewest layers first."""
+SMALLEST = 1e-3
+"""The least factor: by it the vector is divided to become a bias."""
 PROBE_ROWS, PROBE_TOKENS = 2, 8
-TOLERANCE = 64
-"""How much of what was added may be missing, in roundings of the dtype: what is not exact is off by far more."""
+TOLERANCE = 1e-5
+"""How much of what was added may come out otherwise, as a share of it, in float32: rounding is a hundredth of that, and
+what goes through a norm, a gate or another layer is off by far more."""
 
 
 class Place(NamedTuple):
@@ -40,30 +44,34 @@ def probe_ids(adapter: Adapter, rows: int = PROBE_ROWS, tokens: int = PROBE_TOKE
 
 @torch.no_grad()
 def find_place(adapter: Adapter, layer: int) -> Place:
-    """Find where a constant goes into block `layer`, by trying: it is added there, and the block's output is looked at.
+    """Find where a constant goes into block `layer`, by trying: a layer gets it as bias, and the output is looked at.
 
+    That is done on a copy of the block in float32, on what the model calls it with, so that nothing hides in rounding.
     Raises `KnobError` where nothing that is added inside comes out unchanged, as in blocks with a norm behind the MLP.
     """
     block = adapter.blocks[layer]
     prefix = next(name for name, module in adapter.model.named_modules() if module is block)
-    linear = [name for name, module in block.named_modules() if _width(module) == adapter.hidden_size]
-    ids = probe_ids(adapter)
-    plain = _output(adapter, layer, ids)
+    alone = block_alone(adapter, layer, torch.float32, input_ids=probe_ids(adapter))
+    plain = alone.run()
     generator = torch.Generator().manual_seed(1)
-    added = torch.randn(adapter.hidden_size, generator=generator) * float(plain.norm(dim=-1).mean()) / 8
-    room = TOLERANCE * torch.finfo(adapter.dtype).eps * float(plain.norm(dim=-1).max())
-    for name in reversed(linear):
-        path = f"{prefix}.{name}"
-        with adapter.extend({path: lambda _, output: output + added.to(output)}):
-            moved = _output(adapter, layer, ids) - plain
+    added = torch.randn(adapter.hidden_size, generator=generator).to(plain)
+    added *= plain.norm(dim=-1).mean() / added.norm()  # as long as what is there
+    linear = [(name, module) for name, module in alone.block.named_modules() if _width(module) == adapter.hidden_size]
+    for name, module in reversed(linear):
+        before = cast(nn.Parameter | None, module.bias)
+        module.bias = nn.Parameter(added if before is None else before + added, requires_grad=False)
+        moved = alone.run() - plain
+        setattr(module, "bias", before)  # noqa: B010  # None where there was none
         factor = float((moved @ added).mean() / (added @ added))
-        left = float((moved - factor * added).norm(dim=-1).max())
-        if abs(factor) > 1e-3 and left < min(room, float(added.norm()) / 8):
-            return Place(path, factor)
+        if not math.isfinite(factor) or abs(factor) < SMALLEST:
+            continue
+        factor = 1.0 if abs(factor - 1) < TOLERANCE else factor
+        if float((moved - factor * added).norm(dim=-1).max()) < TOLERANCE * abs(factor) * float(added.norm()):
+            return Place(f"{prefix}.{name}", factor)
     raise KnobError(
         f"Nothing that is added inside block {layer} of this {type(adapter.model).__name__} comes out of it unchanged: "
         "there is a norm or a gate behind its last layer. So no bias can stand for the vector. Export a control vector "
-        "for llama.cpp, or serve the knob by vLLM."
+        "for llama.cpp (from layer 1 on), or serve the knob by vLLM."
     )
 
 
@@ -121,9 +129,3 @@ def _width(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return module.out_features
     return getattr(module, "nf", None) if type(module).__name__ == "Conv1D" else None
-
-
-def _output(adapter: Adapter, layer: int, ids: Tensor) -> Tensor:
-    with adapter.read([layer]) as reading:
-        adapter.run_to(layer, input_ids=ids)
-    return reading.acts[layer].float().cpu()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import model_identity
-from trimtab.errors import KnobError
-from trimtab.exchange.bias import find_place, probe_ids, with_bias
+from trimtab.errors import KnobError, TrimtabWarning
+from trimtab.exchange.bias import Place, find_place, probe_ids, with_bias
 from trimtab.exchange.constant import Constant, new_folder, write_record
 from trimtab.render import load, model_class
 from trimtab.runtime import Dose, steer
@@ -47,58 +48,72 @@ def write_checkpoint(
 ) -> Compared:
     """Write a model folder that needs no Trimtab, load it again, and compare it with the steered model.
 
-    Memory: the model, a copy of what changes in it, and while it is compared a second model. Raises `KnobError` where a
+    Every parameter of what was written must be what was meant, bit for bit, and its logits those of hooks, within
+    rounding. Memory: the model, a copy of what changes in it, and meanwhile a second model. Raises `KnobError` where a
     vector has no bias that could stand for it, and where the loaded model is not the steered one; nothing is left then.
     """
-    config, biases = _biases(found, Adapter(model))
-    with new_folder(folder) as made:
-        _write(made, found, biases, config, model)
+    adapter = Adapter(model)
+    check_dtype(model)
+    if next(model.parameters()).is_meta:
+        raise KnobError("A checkpoint is written of a model's weights, and this model has none. Load them.")
+    places = {layer: find_place(adapter, layer) for layer in found.addends}
+    config, zeros = with_bias(model.config, [place.module for place in places.values()])
+    with new_folder(folder) as made, ExitStack() as stack:
+        if found.weights:
+            stack.enter_context(applied(model, found.weights))
+        state = {**model.state_dict(), **_biases(found, places, zeros, model)}
+        model.save_pretrained(made, state_dict=dict(state))  # which empties it
+        _config_of(config, model).save_pretrained(made)
         tokenizer.save_pretrained(made)
         write_record(made, dose, str(model_identity(model, hashes=False)["model"]))
-        device = str(Adapter(model).input_device)
-        return compare(model, dose, lambda: load(made, dtype=model.dtype, device=device).model)
+        written = load(made, dtype=model.dtype, device=str(adapter.input_device)).model
+        for name, parameter in written.named_parameters():
+            if not torch.equal(parameter, state[name].to(parameter.device)):
+                raise KnobError(f"{name!r} was written otherwise than it was meant. Nothing was kept.")
+        stack.close()  # hooks turn weights themselves
+        return compare(model, dose, written)
 
 
-def _biases(found: Constant, adapter: Adapter) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """Return the configuration, and the parameters that a plain copy of the model lacks or has otherwise."""
-    config: Any = adapter.model.config
-    if not found.addends:
-        return config, {}
-    if getattr(config, "quantization_config", None) is not None:
-        raise KnobError("This model is quantised, so that its layers cannot be given a bias. Load it as it was before.")
-    places = {layer: find_place(adapter, layer) for layer in found.addends}
-    config, extra = with_bias(config, [place.module for place in places.values()])
-    own = dict(adapter.model.named_parameters(remove_duplicate=False))
+def _biases(
+    found: Constant, places: Mapping[int, Place], zeros: Mapping[str, Tensor], model: PreTrainedModel
+) -> dict[str, Tensor]:
+    """Return the parameters that a plain copy of the model, as it stands, lacks or has otherwise."""
+    own, extra = dict(model.named_parameters(remove_duplicate=False)), dict(zeros)
     for layer, place in places.items():
         name = f"{place.module}.bias"
         before = own[name].detach().float().cpu() if name in own else extra[name]
         extra[name] = before + found.addends[layer] / place.factor
-    dtype: Any = adapter.model.dtype
     for name, tensor in extra.items():
-        extra[name] = tensor.to(dtype)
+        extra[name] = tensor.to(model.dtype)
         if not bool(torch.isfinite(extra[name]).all()):
-            raise KnobError(f"{name!r} would hold values that are not finite in {dtype}.")
-    return config, extra
+            raise KnobError(f"{name!r} would hold values that are not finite in {model.dtype}.")
+    return extra
 
 
-def _write(
-    folder: Path, found: Constant, biases: dict[str, Tensor], config: PretrainedConfig, model: PreTrainedModel
-) -> None:
-    with ExitStack() as stack:
-        if found.weights:
-            stack.enter_context(applied(model, found.weights))
-        state = {**model.state_dict(), **biases}
-        model.save_pretrained(folder, state_dict=state)
-    config = copy.deepcopy(config)
-    config.architectures = [model_class(config)._model_mapping[type(config)].__name__]
-    config.save_pretrained(folder)
+def _config_of(config: PretrainedConfig, model: PreTrainedModel) -> PretrainedConfig:
+    """Return a configuration that says which class and dtype it is of."""
+    own = copy.deepcopy(config)
+    same = type(config) is type(model.config)
+    own.architectures = [type(model).__name__ if same else model_class(config)._model_mapping[type(config)].__name__]
+    own.dtype = model.dtype
+    return own
+
+
+def check_dtype(model: PreTrainedModel) -> None:
+    """Raise `KnobError` for a model whose logits cannot be compared."""
+    if model.dtype not in TOLERANCES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
+        raise KnobError(f"This model computes in {model.dtype}; what is written is compared in {known}. Load it so.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise KnobError("This model is quantised, and what is added to it would be too. Load it as it was before.")
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, dose: Dose, written: Callable[[], nn.Module]) -> Compared:
-    """Put the logits of what was written, once it is loaded, beside those of the model under hooks.
+def compare(model: PreTrainedModel, dose: Dose, written: nn.Module) -> Compared:
+    """Put the logits of what was written beside those of the model under hooks.
 
-    Raises `KnobError` where they differ by more than rounding.
+    Raises `KnobError` where they differ by more than rounding. Warns where rounding is as large as what the knobs do,
+    so that the comparison shows little.
     """
     adapter = Adapter(model)
     ids = probe_ids(adapter, ROWS, TOKENS)
@@ -106,7 +121,9 @@ def compare(model: PreTrainedModel, dose: Dose, written: Callable[[], nn.Module]
     bare = _logits(model, inputs)
     with steer(model, dose, prompt_lengths=[TOKENS] * ROWS):
         wanted = _logits(model, inputs)
-    got = _logits(written(), inputs)
+    got = _logits(written, inputs)
+    if not bool(wanted.isfinite().all() and got.isfinite().all() and wanted.any()):
+        raise KnobError("At these strengths the model's logits are not finite, or all 0. Take smaller ones.")
     length = float(wanted.norm())
     found = Compared(
         error=float((got - wanted).norm()) / length,
@@ -118,6 +135,13 @@ def compare(model: PreTrainedModel, dose: Dose, written: Callable[[], nn.Module]
         raise KnobError(
             f"What was written is not the steered model: its logits differ by {found.error:.2g} of their length, where "
             f"{TOLERANCES[model.dtype]:g} is rounding in {model.dtype}. Nothing was kept."
+        )
+    if found.error > found.effect / 4:
+        warnings.warn(
+            f"The knobs change the logits by {found.effect:.2g} of their length, and what was written differs by "
+            f"{found.error:.2g}: in {model.dtype} so small a dose drowns in rounding. Load the model in float32.",
+            TrimtabWarning,
+            stacklevel=4,
         )
     return found
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.addends import ALPHAS, sum_addends
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
 from trimtab.checkpoint import versions
 from trimtab.errors import KnobError, OptionError, brief
@@ -33,22 +34,27 @@ class Constant(NamedTuple):
 
 def constant(dose: Dose) -> Constant:
     """Return what a setting does to every token; raises `KnobError` for a knob that does not do the same to each."""
-    addends: dict[int, Tensor] = {}
+    added: list[tuple[Knob, float]] = []
     weights: dict[DeltaKnob, float] = {}
     for knob, value in dose.items():
         strength = check_strength(value, f"strength of {knob.name!r}")
         _check(knob)
         if not knob.alpha(strength):
             continue
+        if not abs(knob.alpha(strength)) <= ALPHAS:
+            raise OptionError(
+                f"Strength {strength:g} of {knob.name!r} is too large: alpha is {knob.alpha(strength):g}, and beyond "
+                f"{ALPHAS:g} there is nothing but overflow."
+            )
         if isinstance(knob, DeltaKnob):
             weights[knob] = strength
             continue
         assert isinstance(knob, Knob)
-        for layer, addend in knob.addends(strength).items():
-            addends[layer] = addends[layer] + addend if layer in addends else addend
-    addends = {layer: addends[layer] for layer in sorted(addends) if addends[layer].any()}
+        added.append((knob, strength))
+    addends = {layer: addend for layer, addend in sorted(sum_addends(added).items()) if addend.any()}
     if not addends and not weights:
-        raise OptionError("Nothing is turned: every strength is 0, and there is nothing to write down.")
+        why = "the knobs cancel" if added else "every strength is 0"
+        raise OptionError(f"Nothing is turned: {why}, and there is nothing to write down.")
     for layer, addend in addends.items():
         if not bool(torch.isfinite(addend).all()):
             raise OptionError(f"At these strengths the vector of layer {layer} holds values that are not finite.")
@@ -90,15 +96,23 @@ def new_folder(folder: Path) -> Generator[Path]:
         raise OptionError(f"{str(folder)!r} exists, and nothing in it is replaced. Choose another folder.")
     part = folder.parent / f".{folder.name[:50]}.{secrets.token_hex(4)}.part"
     try:
-        part.mkdir(parents=True)
+        with _written(folder):
+            part.mkdir(parents=True)
         yield part
-        if folder.is_dir():
-            folder.rmdir()
-        part.rename(folder)
-    except OSError as error:
-        raise KnobError(f"Cannot write {brief(str(folder), 240)}: {reason(error)}.") from None
+        with _written(folder):
+            if folder.is_dir():
+                folder.rmdir()
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _written(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise KnobError(f"Cannot write {brief(str(folder), 240)}: {reason(error)}.") from None
 
 
 def write_record(folder: Path, dose: Dose, base: str) -> None:

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
+from trimtab.addends import check_dose
 from trimtab.artifact import AnyKnob, Knob, model_identity
 from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.parts import LowRank
 from trimtab.errors import KnobError, unknown_name
-from trimtab.exchange.checkpoint import Compared, compare, write_checkpoint
+from trimtab.exchange.checkpoint import Compared, check_dtype, compare, write_checkpoint
 from trimtab.exchange.constant import Constant, constant, new_folder, refuse_weights, write_record
-from trimtab.exchange.gguf import read_control_vector, write_control_vector
-from trimtab.exchange.lora import PREFIX, bias_parts, low_rank_sum, write_adapter
+from trimtab.exchange.gguf import write_control_vector
+from trimtab.exchange.lora import bias_parts, low_rank_sum, write_adapter
 from trimtab.runtime import Dose
 from trimtab.weights.source import ADAPTER, read_adapter
 
@@ -58,12 +58,16 @@ def export(
       given, a bias. The model is loaded again and its logits are compared.
 
     All of them act on every token, and several knobs become their sum. For "gguf", and for weight knobs in "peft", the
-    model may be without weights (torch's device "meta"). Raises `KnobError` with the reason where a knob cannot be had
-    in that form, and for a knob of another model (`strict=False` warns of another template or architecture, see
-    `Knob.check`).
+    model may be without weights (torch's device "meta"). In 16 bits a knob may do less than rounding does, which brings
+    a `TrimtabWarning`. Raises `KnobError` with the reason where a knob cannot be had in that form, and for a knob of
+    another model (`strict=False` warns of another template or architecture, see `Knob.check`); `OptionError` where
+    nothing is turned, and for a folder that holds something; `UnknownName` for another form; `MissingDependency`
+    without the package `gguf`.
     """
     if to not in EXPORTS:
         raise unknown_name("form of export", to, EXPORTS)
+    dose = check_dose(dose)
+    Adapter(model).check_plain("exporting")
     for knob in dose:
         _check(knob, model, tokenizer, strict=strict)
     found = constant(dose)
@@ -84,58 +88,54 @@ def _gguf(
 ) -> dict[str, Any]:
     refuse_weights(found, "A control vector", "Export it with to='peft', or as a checkpoint.")
     write_control_vector(path, found.addends, architecture=str(model.config.get_text_config().model_type))
-    back = read_control_vector(path).vectors
-    if back.keys() != found.addends.keys() or not all(torch.equal(back[i], v) for i, v in found.addends.items()):
-        raise KnobError(f"{str(path)!r} holds other vectors than were written. The file system may be at fault.")
-    return {"layers": sorted(back), "lengths": {layer: float(vector.norm()) for layer, vector in back.items()}}
+    return {"layers": sorted(found.addends), "lengths": {i: float(v.norm()) for i, v in found.addends.items()}}
 
 
 def _peft(
     folder: Path, found: Constant, dose: Dose, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     parts = low_rank_sum(found.weights, model)
+    empty = next(model.parameters()).is_meta
+    if not empty:
+        check_dtype(model)
     biases = bias_parts(found.addends, Adapter(model)) if found.addends else {}
     known = next((knob.provenance.get("model") for knob in dose), None)
     base = str(known or model_identity(model, hashes=False)["model"])
     with new_folder(folder) as made:
-        write_adapter(made, parts, biases, model, base)
+        stored = write_adapter(made, parts, biases, model, base)
         write_record(made, dose, base)
-        _check_adapter(made, parts, biases)
-        empty = next(model.parameters()).is_meta
+        back = load_file(made / ADAPTER)
+        if back.keys() != stored.keys() or not all(torch.equal(back[name], tensor) for name, tensor in stored.items()):
+            raise KnobError(f"{str(folder)!r} holds another adapter than was written. The file system may be at fault.")
+        if not biases:
+            _check_adapter(made, parts)
         compared = None if empty or find_spec("peft") is None else _in_peft(made, dose, model)
     ranks = [part.rank for part in parts.values()]
     facts = {"weights": len(parts), "rank": max(ranks, default=0), "layers": sorted(found.addends)}
     return facts if compared is None else {**facts, **compared._asdict()}
 
 
+def _check_adapter(folder: Path, parts: Mapping[str, LowRank]) -> None:
+    """Raise `KnobError` where an adapter, with its scale, is another difference than was meant."""
+    back = read_adapter(folder)
+    if back.keys() != parts.keys() or not all(
+        torch.allclose(back[name].dense(), part.dense(), rtol=1e-6, atol=0) for name, part in parts.items()
+    ):
+        raise KnobError(f"{str(folder)!r} holds another difference than was meant, by its own configuration.")
+
+
 def _in_peft(folder: Path, dose: Dose, model: PreTrainedModel) -> Compared:
     """Load an adapter by PEFT on a copy of the model, which PEFT changes, and compare."""
     from peft import PeftModel
 
-    def adapted() -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what cannot be merged later on
-            try:
-                return PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
-            except ValueError as error:
-                said = str(error).splitlines()[0]
-                raise KnobError(f"PEFT does not take an adapter at this place: {said} Export a checkpoint.") from None
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what cannot be merged later on
+        try:
+            adapted = PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+            said = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            raise KnobError(f"PEFT does not take an adapter at this place: {said}. Export a checkpoint.") from None
     return compare(model, dose, adapted)
-
-
-def _check_adapter(folder: Path, parts: Mapping[str, LowRank], biases: Mapping[str, Tensor]) -> None:
-    """Raise `KnobError` where a folder holds another adapter than was meant."""
-    if biases:
-        stored = load_file(folder / ADAPTER)
-        same = all(torch.equal(stored[f"{PREFIX}{name}.lora_B.bias"], vector) for name, vector in biases.items())
-    else:
-        back = read_adapter(folder)
-        same = back.keys() == parts.keys() and all(
-            torch.allclose(back[name].dense(), part.dense(), rtol=1e-6, atol=0) for name, part in parts.items()
-        )
-    if not same:
-        raise KnobError(f"{str(folder)!r} holds another adapter than was written. The file system may be at fault.")
 
 
 def _checkpoint(

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.artifact.file import refuse_to_replace, save_bytes
 from trimtab.errors import KnobError, MissingDependency, brief
-from trimtab.files import read_bytes, reason, replacing
+from trimtab.files import read_bytes, reason
 
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
@@ -45,17 +46,19 @@ def write_control_vector(path: str | Path, addends: Mapping[int, Tensor], *, arc
     Layers stand in repeng's order, from the top down, so that a file of repeng comes out as it went in.
 
     `addends` are `[D]` by layer, of one width; `architecture` is what transformers calls the model (`model_type`).
-    Raises `KnobError` for layer 0, which llama.cpp does not steer.
+    Raises `KnobError` for layer 0, which llama.cpp does not steer, where writing fails, and where a file stands that is
+    no control vector; `MissingDependency` without the package `gguf`.
     """
     if find_spec("gguf") is None:
         raise MissingDependency('Writing GGUF needs gguf. Install it with: pip install "gguf>=0.17"')
     if 0 in addends:
         raise KnobError(
             "llama.cpp does not steer the output of layer 0, and its control vectors begin with layer 1. Choose "
-            "another layer, or export a checkpoint, where the vector becomes a bias."
+            "another layer, or try an adapter or a checkpoint, which hold a vector where a block has room for a bias."
         )
     import gguf
 
+    refuse_to_replace(path, "control vector", _is_control_vector)
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "vector.gguf"
         writer = gguf.GGUFWriter(part, ARCHITECTURE)
@@ -68,8 +71,18 @@ def write_control_vector(path: str | Path, addends: Mapping[int, Tensor], *, arc
         writer.write_tensors_to_file()
         writer.close()
         data = part.read_bytes()
-    with replacing(path) as file:
-        file.write(data)
+    back = _read(data).vectors
+    assert back.keys() == addends.keys()
+    assert all(torch.equal(back[layer], addend.float()) for layer, addend in addends.items())
+    save_bytes(path, data)
+
+
+def _is_control_vector(path: Path) -> bool:
+    try:
+        _read(read_bytes(path, SIZE_LIMIT))
+    except KnobError:
+        return False
+    return True
 
 
 def read_control_vector(path: str | Path) -> ControlVector:
@@ -155,6 +168,10 @@ def _read(data: bytes) -> ControlVector:
     if not isinstance(alignment, int) or not 0 < alignment <= 2**16:
         raise KnobError(f"its alignment is {brief(alignment)}.")
     start = -(-reader.at // alignment) * alignment
+    claimed = sum(width * dtype.itemsize for dtype, width, _ in places.values())
+    there = max(0, len(data) - start)
+    if claimed > there:  # of tensors that lie over each other too
+        raise KnobError(f"it ends before its vectors do, which claim {claimed} bytes where {there} are.")
     vectors = {layer: _vector(data, start, layer, place) for layer, place in sorted(places.items())}
     widths = sorted({len(vector) for vector in vectors.values()})
     if len(widths) > 1:

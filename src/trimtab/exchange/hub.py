@@ -15,6 +15,7 @@ from urllib.parse import quote
 from trimtab.artifact import AnyKnob, load_knob
 from trimtab.artifact.file import refuse_to_replace, save_bytes
 from trimtab.errors import HubError, KnobError, OptionError, brief
+from trimtab.exchange.constant import new_folder
 from trimtab.exchange.model_card import CARD, PLOT, dose_plot, is_generated, is_repository, licence_of, model_card
 from trimtab.exchange.refusals import asking, endpoint
 from trimtab.files import is_knob_file, open_regular, reason, replacing
@@ -66,6 +67,8 @@ def push(
     what the hub refuses, for a repository that is public where `private` was asked for, and for a card there that
     somebody wrote or edited, unless `replace_card` is set.
     """
+    if not isinstance(path, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"The path of a knob file is pushed; got {brief(path)}. Save the knob first.")
     path = Path(path)
     _check_names(repo, revision)
     if path.suffix == ".json":
@@ -98,8 +101,9 @@ def pull(repo: str, *, file: str | None = None, revision: str | None = None, out
     """Download one knob file of a repository, read it, and only then put it to `out`.
 
     `file` is needed where the repository holds several. Without `out` the knob stays in the hub's cache; a folder takes
-    it under its own name. A file that is no knob is not replaced. Raises `HubError` for what the hub refuses or does
-    not have, `KnobError` for a file that is no knob, `OptionError` for names that cannot be asked for.
+    it under its own name, unless another knob has that there. A file that is no knob is not replaced. Raises `HubError`
+    for what the hub refuses or does not have, `KnobError` for a file that is no knob, `OptionError` for names that
+    cannot be asked for.
     """
     _check_names(repo, revision)
     if file is not None and not _is_plain(file):
@@ -115,6 +119,7 @@ def pull(repo: str, *, file: str | None = None, revision: str | None = None, out
     if target is not None:
         refuse_to_replace(target, "knob", is_knob_file)
     with asking(repo, revision):
+        _check_start(api, repo, name, commit)
         cached = Path(api.hf_hub_download(repo, name, revision=commit))
     try:
         knob = load_knob(cached)
@@ -122,6 +127,8 @@ def pull(repo: str, *, file: str | None = None, revision: str | None = None, out
         said = str(error).partition(": ")[2] or str(error)
         raise KnobError(f"{name} of {repo} at commit {commit[:12]} is no knob that can be used: {said}") from None
     if target is not None:
+        if out is not None and Path(out).is_dir() and target.exists() and target.read_bytes() != cached.read_bytes():
+            raise KnobError(f"{str(target)!r} is another knob, and its name is {repo}'s choice. Pass out, with a name.")
         _copy(cached, target)
     return Pulled(knob, target or cached, name, commit)
 
@@ -135,19 +142,12 @@ def _files(knob: AnyKnob, path: Path, card: str) -> dict[str, Path | bytes]:
 
 
 def _write_all(folder: Path, files: dict[str, Path | bytes]) -> None:
-    try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise OptionError(
-                f"{brief(str(folder), 240)} is a file or holds some, and a dry run replaces none. Name a new folder."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"No folder can be made at {brief(str(folder), 240)}: {reason(error)}.") from None
-    for name, content in files.items():
-        if isinstance(content, Path):
-            _copy(content, folder / name)
-        else:
-            save_bytes(folder / name, content)
+    with new_folder(folder) as made:
+        for name, content in files.items():
+            if isinstance(content, Path):
+                _copy(content, made / name)
+            else:
+                save_bytes(made / name, content)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -232,6 +232,18 @@ def _commit(
 # What is pulled
 
 
+def _check_start(api: HfApi, repo: str, name: str, commit: str) -> None:
+    """Raise `KnobError` for a file whose start is no knob's, before the gigabytes of a model are fetched."""
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        held = api.parse_safetensors_file_metadata(repo, name, revision=commit).metadata
+    except SafetensorsParsingError:
+        held = {}
+    if "trimtab" not in (held or {}):
+        raise KnobError(f"{name} of {repo} at commit {commit[:12]} is no knob: it does not begin as one does.")
+
+
 def _choose(repo: str, info: ModelInfo, file: str | None) -> str:
     """Return the name of the one knob file, which may be a stranger's, but is a plain name."""
     names = _knobs_in(info)
@@ -275,7 +287,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _check_names(repo: str, revision: str | None) -> None:
-    if not is_repository(repo):
+    if not isinstance(repo, str) or not is_repository(repo):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(
             f"A repository is named OWNER/NAME, by letters, digits, '-', '_' and '.'; got {brief(repo, 120)}."
         )

@@ -43,7 +43,11 @@ def low_rank_sum(weights: Mapping[DeltaKnob, float], model: nn.Module) -> dict[s
                 )
             own = scaled(part, knob.alpha(strength))
             total[name] = joined(total[name], own) if name in total else own
-    return {name: part for name, part in total.items() if isinstance(part, LowRank)}
+    found: dict[str, LowRank] = {}
+    for name, part in total.items():
+        assert isinstance(part, LowRank)  # as sums of these are
+        found[name] = part
+    return found
 
 
 def bias_parts(addends: Mapping[int, Tensor], adapter: Adapter) -> dict[str, Tensor]:
@@ -59,13 +63,13 @@ def bias_parts(addends: Mapping[int, Tensor], adapter: Adapter) -> dict[str, Ten
 
 def write_adapter(
     folder: Path, parts: Mapping[str, LowRank], biases: Mapping[str, Tensor], model: nn.Module, base: str
-) -> None:
+) -> dict[str, Tensor]:
     """Write a folder that `PeftModel.from_pretrained` loads; its scale is 1, and strengths are in its matrices.
 
     `biases` are added behind layers as an adapter's own bias (PEFT's `lora_bias`), whose matrices are zero where no
-    part says otherwise. `base` is what the configuration says of the model beneath. Raises `KnobError` where the model
-    mixes layers that hold their weights `[out, in]` with those of GPT-2, which hold them `[in, out]`: PEFT takes one or
-    the other.
+    part says otherwise. `base` is what the configuration says of the model beneath. Returns the tensors of the file.
+    Raises `KnobError` where the model mixes layers that hold their weights `[out, in]` with those of GPT-2, which hold
+    them `[in, out]`: PEFT takes one or the other.
     """
     sides = {name.removesuffix(".weight"): part for name, part in parts.items()}
     modules = {name: model.get_submodule(name) for name in sorted({*sides, *biases})}
@@ -108,3 +112,4 @@ def write_adapter(
     stored = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / ADAPTER, metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return stored

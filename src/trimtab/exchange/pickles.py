@@ -7,7 +7,6 @@ nothing but these names: torch's own with `weights_only`, and Python's with a cl
 
 from __future__ import annotations
 
-import importlib
 import io
 import pickle
 import pickletools
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._utils import _rebuild_parameter, _rebuild_tensor_v2  # pyright: ignore[reportPrivateUsage]
 
 from trimtab.errors import KnobError, brief, printable
 from trimtab.files import read_bytes, reason
@@ -32,6 +32,7 @@ _LOADS = {"BINGET", "LONG_BINGET", "GET"}
 _QUIET = {"PROTO", "FRAME", *_STORES}
 _ERRORS = (
     pickle.UnpicklingError,
+    OSError,
     zipfile.BadZipFile,
     RuntimeError,
     ValueError,
@@ -116,6 +117,8 @@ def _inside(data: bytes) -> bytes:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > SIZE_LIMIT:
             raise KnobError(f"unpacked it would have more than {SIZE_LIMIT} bytes.")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise KnobError("it is an archive that is compressed, which torch.save's are not.")
         found = [entry for entry in entries if entry.filename.endswith(".pkl")]
         if len(found) != 1 or found[0].filename.rpartition("/")[2] != "data.pkl":
             raise KnobError("it is an archive, but not one that torch.save wrote.")
@@ -123,21 +126,24 @@ def _inside(data: bytes) -> bytes:
 
 
 class _Closed(pickle.Unpickler):
-    """Python's reader, for which nothing exists but what is allowed."""
+    """Python's reader, for which nothing exists but what is allowed.
+
+    What it finds are functions and classes of its own, made for one file: a pickle may set attributes of whatever it
+    holds, and those of torch would stay set.
+    """
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         name = f"{module_name} {global_name}"
         if name not in ALLOWED:
             raise _named(name)
-        known: dict[str, Callable[..., Any] | type] = {
-            **_STUBS,
-            "collections OrderedDict": OrderedDict,
-            "torch.storage _load_from_bytes": _storage,  # torch's own opens any pickle
-            "_codecs encode": _latin,
-        }
-        if name in known:
-            return known[name]
-        return getattr(importlib.import_module(module_name), global_name)  # torch or a part of it
+        if name in _STUBS:
+            return type(global_name, (_STUBS[name],), {})
+        if name == "collections OrderedDict":
+            return type(global_name, (OrderedDict,), {})
+        if name not in _CALLED:
+            raise KnobError(f"it names {brief(name.replace(' ', '.'))} where no tensor does.")
+        function = _CALLED[name]
+        return lambda *args: function(*args)  # another object for every file
 
 
 def _storage(data: bytes) -> object:
@@ -152,6 +158,15 @@ def _latin(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+_CALLED: dict[str, Callable[..., object]] = {
+    "torch._utils _rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils _rebuild_parameter": _rebuild_parameter,
+    "torch.storage _load_from_bytes": _storage,  # torch's own opens any pickle
+    "_codecs encode": _latin,
+}
+"""What makes tensors where Python's own pickle wrote them."""
+
+
 # Names
 
 
@@ -164,9 +179,12 @@ def _check_names(data: bytes, pickles: int = 1) -> None:
 
 
 def _named(name: str) -> KnobError:
+    said = brief(name.replace(" ", ".") if name.count(" ") == 1 else name)
+    if name.startswith("numpy") or (name.startswith("torch ") and name.endswith("Storage")):
+        return KnobError(f"it holds {said}, and tensors of floats are taken. Save the vectors as such.")
     return KnobError(
-        f"it is a pickle that would run {brief(name.replace(' ', '.'))}, and only tensors are taken. If you trust its "
-        "source, load it with the tool that wrote it, and save the tensors alone."
+        f"it is a pickle that would run {said}, and only tensors are taken. If you trust its source, load it with the "
+        "tool that wrote it, and save the tensors alone."
     )
 
 

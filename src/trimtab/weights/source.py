@@ -139,6 +139,11 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     for name in sorted(names):
         module, side, rest = name.partition(".lora_A.")
         twin = f"{module}.lora_B.{rest}" if side else name.replace(".lora_B.", ".lora_A.")
+        if ".base_layer." in name:
+            raise OptionError(
+                f"{str(folder)!r} holds {brief(name)}, a weight of the model itself, as PEFT adds it for embeddings "
+                "and the output layer. Save the adapter with save_embedding_layers=False."
+            )
         if twin == name or twin not in names:
             raise OptionError(f"{str(folder)!r} holds {brief(name)} alone, which is no part of a plain LoRA adapter.")
         if side:
@@ -156,6 +161,12 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     if not found:
         raise OptionError(f"{str(folder)!r} holds no LoRA weights.")
     return found
+
+
+def adapter_base(folder: str | Path) -> str:
+    """Return what an adapter says of the model beneath; empty where it says nothing."""
+    base: object = _read_json(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    return printable(base)[:200] if isinstance(base, str) else ""
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
