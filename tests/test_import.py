@@ -88,6 +88,15 @@ def test_a_file_of_repeng_goes_in_and_comes_out_bit_for_bit(tmp_path: Path) -> N
         assert imported(tmp_path / "happy.gguf", source="repeng").provenance["paper"] == "arXiv:2310.01405"
 
 
+def test_a_header_with_numbers_that_json_has_not_makes_a_knob_that_can_be_saved(tmp_path: Path) -> None:
+    fields = {"a": (6, struct.pack("<f", float("nan"))), "b": (12, struct.pack("<d", 0.5)), "c": (8, text("x\x1b[2J"))}
+    (tmp_path / "v.gguf").write_bytes(gguf_bytes({"direction.1": floats()}, fields=fields))
+    knob = imported(tmp_path / "v.gguf")
+    knob.save(tmp_path / "k")
+    assert load_knob(tmp_path / "k").provenance["imported"]["fields"] == {"b": 0.5, "c": "x\x1b[2J"}
+    assert "\x1b" not in knob.card()
+
+
 def test_one_layer_of_several_can_act_alone_and_the_others_stay_candidates(tmp_path: Path) -> None:
     save_repeng(tmp_path / "v.gguf", {0: VECTORS[0], 1: VECTORS[1]})
     knob = imported(tmp_path / "v.gguf", layer=-3, source="llama.cpp")

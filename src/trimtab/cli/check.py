@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
-from trimtab.cli.sources import WORLD, open_model, quiet_transformers
+from trimtab.cli.quiet import quiet_transformers
+from trimtab.cli.sources import WORLD, open_model
 from trimtab.cli.tables import columns
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from trimtab.cli.sources import quiet_transformers
+from trimtab.cli.quiet import quiet_transformers
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
 

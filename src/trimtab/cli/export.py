@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli import options
 from trimtab.cli.options import new_folder, writable
-from trimtab.cli.sources import load_knobs, open_model, quiet_transformers, setting_from, warn_outside
+from trimtab.cli.quiet import quiet_transformers
+from trimtab.cli.sources import load_knobs, open_model, setting_from, warn_outside
 from trimtab.cli.tables import facts
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError

@@ -24,7 +24,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     out = None if args.out is None else output_file(args.out)
     with terminal.working("Reading"):
         from trimtab.artifact.card import describe_safe_range
-        from trimtab.cli.sources import quiet_hub
+        from trimtab.cli.quiet import quiet_hub
         from trimtab.exchange.hub import pull
         from trimtab.exchange.model_card import hub_name
     with terminal.working(f"Pulling {args.repo}"), quiet_hub():

@@ -32,7 +32,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     """Push, and say where the knob is."""
     path = input_file(args.knob, "a knob file")
     with terminal.working("Reading"):
-        from trimtab.cli.sources import quiet_hub
+        from trimtab.cli.quiet import quiet_hub
         from trimtab.exchange.hub import push
     with terminal.working(f"Pushing {path.name}"), quiet_hub():
         pushed = push(

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from importlib import import_module
 from pathlib import Path
 
-from trimtab.cli.sources import quiet_transformers
+from trimtab.cli.quiet import quiet_transformers
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, unknown_name
 

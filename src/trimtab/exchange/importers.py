@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter
@@ -19,10 +18,9 @@ from trimtab.artifact.checks import check_knob_name
 from trimtab.capture import residual_norms
 from trimtab.checkpoint import versions
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, brief, unknown_name
-from trimtab.exchange.gguf import read_control_vector
+from trimtab.exchange.foreign import KINDS, Read, read_vectors
 from trimtab.exchange.neutral import neutral_pairs
-from trimtab.exchange.pickles import load_pickled, tensors_by_layer
-from trimtab.files import open_regular, reason
+from trimtab.files import open_regular
 from trimtab.pairs import Pairs
 from trimtab.types import Site, Where
 from trimtab.weights import difference
@@ -56,21 +54,6 @@ SOURCES = {
     "peft": Source("", together=False),
 }
 """Tools by name. All of them number layers as Trimtab does, except persona-vectors: see `import_knob`."""
-KINDS = {
-    "gguf": ("gguf", "repeng", "llama.cpp"),
-    "steering-vectors": ("steering-vectors", "caa", "bipo"),
-    "persona-vectors": ("persona-vectors",),
-    **dict.fromkeys(("caa", "bipo"), ("caa", "bipo", "steering-vectors")),
-}
-"""Which sources a file may be said to be of, by the one it looks like."""
-
-
-class _Read(NamedTuple):
-    """What a file holds: vectors by layer, in Trimtab's numbering, and which tool is likely to have written it."""
-
-    vectors: dict[int, Tensor]
-    source: str
-    facts: Mapping[str, object] = {}
 
 
 def import_knob(
@@ -125,8 +108,7 @@ def _import_vectors(
     licence: str | None,
 ) -> Knob:
     adapter = Adapter(model)
-    read = _read_file(path, layer, adapter)
-    _check(read.vectors, adapter, path)
+    read = read_vectors(path, layer, adapter)
     found = source or read.source
     if found not in KINDS[read.source]:
         raise OptionError(
@@ -173,104 +155,7 @@ def check_source(source: str | None) -> None:
         raise unknown_name("source", source, SOURCES)
 
 
-# Files
-
-
-def _read_file(path: Path, layer: int | None, adapter: Adapter) -> _Read:
-    start, count = _start(path), adapter.n_layers
-    if start[:4] == b"GGUF" or path.suffix == ".gguf":
-        read = read_control_vector(path)
-        facts = {key: value for key, value in read.fields.items() if len(str(value)) <= 200}
-        return _Read(read.vectors, "gguf", facts)
-    if start[8:9] == b"{":
-        raise KnobError(
-            f"{brief(str(path), 240)} is a safetensors file: a knob is loaded as it is, and an adapter is imported by "
-            "its folder, with adapter_config.json."
-        )
-    value = load_pickled(path)
-    by_layer = tensors_by_layer(value)
-    if by_layer is not None:
-        return _Read(_by_layer(by_layer, path, adapter), "steering-vectors")
-    if not isinstance(value, Tensor):
-        raise KnobError(
-            f"{brief(str(path), 240)} holds {brief(value)}; expected a tensor, tensors by layer, or an object of "
-            "steering-vectors."
-        )
-    if value.dim() == 2 and value.shape[0] > 1:
-        if value.shape[0] != count + 1:
-            raise KnobError(
-                f"{brief(str(path), 240)} holds {value.shape[0]} rows; a stack of hidden_states of this "
-                f"{type(adapter.model).__name__} has {count + 1}, one more than it has layers."
-            )
-        rows = {number - 1: _vector(value[number], path, adapter) for number in range(1, count)}
-        return _Read(rows, "persona-vectors", {"rows": count + 1})
-    vector, told = _vector(value, path, adapter), _layer_in(path)
-    number = told if layer is None else adapter.layer(layer)
-    if number is None:
-        raise OptionError(f"Neither {path.name!r} nor an option says which layer it is for. Pass layer=NUMBER.")
-    facts = {} if told in (None, number) else {"layer_in_name": told}
-    return _Read({adapter.layer(number): vector}, "bipo" if re.match(r"vec_ep\d", path.name) else "caa", facts)
-
-
-def _start(path: Path) -> bytes:
-    try:
-        with open_regular(path) as (file, _):
-            return file.read(16)
-    except OSError as error:
-        raise KnobError(f"Cannot read {brief(str(path), 240)}: {reason(error)}.") from None
-
-
-def _by_layer(entries: Mapping[object, object], path: Path, adapter: Adapter) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
-    for key, value in entries.items():
-        key = int(key) if isinstance(key, str) and re.fullmatch(r"[0-9]{1,4}", key) else key
-        if not isinstance(key, int) or isinstance(key, bool) or key < 0:
-            raise KnobError(f"{brief(str(path), 240)} maps {brief(key)} to something; expected numbers of layers.")
-        if key >= adapter.n_layers:
-            raise _of_another(path, f"a vector for layer {key}", adapter)
-        found[key] = _vector(value, path, adapter)
-    if not found:
-        raise KnobError(f"{brief(str(path), 240)} holds no vectors.")
-    return dict(sorted(found.items()))
-
-
-def _vector(value: object, path: Path, adapter: Adapter) -> Tensor:
-    """Return a vector `[D]` of the model's width in float32; `[1, D]` is one too.
-
-    Sizes are looked at first: a tensor may claim more than the file holds.
-    """
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_sparse or value.is_quantized:
-        raise KnobError(f"{brief(str(path), 240)} holds {type(value).__name__} where a vector of floats is expected.")
-    if value.dim() not in (1, 2) or value.numel() != value.shape[-1]:
-        raise KnobError(f"{brief(str(path), 240)} holds a tensor of shape {brief(list(value.shape))}; a vector is [D].")
-    if value.numel() != adapter.hidden_size:
-        raise _of_another(path, f"a vector of width {value.numel()}", adapter)
-    vector = value.detach().reshape(-1).float().clone()
-    if not bool(torch.isfinite(vector).all()):
-        raise KnobError(f"{brief(str(path), 240)} holds values that are not finite.")
-    return vector
-
-
-def _layer_in(path: Path) -> int | None:
-    """Return the layer that a file's name tells, as CAA (`vec_layer_13_...`) and BiPO (`vec_ep5_layer13`) write it."""
-    found = re.search(r"layer_?(\d{1,4})(?!\d)", path.stem)
-    return int(found[1]) if found else None
-
-
-def _check(vectors: Mapping[int, Tensor], adapter: Adapter, path: Path) -> None:
-    """Raise `KnobError` for vectors that are not this model's, or do nothing."""
-    width, top = len(next(iter(vectors.values()))), max(vectors)
-    if width != adapter.hidden_size or top >= adapter.n_layers:
-        raise _of_another(path, f"vectors of width {width} up to layer {top}", adapter)
-    if not any(bool(vector.any()) for vector in vectors.values()):
-        raise KnobError(f"{brief(str(path), 240)} holds zeros only: nothing would change at any strength.")
-
-
-def _of_another(path: Path, what: str, adapter: Adapter) -> KnobError:
-    return KnobError(
-        f"{brief(str(path), 240)} holds {what}; this {type(adapter.model).__name__} has hidden size "
-        f"{adapter.hidden_size} and layers 0 to {adapter.n_layers - 1}. They are of another model."
-    )
+# Vectors
 
 
 def _active(vectors: Mapping[Site, Tensor], layer: int, adapter: Adapter) -> Site:
@@ -281,7 +166,7 @@ def _active(vectors: Mapping[Site, Tensor], layer: int, adapter: Adapter) -> Sit
     return site
 
 
-def _doubts(source: str, read: _Read, adapter: Adapter) -> list[str]:
+def _doubts(source: str, read: Read, adapter: Adapter) -> list[str]:
     """Say what about the file may not be as it seems."""
     notes: list[str] = []
     last, hint = adapter.n_layers - 1, read.facts.get("controlvector.model_hint")
