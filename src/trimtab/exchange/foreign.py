@@ -1,4 +1,4 @@
-"""What files of other tools hold: vectors by layer, in Trimtab's numbering, and which tool seems to have written them."""
+"""What files of other tools hold: vectors by layer, numbered as here, and which tool seems to have written them."""
 
 from __future__ import annotations
 
