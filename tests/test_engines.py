@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -132,6 +133,18 @@ def test_a_request_that_comes_again_under_its_name_gets_what_it_asks_for_now() -
         slots.sync({"a": planned(all=strength)})
         slots.fill(["a"], [1], [0], [4])
         torch.testing.assert_close(slots.table[1][slots.rows[0]], KNOBS["all"].addend(strength))
+
+
+def test_a_knob_of_several_sites_has_a_row_in_every_layers_table() -> None:
+    low, high = pico.knob(0), pico.knob(2)
+    both = replace(low, vectors={**low.vectors, **high.vectors}, norms={0: 4.0, 2: 4.0}, also=(high.site,))
+    slots = Slots(range(LAYERS), WIDTH, settings=1, tokens=8, dtype=torch.float32)
+    slots.sync({"a": plan_request({knob_digest(both): (both, -0.5)}, torch.float32)})
+    slots.fill(["a"], [1], [0], [2])
+    for layer, addend in both.addends(-0.5).items():
+        torch.testing.assert_close(slots.table[layer][slots.rows[0]], addend)
+    assert not slots.table[1].any()
+    assert knob_digest(both) != knob_digest(low)
 
 
 def test_a_full_table_and_too_long_a_step_are_refused() -> None:
