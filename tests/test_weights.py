@@ -292,6 +292,9 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"lora_alpha": None}, "lora_alpha is a number"),
         ({"alpha_pattern": [1]}, "maps patterns to numbers"),
         ({"alpha_pattern": {"(": 1}}, "maps patterns to numbers"),
+        ({"alpha_pattern": {"([a-z0-9_.]+)+!": 1}}, "without repetitions"),
+        ({"alpha_pattern": {"a{99999999999999999999}": 1}}, "without repetitions"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "maps patterns to numbers"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -314,6 +317,8 @@ A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
         ({A: (2, 5), B: (3, 4)}, "no product"),
         ({A: (2,), B: (3,)}, "no product"),
         ({A: (0, 5), B: (3, 0)}, "no product"),
+        ({A: (9, 5), B: (3, 9)}, "no product"),
+        ({A: (2, 5), B: (3, 2), A.replace("A.w", "A.x.w"): (2, 5), B.replace("B.w", "B.x.w"): (3, 2)}, "twice"),
         ({}, "no LoRA weights"),
     ],
 )
@@ -331,7 +336,7 @@ def test_adapters_that_are_not_finite_or_not_numbers_are_refused(tmp_path: Path)
     for fill, dtype, stored, words in (
         (torch.nan, torch.float32, "float32", "not finite"),
         (1e6, torch.float32, "float16", "not finite"),
-        (1, torch.int8, "float32", "no product"),
+        (1, torch.int8, "float32", "as I8 and I8; floats are read"),
     ):
         halves = {A: torch.full((2, 5), fill, dtype=dtype), B: torch.full((3, 2), fill, dtype=dtype)}
         save_file(halves, tmp_path / "adapter_model.safetensors")

@@ -109,7 +109,10 @@ def brief(value: object, limit: int = 60) -> str:
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 1, limit, limit, limit
-    return short.repr(value)
+    try:
+        return short.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a very long {type(value).__name__}"
 
 
 def printable(text: str) -> str:

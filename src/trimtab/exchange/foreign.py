@@ -48,7 +48,7 @@ def _read(path: Path, layer: int | None, adapter: Adapter) -> Read:
     start, count = _start(path), adapter.n_layers
     if start[:4] == b"GGUF" or path.suffix == ".gguf":
         read = read_control_vector(path)
-        told = {key: value for key, value in read.fields.items() if len(str(value)) <= 200}
+        told = {key: value for key, value in read.fields.items() if len(key) <= 100 and len(str(value)) <= 200}
         facts = {key: value for key, value in told.items() if not isinstance(value, float) or math.isfinite(value)}
         return Read(read.vectors, "gguf", facts)
     if start[8:9] == b"{":

@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.artifact import DeltaKnob, Knob, model_identity
 from trimtab.artifact.checks import check_knob_name
+from trimtab.artifact.parts import check_fit
 from trimtab.capture import residual_norms
 from trimtab.checkpoint import versions
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, brief, unknown_name
@@ -24,7 +25,7 @@ from trimtab.files import open_regular
 from trimtab.pairs import Pairs
 from trimtab.types import Site, Where
 from trimtab.weights import difference
-from trimtab.weights.source import ADAPTER, adapter_base
+from trimtab.weights.source import ADAPTER, adapter_base, read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -200,8 +201,8 @@ def _import_adapter(
         raise KnobError(
             f"{brief(str(folder), 240)} holds no {ADAPTER}.{pickled} Load it by PEFT and save it again, as safetensors."
         )
+    check_fit(name, read_adapter(folder), model)  # before anything is multiplied
     knob = difference(folder, None, name=name, method="peft")
-    knob.check_shapes(model)
     if not knob.norm():
         raise KnobError(f"{brief(str(folder), 240)} is an adapter of zeros: nothing would change at any strength.")
     base, own = adapter_base(folder), str(model_identity(model, hashes=False)["model"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,9 @@ _UNFIT = {
     "init_lora_weights": "whose start changed the model's own weights",
 }
 """Fields of an adapter's configuration that, when set, make it more than `scale * B A` on some weights."""
+PATTERNS_LIMIT = 2000
+PATTERN = re.compile(r"[\w.\\^$|()-]{1,300}")
+"""Patterns that are tried: one with repetitions, in a file of others, may take for ever."""
 _HARMLESS_STARTS = (True, "gaussian", "eva", "orthogonal")
 """Ways to begin an adapter that add nothing and leave the model as it is."""
 
@@ -136,6 +139,7 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
     file = open_shard(folder / ADAPTER)
     names = set(file.keys())
     found: dict[str, LowRank] = {}
+    patterns = _patterns(config)
     for name in sorted(names):
         module, side, rest = name.partition(".lora_A.")
         twin = f"{module}.lora_B.{rest}" if side else name.replace(".lora_B.", ".lora_A.")
@@ -148,13 +152,18 @@ def read_adapter(folder: str | Path) -> dict[str, LowRank]:
             raise OptionError(f"{str(folder)!r} holds {brief(name)} alone, which is no part of a plain LoRA adapter.")
         if side:
             bare = module.removeprefix("base_model.model.")
+            kinds = [file.get_slice(side).get_dtype() for side in (name, twin)]
+            if any(kind not in _DTYPES for kind in kinds):
+                raise OptionError(f"{str(folder)!r} holds {brief(name)} as {kinds[0]} and {kinds[1]}; floats are read.")
             a, b = file.get_tensor(name), file.get_tensor(twin)
-            if not a.is_floating_point() or not a.dim() == b.dim() == 2 or not a.shape[0] == b.shape[1] > 0:
+            if not a.dim() == b.dim() == 2 or not 0 < a.shape[0] == b.shape[1] <= max(a.shape[1], b.shape[0]):
                 raise OptionError(
                     f"{str(folder)!r} holds {brief(name)} as {list(a.shape)} and its other half as {list(b.shape)}, of "
                     f"{a.dtype}: no product of a rank."
                 )
-            product = LowRank(a.float(), b.float() * _scale(config, bare, a.shape[0]))
+            product = LowRank(a.float(), b.float() * _scale(config, patterns, bare, a.shape[0]))
+            if f"{bare}.weight" in found:
+                raise OptionError(f"{str(folder)!r} holds {brief(bare)} twice.")
             if config.get("fan_in_fan_out"):  # the weight is stored [in, out], as in GPT-2
                 product = LowRank(product.b.T.contiguous(), product.a.T.contiguous())
             found[f"{bare}.weight"] = product
@@ -169,20 +178,34 @@ def adapter_base(folder: str | Path) -> str:
     return printable(base)[:200] if isinstance(base, str) else ""
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return alpha / r, or alpha / sqrt(r) where rank-stabilised; patterns name modules with an alpha of their own."""
-    patterns: object = config.get("alpha_pattern") or {}
-    alpha: object = config.get("lora_alpha")
-    try:
-        for pattern, own in cast(Mapping[str, object], patterns).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = own
-                break
-        return number(alpha, "alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (AttributeError, re.error, KnobError):
+def _patterns(config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], object]]:
+    """Return the modules with an alpha of their own, as patterns of their names."""
+    stored: object = config.get("alpha_pattern") or {}
+    if not isinstance(stored, Mapping):
+        raise OptionError(f"An adapter's alpha_pattern maps patterns to numbers; got {brief(stored)}.")
+    patterns = cast(Mapping[str, object], stored)
+    odd = [pattern for pattern in patterns if not PATTERN.fullmatch(pattern)]
+    if odd or len(patterns) > PATTERNS_LIMIT:
         raise OptionError(
-            f"An adapter's lora_alpha is a number and its alpha_pattern maps patterns to numbers; got {brief(alpha)} "
-            f"and {brief(patterns)}."
+            f"An adapter's alpha_pattern names at most {PATTERNS_LIMIT} modules, without repetitions in the patterns; "
+            f"got {len(patterns)}, {brief((odd or [*patterns])[0])} for one. Write their names out."
+        )
+    try:
+        return [(re.compile(rf"(.*\.)?({pattern})"), alpha) for pattern, alpha in patterns.items()]
+    except (re.error, RecursionError, OverflowError):
+        raise OptionError(f"An adapter's alpha_pattern maps patterns to numbers; got {brief(stored)}.") from None
+
+
+def _scale(
+    config: Mapping[str, Any], patterns: Sequence[tuple[re.Pattern[str], object]], module: str, rank: int
+) -> float:
+    """Return alpha / r, or alpha / sqrt(r) where rank-stabilised; patterns name modules with an alpha of their own."""
+    own = next((alpha for pattern, alpha in patterns if pattern.fullmatch(module)), config.get("lora_alpha"))
+    try:
+        return number(own, "alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except KnobError:
+        raise OptionError(
+            f"An adapter's lora_alpha is a number and its alpha_pattern maps patterns to numbers; got {brief(own)}."
         ) from None
 
 
