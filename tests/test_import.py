@@ -309,6 +309,7 @@ VIEW = (
     + STORED
     + b"\x20Nt\x51K\0K\x20\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR."
 )
+KEYS = b"\x80\x02]X\x01\0\0\x000a."
 NAMED = legacy(b"\x80\x02ctorch.storage\nUntypedStorage\n.")
 TRICKS = {
     "a name out of a nested file": b"\x80\x03ctorch.storage\n_load_from_bytes\nB"
@@ -324,9 +325,7 @@ TRICKS = {
     + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(20_000))
     + b"u.",
     "a tensor without its numbers": legacy(b"\x80\x02" + VIEW),
-    "a tensor with half of its numbers": legacy(
-        b"\x80\x02" + VIEW, b"\x80\x02]X\x01\0\0\x000a." + struct.pack("<q", 32) + b"\0" * 64
-    ),
+    "a tensor with half of its numbers": legacy(b"\x80\x02" + VIEW, KEYS + struct.pack("<q", 32) + b"\0" * 64),
     "a state for a dictionary": b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.",
 }
 
