@@ -3,7 +3,7 @@
 # make conformance: checks every architecture under the oldest transformers (in .venv-oldest) and the newest, and writes
 # docs/conformance.md. make test-oldest: the test suite under the oldest transformers.
 # make test-engines: the plugin inside vLLM (in .venv-engines). make engines: compares the engines, writes docs/engines.md.
-# make test-llama-cpp: exports in a llama.cpp that is built once, into .wheels (in .venv-llama; building takes twenty minutes).
+# make test-llama-cpp: exports in a llama.cpp that is built once, into .wheels (in .venv-llama; building takes ten to twenty minutes).
 # make exchange: one knob in every home there is an environment for, writes docs/exchange.md.
 PYTHON ?= python3
 VENV := .venv

@@ -311,6 +311,7 @@ VIEW = (
 )
 KEYS = b"\x80\x02]X\x01\0\0\x000a."
 NAMED = legacy(b"\x80\x02ctorch.storage\nUntypedStorage\n.")
+INNER = legacy(b"\x80\x03ctorch.storage\n_load_from_bytes\nB\x01\0\0\0x\x85R.")
 TRICKS = {
     "a name out of a nested file": b"\x80\x03ctorch.storage\n_load_from_bytes\nB"
     + struct.pack("<I", len(NAMED))
@@ -326,6 +327,11 @@ TRICKS = {
     + b"u.",
     "a tensor without its numbers": legacy(b"\x80\x02" + VIEW),
     "a tensor with half of its numbers": legacy(b"\x80\x02" + VIEW, KEYS + struct.pack("<q", 32) + b"\0" * 64),
+    "a nested file in a nested file": b"\x80\x03"
+    + b"ctorch.storage\n_load_from_bytes\nB"
+    + struct.pack("<I", len(INNER))
+    + INNER
+    + b"\x85R.",
     "a state for a dictionary": b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.",
 }
 

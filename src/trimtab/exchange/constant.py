@@ -80,12 +80,6 @@ def _check(knob: AnyKnob) -> None:
         )
 
 
-def refuse_weights(found: Constant, home: str, instead: str) -> None:
-    """Raise `KnobError` where a home that holds vectors would have to hold weights."""
-    for knob in found.weights:
-        raise KnobError(f"{home} holds one vector per layer; knob {knob.name!r} is a difference of weights. {instead}")
-
-
 @contextmanager
 def new_folder(folder: Path) -> Generator[Path]:
     """Give a folder to fill that takes the name `folder` when the context ends, and is gone if that ends with an error.

@@ -19,7 +19,7 @@ from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.parts import LowRank
 from trimtab.errors import KnobError, unknown_name
 from trimtab.exchange.checkpoint import Compared, check_dtype, compare, write_checkpoint
-from trimtab.exchange.constant import Constant, constant, new_folder, refuse_weights, write_record
+from trimtab.exchange.constant import Constant, constant, new_folder, write_record
 from trimtab.exchange.gguf import write_control_vector
 from trimtab.exchange.lora import bias_parts, low_rank_sum, write_adapter
 from trimtab.runtime import Dose
@@ -86,7 +86,11 @@ def _check(knob: AnyKnob, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 def _gguf(
     path: Path, found: Constant, dose: Dose, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    refuse_weights(found, "A control vector", "Export it with to='peft', or as a checkpoint.")
+    for knob in found.weights:
+        raise KnobError(
+            f"A control vector holds one vector per layer; knob {knob.name!r} is a difference of weights. Export it "
+            "with to='peft', or as a checkpoint."
+        )
     write_control_vector(path, found.addends, architecture=str(model.config.get_text_config().model_type))
     return {"layers": sorted(found.addends), "lengths": {i: float(v.norm()) for i, v in found.addends.items()}}
 

@@ -64,8 +64,8 @@ class Machine:
     """Runs pickles from one stream, one after the other, on values that do nothing."""
 
     data: bytes
-    nested: Callable[[bytes], object]
-    """Reads a file of torch within the pickle, as Python's pickle writes storages."""
+    nested: Callable[[bytes], object] | None = None
+    """Reads a file of torch within the pickle, as Python's pickle writes storages; torch's own files hold none."""
     storages: dict[str, Storage] = field(default_factory=dict[str, Storage])
     steps: int = 0
     entries: int = 0
@@ -183,7 +183,7 @@ class Machine:
             made = View(args[0], int(args[1]), tuple(map(int, args[2])), tuple(map(int, args[3])))
         elif name == _PARAMETER and isinstance(args[0], View):
             made = args[0]
-        elif name == _NESTED and type(args[0]) is bytes:
+        elif name == _NESTED and self.nested is not None and type(args[0]) is bytes:
             made = self.nested(args[0])
         elif name == _ENCODE and type(args[0]) is str and args[1:] == ("latin1",):
             made = args[0].encode("latin1")

@@ -80,7 +80,7 @@ def _archive(data: bytes) -> object:
         folder = found[0].removesuffix("data.pkl")
         if f"{folder}byteorder" in entries and archive.read(f"{folder}byteorder") != b"little":
             raise KnobError("its numbers are not in the order of bytes of this machine.")
-        machine = Machine(archive.read(found[0]), _legacy)
+        machine = Machine(archive.read(found[0]))
         value = machine.run()
         for key, storage in machine.storages.items():
             storage.data = archive.read(f"{folder}data/{key}")
@@ -96,7 +96,7 @@ def _plain(data: bytes) -> object:
 
 def _legacy(data: bytes) -> object:
     """Read five pickles (a number, a version, sizes, the value, names of storages) and the storages behind them."""
-    machine = Machine(data, _legacy)
+    machine = Machine(data)
     for _ in range(3):
         machine.run()
     value, keys = machine.run(), machine.run()
