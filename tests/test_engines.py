@@ -23,6 +23,7 @@ from trimtab.check.twin import LAYERS, WIDTH
 from trimtab.cli import main
 from trimtab.engines.admission import (
     Admission,
+    DosePolicy,
     adapter_name,
     adapter_path,
     compose_adapter,
@@ -263,21 +264,56 @@ def test_two_names_of_one_knob_add_up() -> None:
     desk = admission()
     desk.put("again", KNOBS["all"].with_(name="again"))
     both, whole = desk.admit({"all": 0.5, "again": 0.5}), desk.admit({"all": 1.0})
-    assert both == whole
+    assert both is not None
+    assert whole is not None
+    assert (both.turned, both.keys) == (whole.turned, whole.keys)
+    assert both.applied == {"all": 0.5, "again": 0.5}
     assert desk.admit({"all": 0.5, "again": -0.5}).keys == ("", "", "")  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def test_strengths_outside_a_safe_range_are_refused_where_that_is_asked_for() -> None:
-    tuned = KNOBS["all"].with_(tuning={"safe_range": [-0.5, 1.5]})
-    for safe in (False, True):
-        desk = Admission(torch.float32, safe_ranges=safe)
-        desk.put("all", tuned)
-        assert desk.admit({"all": 1.5})
-        if safe:
-            with pytest.raises(OptionError, match=r"safe range, -0\.5 to 1\.5"):
-                desk.admit({"all": 1.6})
-        else:
-            assert desk.admit({"all": 1.6})
+def desk_with(dose: DosePolicy) -> Admission:
+    desk = Admission(torch.float32, dose=dose)
+    desk.put("all", KNOBS["all"].with_(tuning={"safe_range": [-0.5, 1.5]}))
+    desk.put("untuned", KNOBS["prompt"])
+    return desk
+
+
+def test_strengths_outside_a_safe_range_are_refused_moved_or_taken_as_the_policy_says() -> None:
+    with pytest.raises(OptionError, match=r"safe range, -0\.5 to 1\.5"):
+        desk_with("strict").admit({"all": 1.6})
+    for dose, applied in (("strict", 1.5), ("clamp", 1.5), ("free", 1.5)):
+        admitted = desk_with(dose).admit({"all": 1.5})
+        assert admitted is not None
+        assert admitted.applied == {"all": applied}
+    for dose, strength, applied in (("clamp", 1.6, 1.5), ("clamp", -9, -0.5), ("free", 1.6, 1.6)):
+        admitted = desk_with(dose).admit({"all": strength})
+        assert admitted is not None
+        assert admitted.applied == {"all": applied}
+        assert list(admitted.turned.values()) == [applied]
+
+
+def test_two_names_of_one_knob_are_moved_into_its_safe_range_together() -> None:
+    desk = desk_with("clamp")
+    desk.put("again", desk.knobs["all"])
+    admitted = desk.admit({"all": 2.0, "again": 1.0})
+    assert admitted is not None
+    assert admitted.applied == {"all": 1.0, "again": 0.5}
+
+
+def test_a_knob_that_was_never_tuned_is_turned_under_the_free_policy_only() -> None:
+    for dose in ("strict", "clamp"):
+        with pytest.raises(OptionError, match="never tuned"):
+            desk_with(dose).admit({"untuned": 0.1})
+        assert desk_with(dose).admit({"untuned": 0}) is None
+    assert desk_with("free").admit({"untuned": 5.0})
+
+
+def test_a_name_that_was_dropped_is_unknown() -> None:
+    desk = desk_with("free")
+    desk.drop("untuned")
+    for call in (lambda: desk.drop("untuned"), lambda: desk.admit({"untuned": 1})):
+        with pytest.raises(UnknownName, match="Unknown knob 'untuned'"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -303,7 +339,7 @@ def test_a_weight_knob_that_the_dtype_cannot_hold_is_refused_before_any_worker_s
 
 
 def test_a_safe_range_holds_for_all_names_of_a_knob_together_and_never_for_off() -> None:
-    desk = Admission(torch.float32, safe_ranges=True)
+    desk = Admission(torch.float32, dose="strict")
     for name in ("x", "y"):
         desk.put(name, KNOBS["all"].with_(tuning={"safe_range": [0.5, 1.5]}))
     assert desk.admit({"x": 0}) is None

@@ -12,6 +12,7 @@ TrimtabError
 ├── TrainError         (RuntimeError)  training came to nothing that could be used
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
 ├── JudgeError         (RuntimeError)  the endpoint of a judge refuses, or cannot be reached
+├── EngineError        (RuntimeError)  an engine that serves requests has stopped, or cannot run this model
 ├── HubError           (RuntimeError)  a hub of models refuses, cannot be reached, or has no such knob
 └── MissingDependency  (ImportError)   an optional package is not installed
 
@@ -75,6 +76,10 @@ class SandboxError(TrimtabError, RuntimeError):
 
 class JudgeError(TrimtabError, RuntimeError):
     """The endpoint of a judge refuses, cannot be reached, or does not speak the protocol."""
+
+
+class EngineError(TrimtabError, RuntimeError):
+    """An engine that serves requests has stopped, or cannot run this model."""
 
 
 class HubError(TrimtabError, RuntimeError):

@@ -346,7 +346,7 @@ if __name__ == "__main__":
         except TrimtabError as error:
             print("REFUSED", error)
     tuned = pico.knob(1, width=192).with_(tuning={"safe_range": [-1, 1]})
-    with Engine("prefworld", Rack(m=tuned), safe_ranges=True, layers=[1], strict=True, options=sizes) as engine:
+    with Engine("prefworld", Rack(m=tuned), dose="strict", layers=[1], strict=True, options=sizes) as engine:
         print("DTYPE", engine.llm.llm_engine.model_config.dtype, engine.knobs)
         for knobs in ({"m": 2}, {"m": float("nan")}, [{"m": 1}] * 2):
             try:

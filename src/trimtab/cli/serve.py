@@ -30,7 +30,11 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
     parser.add_argument(
-        "--outside-safe-range", action="store_true", help="allow strengths outside what tuning found safe"
+        "--dose",
+        choices=("strict", "clamp", "free"),
+        default="strict",
+        help="what becomes of strengths outside what tuning found safe: refused, moved to the nearest safe one, or "
+        "taken as they are, which knobs that were never tuned need (default strict)",
     )
     parser.add_argument(
         "--layers", type=options.layers, metavar="LAYERS", help="layers that knobs may act on (default all)"
@@ -62,7 +66,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
     settings = {
         "knobs": files.paths,
         "strict": not args.no_strict,
-        "safe_ranges": not args.outside_safe_range,
+        "dose": args.dose,
         "layers": args.layers,
         "allow_loading": args.allow_loading,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -28,6 +28,13 @@ ADAPTER = "trimtab:"
 PREPARED = 4096
 """Settings that are remembered with what they come to."""
 
+DosePolicy = Literal["strict", "clamp", "free"]
+"""What happens to a strength outside a knob's safe range: it is refused, moved to the nearer end, or taken as it is.
+
+A knob that was never tuned has no safe range, and can be turned under `free` only.
+"""
+DOSES: tuple[DosePolicy, ...] = get_args(DosePolicy)
+
 
 @dataclass(frozen=True)
 class Admitted:
@@ -37,8 +44,15 @@ class Admitted:
     """Strengths of added knobs, by their digests."""
     keys: tuple[str, str, str]
     """What is added before the prompt's last token, on it and after it; see `trimtab.engines.slots.Plan`."""
-    adapter: str = ""
-    """The weight knobs, as the path of a LoRA adapter; empty where none is turned."""
+    weights: dict[str, float]
+    """Alphas of weight knobs, by their digests."""
+    applied: dict[str, float]
+    """Strengths by name, as they are turned: those that a policy has moved are as it left them."""
+
+    @property
+    def adapter(self) -> str:
+        """The weight knobs, as the path of a LoRA adapter; empty where none is turned."""
+        return adapter_path(self.weights)
 
     def stamp(self) -> dict[str, Any]:
         """Return what the engine's other processes are to know, in types that every serialiser has."""
@@ -72,12 +86,12 @@ class Admission:
     """The knobs of an engine by their names, and the check of every request.
 
     `dtype` is the model's; `max_rank` the largest rank of an adapter, None where the engine runs without adapters;
-    `safe_ranges` refuses strengths outside a tuned knob's safe range.
+    `dose` says what becomes of strengths outside a knob's safe range.
     """
 
     dtype: torch.dtype
     max_rank: int | None = None
-    safe_ranges: bool = False
+    dose: DosePolicy = "free"
     knobs: dict[str, AnyKnob] = field(default_factory=dict[str, AnyKnob])
     digests: dict[str, str] = field(default_factory=dict[str, str])
     _peaks: dict[str, float] = field(default_factory=dict[str, float])
@@ -109,6 +123,13 @@ class Admission:
         self.knobs[name], self.digests[name] = knob, digest
         return digest
 
+    def drop(self, name: str) -> None:
+        """Take a knob's name away; raises `UnknownName` where there is none."""
+        if name not in self.knobs:
+            raise unknown_name("knob", name[:100], self.knobs)
+        self._known.clear()
+        del self.knobs[name], self.digests[name]
+
     def admit(self, knobs: object) -> Admitted | None:
         """Read a request's setting, as text or a mapping, and return what it comes to; None where that is nothing.
 
@@ -131,15 +152,20 @@ class Admission:
     def _prepare(self, setting: Mapping[str, float]) -> Admitted:
         strengths: dict[str, float] = {}  # by digest: names of one knob add up
         names: dict[str, str] = {}
+        applied: dict[str, float] = {}
         for name, strength in setting.items():
             digest = self.digests[name]
             strengths[digest] = strengths.get(digest, 0.0) + strength
             names[digest] = name
+        dosed = {digest: self._dosed(names[digest], strength) for digest, strength in strengths.items()}
+        for name, strength in setting.items():
+            asked, given = strengths[self.digests[name]], dosed[self.digests[name]]
+            applied[name] = strength if given == asked else given * (strength / asked)
         added: dict[str, tuple[Knob, float]] = {}
         weights: dict[str, float] = {}
-        for digest, strength in strengths.items():
+        for digest, strength in dosed.items():
             knob = self.knobs[names[digest]]
-            self._check_strength(names[digest], strength)
+            self._check_size(names[digest], strength)
             if isinstance(knob, DeltaKnob):
                 weights[digest] = knob.alpha(strength)
             else:
@@ -148,16 +174,29 @@ class Admission:
         self._check_rank({names[digest] for digest in weights})
         plan = plan_request(added, self.dtype)
         turned = {digest: strength for digest, (_, strength) in added.items() if strength}
-        return Admitted(turned, plan.keys, adapter_path(weights))
+        return Admitted(turned, plan.keys, weights, applied)
 
-    def _check_strength(self, name: str, strength: float) -> None:
-        """Refuse what would break the answer, or numbers of the model's dtype: no worker has to look at it again."""
-        knob = self.knobs[name]
-        alpha, bounds = knob.alpha(strength), knob.safe_range
-        if self.safe_ranges and bounds is not None and strength and not bounds[0] <= strength <= bounds[1]:
+    def _dosed(self, name: str, strength: float) -> float:
+        """Hold a strength against the knob's safe range, as the policy says; off is always allowed."""
+        bounds = self.knobs[name].safe_range
+        if self.dose == "free" or not strength:
+            return strength
+        if bounds is None:
+            raise OptionError(
+                f"Knob {name!r} was never tuned, so that no range of strengths is known to be safe. Tune it, or start "
+                "the engine with the dose policy 'free'."
+            )
+        if self.dose == "clamp":
+            return min(max(strength, bounds[0]), bounds[1])
+        if not bounds[0] <= strength <= bounds[1]:
             raise OptionError(
                 f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
             )
+        return strength
+
+    def _check_size(self, name: str, strength: float) -> None:
+        """Refuse what numbers of the model's dtype cannot hold: no worker has to look at it again."""
+        alpha = self.knobs[name].alpha(strength)
         peak = self._peaks.get(self.digests[name], 0.0)
         if not abs(alpha) <= ALPHAS or not abs(alpha) * peak <= torch.finfo(self.dtype).max:
             raise OptionError(f"Strength {strength:g} of {name!r} is too large: alpha is {alpha:g}.")

@@ -76,7 +76,7 @@ class Front:
         self.admission = Admission(
             dtype=config.model_config.dtype,
             max_rank=None if lora is None else lora.max_lora_rank,
-            safe_ranges=settings.safe_ranges,
+            dose=settings.dose,
         )
         self._mixed_up = lora is not None and compat.mixes_up_adapters()
         self._replicas: int = config.parallel_config.data_parallel_size

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from trimtab.artifact import Rack
+from trimtab.engines.admission import DosePolicy
 from trimtab.engines.vllm import compat
 from trimtab.engines.vllm.front import front_of, load_knob
 from trimtab.engines.vllm.launch import Files, engine_options, model_options
@@ -25,7 +26,7 @@ class Engine:
     `options` go to `vllm.LLM`, whose defaults hold: `tensor_parallel_size`, `max_model_len`, `enforce_eager` and so on.
     Weight knobs run as adapters, for which `enable_lora`, `max_lora_rank` and `max_loras` are set where the options do
     not: one adapter per setting that is in flight. `strict=False` turns a knob from another architecture or chat
-    template into a warning, `safe_ranges` refuses strengths outside a tuned knob's safe range, and `layers` are those
+    template into a warning, `dose` says what becomes of strengths outside a knob's safe range, and `layers` are those
     that knobs may act on, all unless given.
 
     Raises `MissingDependency` without vLLM, `AdapterError` for a version of vLLM in which a seam has moved, `KnobError`
@@ -38,7 +39,7 @@ class Engine:
         rack: Rack | None = None,
         *,
         strict: bool = True,
-        safe_ranges: bool = False,
+        dose: DosePolicy = "free",
         layers: Sequence[int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -53,7 +54,7 @@ class Engine:
         settings = {
             "knobs": self._files.paths,
             "strict": strict,
-            "safe_ranges": safe_ranges,
+            "dose": dose,
             "layers": None if layers is None else list(layers),
         }
         source, dtype = model_options(model)

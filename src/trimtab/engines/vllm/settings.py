@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
 
+from trimtab.engines.admission import DOSES, DosePolicy
 from trimtab.errors import OptionError, brief, unknown_name
 
 KEY = "trimtab"
@@ -25,8 +26,8 @@ class Settings:
     """Paths of knob files by the names under which requests turn them."""
     strict: bool = True
     """Whether a knob from another architecture or chat template is refused, and not only warned of."""
-    safe_ranges: bool = False
-    """Whether strengths outside a tuned knob's safe range are refused."""
+    dose: DosePolicy = "free"
+    """What becomes of strengths outside a knob's safe range: "strict" refuses, "clamp" moves, "free" takes them."""
     layers: list[int] | None = None
     """Layers that knobs may act on; None for all. Each has a table of addends, and costs an addition."""
     allow_loading: bool = False
@@ -88,9 +89,11 @@ def _check(settings: Settings) -> None:
     entries = cast(Mapping[object, object], knobs).items() if isinstance(knobs, Mapping) else None
     if entries is None or not all(isinstance(part, str) for entry in entries for part in entry):
         raise OptionError(f'The knobs of an engine are paths by name, as in {{"math": "FILE"}}; got {brief(knobs)}.')
-    for name in ("strict", "safe_ranges", "allow_loading"):
+    for name in ("strict", "allow_loading"):
         if not isinstance(getattr(settings, name), bool):
             raise OptionError(f"{name} is true or false; got {brief(getattr(settings, name))}.")
+    if settings.dose not in DOSES:
+        raise unknown_name("dose policy", str(settings.dose), DOSES)
     layers: object = settings.layers
     numbers = isinstance(layers, list) and layers and all(type(layer) is int and layer >= 0 for layer in layers)
     if layers is not None and not numbers:
