@@ -134,6 +134,8 @@ class Slots:
         self.table = torch.zeros(len(layers), 3 * settings + 1, width, dtype=dtype, device=device)
         self.rows = torch.zeros(tokens, dtype=torch.int64, device=device)
         self.idle = True  # no token of this step takes any row but 0
+        self.busy: frozenset[int] = frozenset()  # layers whose tables this step's requests have rows in
+        self._layers: dict[int, frozenset[int]] = {0: frozenset()}  # by row
         self._free = list(range(3 * settings, 0, -1))
         self._used: dict[str, int] = {"": 0}  # rows by the keys of their sums
         self._counts: Counter[str] = Counter()
@@ -171,6 +173,7 @@ class Slots:
         if total.key not in self._used:
             row = self._used[total.key] = self._free.pop()
             self.table[:, row].zero_()
+            self._layers[row] = frozenset(total.addends)
             for layer, addend in total.addends.items():
                 if layer in self.layers:  # others belong to another stage of the pipeline
                     self.table[self.layers[layer], row].copy_(addend)
@@ -197,6 +200,7 @@ class Slots:
         total = int(sizes.sum())
         if total > len(self.rows):
             raise OptionError(f"A step holds {total} tokens; the table of rows was made for {len(self.rows)}.")
+        self.busy = frozenset[int]().union(*(self._layers[row] for row in set(places.ravel().tolist())))
         if not places.any():
             self._fill(np.zeros(0, dtype=np.int64))
             return
