@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, cast
@@ -105,8 +106,11 @@ class Batching:
 
     def start(self) -> None:
         """Start the loop."""
-        logging.getLogger(PLACE).setLevel(logging.ERROR)
-        self._manager.start()
+        logging.getLogger(PLACE).setLevel(logging.CRITICAL)  # failures are told to `fail`
+        # A thread is a daemon if the one that starts it is: a program that ends without `stop` must not hang.
+        starter = threading.Thread(target=self._manager.start, daemon=True)
+        starter.start()
+        starter.join()
 
     def stop(self) -> None:
         """Stop the loop; requests that are not over fail."""
