@@ -22,6 +22,7 @@ from trimtab.errors import AdapterError, EngineError
 
 PLACE = "transformers.generation.continuous_batching"
 SEAMS = {
+    "continuous_api.ContinuousBatchingConfig": ("page_size", "num_blocks", "allow_block_sharing"),
     "input_outputs.ContinuousBatchingIOs.prepare_batch_tensors": ("self", "requests_in_batch"),
     "model_runner.ModelRunner._sample": ("self", "scores", "output_ids"),
     "continuous_api.ContinuousBatchingManager.warmup": ("self",),
@@ -179,7 +180,7 @@ def check_seams() -> None:
         if missing:
             raise AdapterError(
                 f"transformers {transformers_version} has no {missing[0]!r} where {PLACE}.{place} is relied on. "
-                "Install a version that the engine was tried with (docs/serving.md), or use the engine 'vllm'."
+                "The engine was tried with 5.19 and 5.24: install one of them, or use the engine 'vllm'."
             )
 
 
