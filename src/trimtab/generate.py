@@ -28,7 +28,7 @@ from trimtab.prompts import (
     read_prompts,
     settings_per_prompt,
 )
-from trimtab.render import Renderer
+from trimtab.render import Pieces, Renderer
 from trimtab.runtime import Dose, batches_of, steer
 from trimtab.types import (
     THOUGHTS,
@@ -256,25 +256,17 @@ class _Stream(BaseStreamer):
     """Hands on the text of one answer as soon as its characters are complete."""
 
     def __init__(self, renderer: Renderer, ends: list[int], on_text: Callable[[str], None]) -> None:
-        self._renderer, self._ends, self._on_text = renderer, ends, on_text
-        self._ids: list[int] | None = None  # None until the prompt has passed
-        # Text up to `_shown` is out. Decoding starts a little earlier, at `_start`: tokens need their neighbours.
-        self._start, self._shown = 0, 0
+        self._pieces, self._ends, self._on_text = Pieces(renderer.decode), ends, on_text
+        self._answering = False  # the prompt comes first
 
     def put(self, value: Tensor) -> None:
-        if self._ids is None:
-            self._ids = []
-            return
-        self._ids += [token for token in value.flatten().tolist() if token not in self._ends]
-        self._emit(final=False)
+        if self._answering:
+            self._say(self._pieces.add([token for token in value.flatten().tolist() if token not in self._ends]))
+        self._answering = True
 
     def end(self) -> None:
-        self._emit(final=True)
+        self._say(self._pieces.end())
 
-    def _emit(self, *, final: bool) -> None:
-        ids = self._ids or []
-        old = self._renderer.decode(ids[self._start : self._shown])
-        new = self._renderer.decode(ids[self._start :])
-        if len(new) > len(old) and (final or not new.endswith("\N{REPLACEMENT CHARACTER}")):
-            self._start, self._shown = self._shown, len(ids)
-            self._on_text(new[len(old) :])
+    def _say(self, text: str) -> None:
+        if text:
+            self._on_text(text)

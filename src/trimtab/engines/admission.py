@@ -8,6 +8,7 @@ confuses the two.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
@@ -86,7 +87,8 @@ class Admission:
     """The knobs of an engine by their names, and the check of every request.
 
     `dtype` is the model's; `max_rank` the largest rank of an adapter, None where the engine runs without adapters;
-    `dose` says what becomes of strengths outside a knob's safe range.
+    `dose` says what becomes of strengths outside a knob's safe range. Threads may share it: a request sees all of a
+    knob that is put meanwhile or nothing of it, and `knobs` and `digests` are replaced, never changed.
     """
 
     dtype: torch.dtype
@@ -98,6 +100,7 @@ class Admission:
     _known: dict[frozenset[tuple[str, float]], Admitted] = field(
         default_factory=dict[frozenset[tuple[str, float]], Admitted]
     )
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self, knob: AnyKnob) -> str:
         """Return a knob's digest; raises `KnobError` for one that this engine cannot run."""
@@ -119,16 +122,19 @@ class Admission:
         if isinstance(knob, DeltaKnob) and digest not in self._peaks:
             sides = [part.b for part in knob.parts.values() if isinstance(part, LowRank)]
             self._peaks[digest] = max(float(side.abs().max()) for side in sides)
-        self._known.clear()
-        self.knobs[name], self.digests[name] = knob, digest
+        with self._lock:
+            self._known.clear()
+            self.knobs, self.digests = {**self.knobs, name: knob}, {**self.digests, name: digest}
         return digest
 
     def drop(self, name: str) -> None:
         """Take a knob's name away; raises `UnknownName` where there is none."""
-        if name not in self.knobs:
-            raise unknown_name("knob", name[:100], self.knobs)
-        self._known.clear()
-        del self.knobs[name], self.digests[name]
+        with self._lock:
+            if name not in self.knobs:
+                raise unknown_name("knob", name[:100], self.knobs)
+            self._known.clear()
+            self.knobs = {key: knob for key, knob in self.knobs.items() if key != name}
+            self.digests = {key: digest for key, digest in self.digests.items() if key != name}
 
     def admit(self, knobs: object) -> Admitted | None:
         """Read a request's setting, as text or a mapping, and return what it comes to; None where that is nothing.
@@ -136,6 +142,10 @@ class Admission:
         Raises `OptionError` and `UnknownName` that say what is wrong with it.
         """
         setting = read_setting(knobs)
+        with self._lock:
+            return self._admit(setting)
+
+    def _admit(self, setting: Mapping[str, float]) -> Admitted | None:
         for name in setting:
             if name not in self.knobs:
                 raise unknown_name("knob", name[:100], self.knobs)

@@ -54,6 +54,7 @@ class Renderer:
                 f"A tokenizer is one of transformers', such as trimtab.load(...).tokenizer; got {brief(tokenizer)}."
             )
         self.tokenizer = tokenizer
+        self._token_texts: dict[int, str] = {}
 
     @property
     def has_template(self) -> bool:
@@ -138,6 +139,18 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        """Return the text that a token stands for inside an answer, special tokens by their names.
+
+        A token that is a part of a character has a replacement character in its text.
+        """
+        if token not in self._token_texts:
+            # Decoders of SentencePiece's kind drop the space that a text begins with, hence a letter before it.
+            before = self._plain("a")
+            start, whole = (str(self.tokenizer.decode(ids)) for ids in (before, [*before, token]))
+            self._token_texts[token] = whole.removeprefix(start)
+        return self._token_texts[token]
 
     def pad(self, rows: Sequence[Sequence[int]], *, side: Side = "left") -> Batch:
         """Stack rows of ids `[B, T]`, padded on one side."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
 
-from trimtab.artifact import AnyKnob, Knob
+from trimtab.engines.listing import describe
 from trimtab.engines.vllm.front import Front, front_of, load_knob_async
 from trimtab.engines.vllm.settings import REQUESTED
 from trimtab.errors import OptionError, TrimtabError, brief
@@ -123,22 +123,10 @@ async def _refuse(send: Send, message: str) -> None:
 # The list of knobs
 
 
-def describe(knob: AnyKnob) -> dict[str, Any]:
-    """Return what a client needs to know of a knob."""
-    return {
-        "kind": knob.kind,
-        "method": knob.method,
-        "where": knob.where,
-        "layer": knob.site.layer if isinstance(knob, Knob) else None,
-        "layers": sorted(site.layer for site in knob.sites) if isinstance(knob, Knob) else None,
-        "safe_range": None if knob.safe_range is None else list(knob.safe_range),
-    }
-
-
 def listed(front: Front) -> dict[str, Any]:
     """Return the knobs of an engine as `GET /v1/knobs` shows them."""
     entries = front.admission.knobs.items()
-    return {"object": "list", "data": [{"id": name, "object": "knob", **describe(knob)} for name, knob in entries]}
+    return {"object": "list", "dose": front.admission.dose, "data": [describe(name, knob) for name, knob in entries]}
 
 
 def _add_routes(app: Any) -> None:

@@ -1,0 +1,165 @@
+"""Errors as OpenAI's interface has them, whatever went wrong: what a client is told, and what stays in the log."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.responses import JSONResponse
+
+from trimtab.errors import AdapterError, EngineError, KnobError, OptionError, RenderError, UnknownName, brief, printable
+
+RETRY_AFTER = {"Retry-After": "1"}
+"""Seconds after which a refusal for want of room may be over."""
+SHOWN = 3
+"""Flaws of one request that are told at once."""
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_LOG = logging.getLogger("trimtab.serve")
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not what was asked for."""
+
+    error: ErrorDetail
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": said}
+    for status, said in {
+        400: "What is asked for cannot be done; the message says why",
+        404: "There is nothing of that name",
+        429: "There is no room for the request now",
+        500: "A failure of the server; the message does not say more than where to look",
+        503: "No request is answered now, or the time for this one is up",
+        "4XX": "Refused before anybody looked at what was asked for: by key, host, length, speed or type of the body",
+    }.items()
+}
+"""What every route may answer in place of what was asked for."""
+
+
+class ApiError(HTTPException):
+    """A request that is not answered: the status, and what the client is told."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.body = error_body(status, message, param=param, code=code)
+
+
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's form, with the type that goes with a status."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def unexpected() -> ApiError:
+    """Log the error that is being handled, and return what a client may be told of it: nothing but where to look."""
+    name = secrets.token_hex(6)
+    _LOG.exception("Failure %s", name)
+    return ApiError(500, f"Something went wrong in the server. Its log says more, under {name}.", code="internal_error")
+
+
+def unavailable(message: str) -> ApiError:
+    """Return the refusal of a server that cannot answer now."""
+    return ApiError(503, message, code="unavailable", headers=RETRY_AFTER)
+
+
+def refused(error: Exception, param: str | None = None) -> ApiError:
+    """Return what a client is told of one of Trimtab's own errors."""
+    return unavailable(str(error)) if isinstance(error, EngineError) else ApiError(400, str(error), param=param)
+
+
+REFUSALS = (OptionError, UnknownName, RenderError, KnobError, AdapterError)
+"""Trimtab's errors that a request is to blame for."""
+
+
+def respond(error: ApiError) -> JSONResponse:
+    """Return an error as a response."""
+    return JSONResponse(error.body, error.status_code, headers=error.headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let every error of a route, and every request without one, be answered in OpenAI's form."""
+
+    async def own(_: Request, error: Exception) -> JSONResponse:
+        return respond(error if isinstance(error, ApiError) else refused(error))
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        return respond(_said(request, cast(AnyHTTPException, error)))
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        return respond(_flaws(cast(RequestValidationError, error).errors()))
+
+    for kind in (ApiError, EngineError, *REFUSALS):
+        app.add_exception_handler(kind, own)
+    app.add_exception_handler(AnyHTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _said(request: Request, error: AnyHTTPException) -> ApiError:
+    path, message, headers = printable(request.url.path[:200]), str(error.detail), error.headers
+    if error.status_code == 404:
+        message = f"There is nothing at {path}. /openapi.json lists what there is."
+    elif error.status_code == 405:
+        allowed = _methods(request) or (headers or {}).get("Allow", "")
+        message, headers = f"{path} takes {allowed}; got {printable(request.method[:20])}.", {"Allow": allowed}
+    return ApiError(error.status_code, message, headers=headers)
+
+
+def _methods(request: Request) -> str:
+    """Return the methods of a path, of which the router knows those of one route only."""
+    route = request.scope.get("route")
+    paths: Mapping[str, Mapping[str, Any]] = cast(FastAPI, request.app).openapi()["paths"]
+    known = paths.get(route.path_format, {}) if isinstance(route, APIRoute) else {}
+    return ", ".join(sorted(method.upper() for method in known))
+
+
+def _flaws(errors: Sequence[Any]) -> ApiError:
+    """Tell what is wrong with a body in a few sentences, and the first flaw's place as `param`."""
+    told = [_flaw(error) for error in errors[:SHOWN]]
+    return ApiError(400, " ".join(message for message, _ in told), param=told[0][1])
+
+
+def _flaw(error: Mapping[str, Any]) -> tuple[str, str | None]:
+    context = error.get("ctx") or {}
+    place = _place(cast(Sequence[str | int], error["loc"])[1:])  # the first part says that it is the body
+    if error["type"] == "said":
+        return f"{place + ': ' if place else ''}{error['msg']}", place or context["param"]
+    got = "" if error["type"] == "missing" else f"; got {brief(error['input'])}"
+    words = str(error["msg"])
+    return f"{place or 'The body'}: {words[:1].lower()}{words[1:]}{got}.", place or None
+
+
+def _place(parts: Sequence[str | int]) -> str:
+    """Write where in a body a flaw is, such as `messages[0].content`; parts with a tilde name a choice of types."""
+    place = ""
+    for part in parts:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif not part.startswith("~"):
+            place += f".{part}" if place else part
+    return printable(place)[:200]

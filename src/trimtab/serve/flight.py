@@ -1,0 +1,166 @@
+"""Answers in flight: how many there may be, their steps as they come, and their end where nobody waits any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+from starlette.types import Receive
+
+from trimtab.engines.continuous.requests import Request, Step
+from trimtab.serve.engine import Engine
+from trimtab.serve.errors import RETRY_AFTER, ApiError, unavailable
+from trimtab.serve.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on."""
+
+    requests: int = 64
+    """Answers that a step of the engine holds."""
+    queue: int = 256
+    """Answers that may wait for that; those of one request count one by one."""
+    seconds: float = 600.0
+    """Time for a request, from when it was read to its last byte."""
+    knob_bytes: int = 2**28
+    """Longest knob file that is taken."""
+
+
+class ClientGone(Exception):
+    """The client has closed its connection, and nobody is left to answer."""
+
+
+class Desk:
+    """Takes on requests while there is room for their answers."""
+
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, draining: Callable[[], bool]) -> None:
+        self.engine, self.limits, self.metrics = engine, limits, metrics
+        self._draining = draining
+        self.flying = 0
+        metrics.in_flight.set_function(lambda: self.flying)
+        metrics.waiting.set_function(lambda: max(0, self.flying - limits.requests))
+
+    def check_open(self) -> None:
+        """Raise `ApiError` where no request is answered any more."""
+        if self._draining():
+            raise unavailable("The server is about to stop, and answers only what it has begun.")
+        if not self.engine.alive:
+            raise unavailable("The engine has stopped. The server has to be started again.")
+
+    def take(self, answers: int, receive: Receive) -> Flight:
+        """Return a flight with room for some answers, a context that is left at its end; raises `ApiError`."""
+        self.check_open()
+        room = self.limits.requests + self.limits.queue
+        if answers > room:
+            raise ApiError(400, f"{answers} answers are asked for at once; this server takes up to {room}.", param="n")
+        if self.flying + answers > room:
+            raise ApiError(
+                429,
+                f"{self.flying} answers are being made or wait, and {answers} more would be beyond the {room} that "
+                "this server takes. Try again in a while.",
+                code="busy",
+                headers=RETRY_AFTER,
+            )
+        return Flight(self, answers, receive)
+
+
+class Flight:
+    """The answers of one HTTP request, numbered from 0: from when there was room for them until all are over."""
+
+    def __init__(self, desk: Desk, answers: int, receive: Receive) -> None:
+        self._desk, self._places = desk, answers
+        desk.flying += answers
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
+        self._started = False  # whether a step has come
+        self._names: dict[int, str] = {}  # of answers that are not over
+        self._steps: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
+        self._fate = "cancelled"
+        self._watch = self._loop.create_task(self._watch_client(receive))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hand the requests to the engine, one for each answer."""
+        for index, request in enumerate(requests):
+            self._names[index] = self._desk.engine.submit(request, partial(self._deliver, index))
+            self._desk.metrics.prompt_tokens.inc(len(request.ids))
+
+    @property
+    def going(self) -> bool:
+        """Whether there is an answer that is not over."""
+        return bool(self._names)
+
+    async def next(self) -> tuple[int, Step]:
+        """Return the next step of an answer that is not over; raises `ClientGone`."""
+        while True:
+            came = await self._steps.get()
+            if came is None:
+                raise ClientGone
+            index, step = came
+            if index in self._names:
+                if not self._started:
+                    self._started = True
+                    self._desk.metrics.first_token.observe(self._loop.time() - self._begun)
+                if step.token is not None:
+                    self._desk.metrics.completion_tokens.inc()
+                return came
+
+    def end(self, index: int, ending: str) -> None:
+        """Count an answer as over, whatever the engine thinks of it; its place is free."""
+        self._desk.engine.cancel(self._names.pop(index))
+        self._desk.metrics.answers.labels(ending).inc()
+        self._places -= 1
+        self._desk.flying -= 1
+
+    @asynccontextmanager
+    async def limited(self) -> AsyncGenerator[None]:
+        """Hold what happens within against the time limit; raises `ApiError`.
+
+        It is a 503, which OpenAI's clients try again. That helps where the request has only waited; where its answer
+        was being made it would take as long again, and they are told not to.
+        """
+        seconds = self._desk.limits.seconds
+        limit = asyncio.timeout_at(self._begun + seconds)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self._fate = "timeout"
+            what = "The answer was not complete" if self._started else "The answer had not begun"
+            headers = {**RETRY_AFTER, **({"x-should-retry": "false"} if self._started else {})}
+            hint = "Ask for fewer tokens (max_tokens)." if self._started else "Try again in a while."
+            raise ApiError(
+                503, f"{what} within {seconds:g} seconds. {hint}", code="time_limit", headers=headers
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watch.cancel()
+        if self.going or self._places == 0:
+            self._desk.metrics.duration.observe(self._loop.time() - self._begun)
+        for index in list(self._names):
+            self.end(index, self._fate)
+        self._desk.flying -= self._places  # those that never came to the engine
+        self._places = 0
+
+    def _deliver(self, index: int, step: Step) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            self._loop.call_soon_threadsafe(self._steps.put_nowait, (index, step))
+
+    async def _watch_client(self, receive: Receive) -> None:
+        """Give up as soon as the client has gone, also while its request waits."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if self._places:
+            self._desk.metrics.disconnects.inc()
+        for index in list(self._names):
+            self.end(index, "cancelled")
+        self._steps.put_nowait(None)

@@ -1,0 +1,138 @@
+"""The routes that list models, panels and knobs, and for whoever holds the admin key put knobs in and take them out."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from trimtab.artifact import AnyKnob, load_knob
+from trimtab.engines.listing import describe, explain
+from trimtab.errors import KnobError, UnknownName, brief, unknown_name
+from trimtab.serve.engine import Engine
+from trimtab.serve.errors import RESPONSES, ApiError, ErrorBody
+from trimtab.serve.replies import (
+    Deleted,
+    KnobCard,
+    KnobEntry,
+    KnobList,
+    ModelEntry,
+    ModelList,
+    PanelEntry,
+    PanelList,
+    reply,
+)
+from trimtab.serve.server import Here
+
+BYTES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+ADMIN: dict[int | str, dict[str, Any]] = {403: {"model": ErrorBody, "description": "This takes the admin key"}}
+
+
+router = APIRouter(responses=RESPONSES)
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def list_models(here: Here) -> Response:
+    """List the model, and a name for each of its panels."""
+    names = here.catalogue.names
+    return reply(ModelList(object="list", data=[here.catalogue.entry(name) for name in names]))
+
+
+@router.get("/v1/models/{id:path}", response_model=ModelEntry)
+async def get_model(id: str, here: Here) -> Response:
+    """Say what a model's name stands for."""
+    return reply(here.catalogue.entry(id))
+
+
+@router.get("/v1/panels", response_model=PanelList)
+async def list_panels(here: Here) -> Response:
+    """List the panels with their settings."""
+    panels = here.catalogue.panels.items()
+    entries = [PanelEntry(id=name, object="panel", knobs=dict(setting)) for name, setting in panels]
+    return reply(PanelList(object="list", data=entries))
+
+
+@router.get("/v1/knobs", response_model=KnobList)
+async def list_knobs(here: Here) -> Response:
+    """List the knobs that requests can turn, and what becomes of strengths outside their safe ranges."""
+    admission, directions = here.engine.admission, set(here.engine.directions)
+    entries = [KnobEntry(**describe(name, knob, projects=name in directions)) for name, knob in admission.knobs.items()]
+    return reply(KnobList(object="list", dose=admission.dose, data=entries))
+
+
+@router.get("/v1/knobs/{id:path}", response_model=KnobCard)
+async def get_knob(id: str, here: Here) -> Response:
+    """Tell where a knob comes from, and what was measured of it."""
+    return reply(_card(here.engine, id, _known(here.engine, id)))
+
+
+@router.put("/v1/knobs/{id:path}", response_model=KnobCard, responses=ADMIN, openapi_extra=BYTES)
+async def put_knob(id: str, request: Request, here: Here) -> Response:
+    """Load a knob file, which is the body, under a name; requests in flight keep what had it."""
+    _check_admin(request)
+    async with here.loading:
+        data = await _read(request, here.desk.limits.knob_bytes)
+        knob = await run_in_threadpool(_load, here.engine, id, data)
+    return reply(_card(here.engine, id, knob))
+
+
+@router.delete("/v1/knobs/{id:path}", response_model=Deleted, responses=ADMIN)
+async def delete_knob(id: str, request: Request, here: Here) -> Response:
+    """Take a knob's name away; requests in flight keep the knob."""
+    _check_admin(request)
+    try:
+        await run_in_threadpool(here.engine.unload, id)
+    except UnknownName as error:
+        raise ApiError(404, str(error), param="id") from None
+    return reply(Deleted(id=id, object="knob", deleted=True))
+
+
+def _known(engine: Engine, name: str) -> AnyKnob:
+    knobs = engine.admission.knobs
+    if name not in knobs:
+        raise ApiError(404, str(unknown_name("knob", name[:100], knobs)), param="id")
+    return knobs[name]
+
+
+def _card(engine: Engine, name: str, knob: AnyKnob) -> KnobCard:
+    return KnobCard(**describe(name, knob, projects=name in engine.directions), **explain(knob))
+
+
+def _check_admin(request: Request) -> None:
+    """Let those pass whom the guard in front of this application has found to hold the admin key."""
+    if request.scope.get("state", {}).get("admin") is not True:
+        raise ApiError(403, "Only the admin key can change which knobs there are.", code="admin_only")
+
+
+async def _read(request: Request, longest: int) -> bytes:
+    """Return the body; raises `ApiError` for one that is longer than a knob may be."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > longest:
+            raise ApiError(413, f"A knob file has at most {longest} bytes here.")
+    return bytes(data)
+
+
+def _load(engine: Engine, name: str, data: bytes) -> AnyKnob:
+    """Read a knob from the bytes of its file, and give it to the engine; raises `KnobError` that names no path."""
+    with tempfile.TemporaryDirectory(prefix="trimtab-", ignore_cleanup_errors=True) as folder:  # for this user only
+        path = Path(folder, "uploaded.safetensors")
+        path.write_bytes(data)
+        try:
+            knob = load_knob(path)
+        except KnobError as error:
+            told = str(error).removeprefix(f"Cannot load a knob from {brief(str(path), 240)}: ")
+            raise KnobError(f"The body is no knob file: {told.replace(folder, '...')}") from None
+        engine.load(name, knob)  # while the file is there: large tensors are read from it
+    return knob
