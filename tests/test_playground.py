@@ -311,6 +311,29 @@ def test_stop_ends_both_answers(page: Page) -> None:
     assert len(waiting) == 2
 
 
+def test_a_knob_turned_while_answers_are_written_drops_the_steered_one_only(page: Page) -> None:
+    held: list[Route] = []
+
+    def hold_all_that_are_not_steered(route: Route) -> None:
+        if route.request.post_data_json["knobs"]:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/v1/chat/completions", hold_all_that_are_not_steered)
+    send(page)
+    expect(page.locator("#steered .meta")).to_have_text("waiting")
+    page.get_by_role("button", name="careful").click()
+    expect(page.locator("#steered .meta")).to_contain_text("complete")
+    expect(page.locator("#base .meta")).to_have_text("waiting")
+    expect(page.locator("#difference")).to_be_hidden()
+    for route in held:
+        route.continue_()
+    expect(page.locator("#base .meta")).to_contain_text("complete")
+    expect(page.locator("#difference")).to_be_visible()
+    expect(page.locator("#steered .setting")).to_have_text("math 1, concise −0.5")
+
+
 def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(page: Page) -> None:
     page.get_by_label("Prompt").fill("pens " * 2000)
     send(page)
