@@ -35,8 +35,12 @@ def playground() -> Iterator[str]:
     """Serve the knobs math and concise, which are tuned, and plain, which is not, and the panels careful and short."""
     with subprocess.Popen([sys.executable, str(SERVER)], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield server.stdout.readline().strip()
-        server.terminate()
+        try:
+            url = server.stdout.readline().strip()
+            assert url, "the server did not start"
+            yield url
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +313,7 @@ def test_stop_ends_both_answers(page: Page) -> None:
         expect(page.locator(f"#{answer} .meta")).to_have_text("stopped")
     expect(page.locator("#announce")).to_have_text("Stopped.")
     assert len(waiting) == 2
+    page.unroute_all(behavior="ignoreErrors")
 
 
 def test_a_knob_turned_while_answers_are_written_drops_the_steered_one_only(page: Page) -> None:
@@ -332,6 +337,22 @@ def test_a_knob_turned_while_answers_are_written_drops_the_steered_one_only(page
     expect(page.locator("#base .meta")).to_contain_text("complete")
     expect(page.locator("#difference")).to_be_visible()
     expect(page.locator("#steered .setting")).to_have_text("math 1, concise −0.5")
+
+
+def test_an_answer_that_is_dropped_says_no_more(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/v1/chat/completions", lambda route: held.append(route))
+    send(page)
+    expect(page.locator("#steered .meta")).to_have_text("waiting")
+    page.locator("#steered .meta").evaluate(
+        "meta => { window.said = []; new MutationObserver(() => said.push(meta.textContent))"
+        ".observe(meta, { childList: true }) }"
+    )
+    with page.expect_request("**/v1/chat/completions"):
+        page.get_by_role("button", name="careful").click()
+    page.wait_for_timeout(100)  # for what must not happen
+    assert page.evaluate("said") == ["waiting"]
+    page.unroute_all(behavior="ignoreErrors")
 
 
 def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(page: Page) -> None:
