@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's interface with knobs per request, and the playground."""
