@@ -344,6 +344,14 @@ def test_streams_that_break_are_errors_of_their_own(fake: Fake, stream: bytes, k
     assert len(made.errors[kind].first) <= 320
 
 
+def test_what_a_server_says_does_not_repeat_the_key(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    fake.refusals = [(401, {}, '{"error": {"message": "Incorrect key: secret"}}')]
+    fake.stream = b'data: {"error": {"message": "no secret"}}\n\n'
+    made = ask(fake, requests=2, concurrency=1)
+    assert [failure.first for failure in made.errors.values()] == ["Incorrect key: ***", "no ***"]
+
+
 def test_an_answer_that_is_no_stream_is_an_error(fake: Fake) -> None:
     fake.kind, fake.stream = "application/json", b'{"choices": []}'
     assert set(ask(fake, requests=1).errors) == {"no stream"}
@@ -422,10 +430,13 @@ def test_something_else_at_the_address_is_a_plain_error(fake: Fake, models: Any,
 
 def test_a_refused_key_is_a_plain_error_without_the_key(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    fake.models = (403, {}, "{}")
+    fake.models = (403, {}, '{"error": {"message": "secret is no key"}}')
     with pytest.raises(OptionError, match="refuses the key in") as error:
         ask(fake)
     assert "secret" not in str(error.value)
+    fake.models = (500, *fake.models[1:])
+    with pytest.raises(OptionError, match=r"answers 500 \(\*\*\* is no key\)"):
+        ask(fake)
 
 
 def test_a_server_without_a_list_of_its_own_is_asked_for_the_model_that_is_named(fake: Fake) -> None:

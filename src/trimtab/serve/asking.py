@@ -25,9 +25,9 @@ SAID_LIMIT = 2**16
 class _Failed(Exception):
     """A request came to nothing: the kind of error, and what was said of it."""
 
-    def __init__(self, kind: str, said: str) -> None:
+    def __init__(self, kind: str, said: str | bytes) -> None:
         super().__init__(kind, said)
-        self.kind, self.said = kind, said
+        self.kind, self.said = kind, said if isinstance(said, bytes) else said.encode()
 
 
 async def ask(
@@ -49,7 +49,7 @@ async def ask(
                 outcome.retries += 1
                 await asyncio.sleep(wait)
     except _Failed as failure:
-        outcome.fail(failure.kind, failure.said)
+        outcome.fail(failure.kind, message(client, failure.said))
     except TimeoutError:
         outcome.disconnected = cut == 0
         if not outcome.disconnected:
@@ -65,9 +65,9 @@ async def _attempt(client: AsyncClient, url: str, body: bytes, outcome: Outcome,
         if response.status_code == FULL:
             return _wait(response.headers.get("retry-after", ""))
         if response.status_code != 200:
-            raise _Failed(f"HTTP {response.status_code}", said(await start_of(response)))
+            raise _Failed(f"HTTP {response.status_code}", await start_of(response))
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
-            raise _Failed("no stream", said(await start_of(response)))
+            raise _Failed("no stream", await start_of(response))
         await _read(response, outcome, cut)
     return None
 
@@ -101,7 +101,7 @@ def _take(data: bytes, outcome: Outcome, now: float) -> None:
     try:
         event: Any = json.loads(data)
         if event.get("error") is not None:
-            raise _Failed("error in the stream", said(data))
+            raise _Failed("error in the stream", data)
         for choice in (event.get("choices") or [])[:1]:
             delta = choice.get("delta") or choice
             if delta.get("content") or delta.get("reasoning_content") or delta.get("text"):
@@ -109,7 +109,7 @@ def _take(data: bytes, outcome: Outcome, now: float) -> None:
             outcome.finished |= choice.get("finish_reason") is not None
         count = (event.get("usage") or {}).get("completion_tokens")
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise _Failed("broken stream", brief(data[:300].decode("utf-8", "replace"), 300)) from None
+        raise _Failed("broken stream", data) from None
     if type(count) is int:
         outcome.tokens = count
 
@@ -128,8 +128,11 @@ async def start_of(response: Response) -> bytes:
     return found[:SAID_LIMIT]
 
 
-def said(data: bytes) -> str:
-    """Return the message in an error's body, or what there is of a body without one, on one short line."""
+def message(client: AsyncClient, data: bytes) -> str:
+    """Return the message in an error's body, or what there is of a body without one, on one short line.
+
+    The key of the client is taken out of it: some servers repeat the one that they refuse.
+    """
     text = data.decode("utf-8", "replace")
     try:
         body: Any = json.loads(text)
@@ -137,5 +140,7 @@ def said(data: bytes) -> str:
         text = str(found["message"] if isinstance(found, dict) else found or text)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
+    key = client.headers.get("authorization", "").removeprefix("Bearer ")
+    text = text.replace(key, "***") if key else text
     text = " ".join(printable(text.replace("\n", " ")).split())
     return text if len(text) <= 300 else text[:297] + "..."

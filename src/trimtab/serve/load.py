@@ -18,7 +18,7 @@ from trimtab.errors import MissingDependency, OptionError, TrimtabWarning, brief
 from trimtab.prefworld.families import FAMILIES
 from trimtab.prefworld.items import Draw
 from trimtab.prefworld.words import OBJECTS, SORTABLE
-from trimtab.serve.asking import ask, said, start_of
+from trimtab.serve.asking import ask, message, start_of
 from trimtab.serve.figures import Figures, Outcome, figures
 from trimtab.types import Setting, check_seed
 
@@ -258,17 +258,18 @@ async def _model(client: AsyncClient, load: Load) -> str:
             f"Nothing answers at {load.url} ({why}). Pass the URL of a running server, as in {EXAMPLE}."
         ) from None
     if status in (401, 403):
-        have = "refuses the key in" if KEY_VARIABLE in os.environ else "wants a key, and there is none in"
+        have = "refuses the key in" if "authorization" in client.headers else "wants a key, and there is none in"
         raise OptionError(f"{url} {have} the environment variable {KEY_VARIABLE} ({status}).")
     if status != 200:
         raise OptionError(
-            f"{url} answers {status} ({said(data)}). Pass the base URL of an OpenAI-compatible server, as in {EXAMPLE}."
+            f"{url} answers {status} ({message(client, data)}). Pass the base URL of an OpenAI-compatible server, as "
+            f"in {EXAMPLE}."
         )
     try:
         body: Any = json.loads(data)
         names = [str(model["id"]) for model in body["data"]]
     except (ValueError, LookupError, TypeError, RecursionError):
-        raise OptionError(f"{url} answers with something that is no list of models: {said(data)}") from None
+        raise OptionError(f"{url} answers with something that is no list of models: {message(client, data)}") from None
     if not names and load.model is None:
         raise OptionError(f"{url} lists no model. Name the one to ask.")
     return names[0] if load.model is None else load.model
