@@ -28,7 +28,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Packages behind an extra: imported in one place, when used.
-OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "vllm", "gguf", "lm_eval", "pyarrow", "optuna"}
+OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "httpx", "vllm", "gguf", "lm_eval", "pyarrow", "optuna"}
 
 # A plug-in is loaded by those who have its host, and a class needs its base when it is made.
 PLUGINS = {"evals/lm_eval.py": "lm_eval"}
@@ -159,14 +159,15 @@ def test_the_runtime_never_pulls_in_training_learning_or_evaluation() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("arguments", [["--help"], ["learn", "--help"], ["generate", "--help"], ["demo", "--help"]])
-def test_help_does_not_import_torch(arguments: list[str]) -> None:
+@pytest.mark.parametrize("verb", ["", "learn", "generate", "bench", "demo"])
+def test_help_does_not_import_torch(verb: str) -> None:
+    arguments = [*verb.split(), "--help"]
     loaded = modules_after(
         f"import sys\nsys.argv = ['trimtab', *{arguments}]\nfrom trimtab.cli import main\n"
         "try:\n    code = main()\nexcept SystemExit as stop:\n    code = stop.code\nassert not code, code"
     )
     assert "trimtab.cli" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "matplotlib"}
+    assert not loaded & {"torch", "transformers", "numpy", "matplotlib", "httpx"}
 
 
 @pytest.mark.quick
