@@ -30,12 +30,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import httpx  # noqa: E402
 import torch  # noqa: E402
-from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
 import pico  # noqa: E402
 import trimtab  # noqa: E402
 from served import Served, served  # noqa: E402
 from trimtab.artifact import DeltaKnob, LowRank, Rack  # noqa: E402
+from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
 PAGE = ROOT / "docs" / "serving.md"
 MARKS = "<!-- measured: written by scripts/serving.py -->", "<!-- end of what was measured -->"

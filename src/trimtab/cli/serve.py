@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from trimtab.cli import options
-from trimtab.cli.sources import load_knobs, named_file, open_model, vllm_options
+from trimtab.cli.sources import load_knobs, load_offer, named_file, open_model, vllm_options
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
 
