@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 
 import torch
@@ -46,7 +46,9 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
         self._fails_at, self._ending = fails_at, ending
-        self._live: set[str] = set()
+        self._held_at: int | None = None
+        self._held = threading.Event()
+        self._live: dict[str, threading.Event] = {}  # set once a request is given up
         self._numbers = count()
         for name, knob in (knobs or {}).items():
             self.load(name, knob)
@@ -66,13 +68,13 @@ class FakeEngine:
             raise OptionError("It does not fit.")
         name = f"request-{next(self._numbers)}"
         self.requests[name] = request
-        self._live.add(name)
-        threading.Thread(target=self._run, args=(name, request, deliver), daemon=True).start()
+        self._live[name] = left = threading.Event()
+        threading.Thread(target=self._run, args=(name, request, deliver, left), daemon=True).start()
         return name
 
     def cancel(self, name: str) -> None:
         if name in self._live:
-            self._live.discard(name)
+            self._live.pop(name).set()
             self.cancelled.append(name)
 
     def load(self, name: str, knob: AnyKnob) -> None:
@@ -83,22 +85,26 @@ class FakeEngine:
     def unload(self, name: str) -> None:
         self.admission.drop(name)
 
-    def _run(self, name: str, request: Request, deliver: Callable[[Step], None]) -> None:
+    def _run(self, name: str, request: Request, deliver: Callable[[Step], None], left: threading.Event) -> None:
         ids = self.tokens(self._say(request))
         cut = len(ids) > request.max_new_tokens
-        for i, step in enumerate(self._steps(request, ids[: request.max_new_tokens], "length" if cut else "")):
+        for i, step in enumerate(self.steps_of(request, ids[: request.max_new_tokens], "length" if cut else "")):
+            if i == self._held_at:
+                self._held.set()
+                left.wait(20)
             self.gate.wait(20)
-            if name not in self._live:
+            if left.is_set():
                 return
             if i == self._fails_at:
                 step = Step(None, "error", "The model's probabilities are not finite numbers.")
             if step.ending:
-                self._live.discard(name)
+                self._live.pop(name, None)
             deliver(step)
             if step.ending:
                 return
 
-    def _steps(self, request: Request, ids: Sequence[int], last: Ending) -> list[Step]:
+    def steps_of(self, request: Request, ids: Sequence[int], last: Ending) -> Iterable[Step]:
+        """Return the steps of an answer; without a `last` ending there is one more step, for it."""
         steps: list[Step] = []
         for i, token in enumerate(ids):
             wanted = request.sampling.logprobs
@@ -107,6 +113,11 @@ class FakeEngine:
             along = dict.fromkeys(self.directions, 0.25 * i) if request.projections else {}
             steps.append(Step(Token(token, logprob, top, along), last if i == len(ids) - 1 else ""))
         return steps if last else [*steps, Step(None, self._ending)]
+
+    def hold_at(self, step: int) -> threading.Event:
+        """Stop every answer before a step until it is given up; return what is set once an answer has come so far."""
+        self._held_at = step
+        return self._held
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text, one for every byte."""

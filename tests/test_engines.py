@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -314,6 +315,29 @@ def test_a_name_that_was_dropped_is_unknown() -> None:
     for call in (lambda: desk.drop("untuned"), lambda: desk.admit({"untuned": 1})):
         with pytest.raises(UnknownName, match="Unknown knob 'untuned'"):
             call()
+
+
+def test_knobs_that_change_while_a_request_is_admitted_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, other = desk_with("free"), pico.knob(1, seed=99)
+    held = desk.knobs
+    putting = threading.Thread(target=desk.put, args=("all", other))
+
+    def plan(*arguments: Any) -> Plan:
+        putting.start()
+        putting.join(0.1)
+        assert putting.is_alive()
+        return plan_request(*arguments)
+
+    monkeypatch.setattr("trimtab.engines.admission.plan_request", plan)
+    first = desk.admit({"all": 1.0})
+    putting.join(10)
+    monkeypatch.undo()
+    second = desk.admit({"all": 1.0})
+    assert first is not None
+    assert second is not None
+    assert first.keys != second.keys  # nothing of the old knob was kept under its name
+    assert desk.knobs["all"] is other
+    assert held["all"] is not other  # whoever goes through the knobs has a list that stays as it is
 
 
 @pytest.mark.parametrize(
@@ -845,6 +869,7 @@ def test_the_list_of_knobs_says_what_a_client_needs() -> None:
     assert [entry["id"] for entry in entries] == [*WHERES, "w", "v"]
     assert entries[0]["layer"] == KNOBS["all"].site.layer
     assert entries[-1]["kind"] == "delta"
+    assert (entries[0]["gain"], entries[0]["projects"]) == (1.0, False)
 
 
 def test_an_order_to_load_names_a_knob_and_a_file() -> None:

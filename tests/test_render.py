@@ -183,6 +183,18 @@ def test_decoded_text_has_no_special_tokens() -> None:
     assert renderer().decode(renderer().full(asked(), "a").ids) == "\nWhy?\n\na\n"
 
 
+def test_a_token_has_its_text_alone_with_its_space_and_special_tokens_have_their_names() -> None:
+    r = renderer()
+    texts = [r.token_text(token) for token in r.tokenizer.encode("a \u00e9", add_special_tokens=False)]
+    assert texts == ["a", " ", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"]
+    assert r.token_text(pico.END) == "<|end|>"
+    core = Tokenizer(models.BPE(vocab={"\u2581": 0, "a": 1, "\u2581a": 2}, merges=[("\u2581", "a")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces = Renderer(PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False))
+    assert pieces.decode([2]) == "a"  # whose space a decoder drops at the start of a text
+    assert [pieces.token_text(token) for token in (0, 1, 2)] == [" ", "a", " a"]
+
+
 @pytest.mark.parametrize(
     ("side", "mask"), [("left", [[0, 0, 1], [1, 1, 1]]), ("right", [[1, 0, 0], [1, 1, 1]])], ids=["left", "right"]
 )

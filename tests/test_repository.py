@@ -28,10 +28,15 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Packages behind an extra: imported in one place, when used.
-OPTIONAL = {"trl", "datasets", "peft", "fastapi", "uvicorn", "httpx", "vllm", "gguf", "lm_eval", "pyarrow", "optuna"}
+SERVING = {"fastapi", "uvicorn", "prometheus_client", "httpx"}
+OPTIONAL = {"trl", "datasets", "peft", "vllm", "gguf", "lm_eval", "pyarrow", "optuna"} | SERVING
 
 # A plug-in is loaded by those who have its host, and a class needs its base when it is made.
 PLUGINS = {"evals/lm_eval.py": "lm_eval"}
+
+# The server is loaded by whoever serves, and nothing else needs what it stands on.
+SERVER = "serve/"
+ONLY_SERVED = SERVING | {"starlette", "pydantic", "pydantic_core", "anyio"}
 
 # What must work without training, learning or evaluation, and what those are.
 RUNTIME = ("runtime", "positions", "thoughts", "artifact", "adapter", "ops", "types", "files", "errors")
@@ -110,10 +115,20 @@ def test_every_module_imports(path: Path) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_no_module_loads_an_optional_package_before_it_is_used(path: Path) -> None:
-    allowed = PLUGINS.get(path.relative_to(PACKAGE).as_posix())
+    here = path.relative_to(PACKAGE).as_posix()
+    allowed = SERVING if here.startswith(SERVER) else {PLUGINS.get(here)}
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = [hit for hit in imports_on_load(tree) if hit[1] in OPTIONAL - {allowed}]
+    found = [hit for hit in imports_on_load(tree) if hit[1] in OPTIONAL - allowed]
     assert not found, f"{path.name}: import {found} inside the function that needs it"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_only_the_server_stands_on_web_frameworks(path: Path) -> None:
+    served = path.relative_to(PACKAGE).as_posix().startswith(SERVER)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {name for _, name in imports_on_load(tree)} & ONLY_SERVED
+    assert served or not found, f"{path.name} imports {found}"
 
 
 @pytest.mark.quick

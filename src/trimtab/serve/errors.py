@@ -121,7 +121,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _said(request: Request, error: AnyHTTPException) -> ApiError:
-    path, message, headers = printable(request.url.path[:200]), str(error.detail), error.headers
+    path, message, headers = printable(request.scope["path"][:200]), str(error.detail), error.headers
     if error.status_code == 404:
         message = f"There is nothing at {path}. /openapi.json lists what there is."
     elif error.status_code == 405:
