@@ -2,8 +2,8 @@
 
     python tests/guarded.py '{"settings": {"body_seconds": 1}, "patience": {"headers": 1}, "serve": {"drain": 5}}'
 
-Keys come from TRIMTAB_API_KEY and TRIMTAB_ADMIN_KEY. POST /v1/wait answers after `seconds`, POST /v1/stream sends `count`
-chunks of `size` bytes, one per `seconds`, GET /v1/running counts both, and POST /v1/die lets the engine be dead.
+Keys come from the environment. POST /v1/wait answers after `seconds`, POST /v1/stream sends `count` chunks of `size`
+bytes, one per `seconds`, GET /v1/running counts both, and POST /v1/die lets the engine be dead.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def main(options: dict[str, Any]) -> int:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.post("/v1/chat/completions")
+    @app.post("/v1/completions")
+    async def complete() -> dict[str, str]:
+        return {}
 
     @app.get("/v1/client")
     async def client(request: Request) -> dict[str, Any]:

@@ -448,7 +448,7 @@ def test_a_port_that_is_taken_is_told_without_a_traceback() -> None:
 
 @pytest.mark.parametrize("port", [-1, 65536])
 def test_a_port_that_is_none_is_refused(port: int) -> None:
-    with pytest.raises(OptionError, match="0 .* to 65535"):
+    with pytest.raises(OptionError, match=r"0 .* to 65535"):
         bind("127.0.0.1", port)
 
 
