@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +30,8 @@ import torch  # noqa: E402
 
 import pico  # noqa: E402
 import trimtab  # noqa: E402
-from served import Served, served  # noqa: E402
+from flood import Case, flood, under_load  # noqa: E402
+from served import served  # noqa: E402
 from trimtab.artifact import DeltaKnob, LowRank, Rack  # noqa: E402
 from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
@@ -60,7 +58,7 @@ def main() -> None:
         words = knob_words(folder)
         parts = [facts()]
         if "flood" in wanted:
-            parts.append(flood(words, folder, args.requests))
+            parts.append(crowd(words, folder, args.requests))
         if "speed" in wanted:
             parts.append(speeds(words, folder, args.rounds))
         if "stops" in wanted:
@@ -115,16 +113,6 @@ def low_rank(model: Any, seed: int, name: str) -> DeltaKnob:
     return DeltaKnob(name, "random", parts)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A request, and the answer of plain transformers to it."""
-
-    prompt: str
-    setting: dict[str, float]
-    tokens: int
-    expected: str
-
-
 def cases(folder: Path, words: Sequence[str]) -> list[Case]:
     """Draw distinct requests, and answer each by itself with `trimtab.generate`: transformers, hooks and no server."""
     rng = random.Random(0)
@@ -144,35 +132,25 @@ def cases(folder: Path, words: Sequence[str]) -> list[Case]:
     return found
 
 
-# Ten thousand requests
-
-
-@dataclass
-class Flood:
-    """What came of the requests."""
-
-    same: int = 0
-    cut: int = 0
-    beginnings: int = 0
-    """Answers that were cut off, of which some text had come, and was right."""
-    wrong: Counter[str] | None = None
-    memory: list[float] | None = None
-
-
-def flood(words: Sequence[str], folder: Path, count: int) -> str:
+def crowd(words: Sequence[str], folder: Path, count: int) -> str:
     """Send the requests, and compare every answer."""
     drawn = cases(folder, words)
+
+    def tell(number: int) -> None:
+        if number % 1000 == 0:
+            say(f"{number} requests")
+
     bare = sum(not case.setting for case in drawn)
     with served(*words) as server:
         started = time.monotonic()
-        result = asyncio.run(_flood(server, drawn, count))
+        result = asyncio.run(flood(server, drawn, count, at_once=AT_ONCE, cut=CUT, progress=tell))
         seconds = time.monotonic() - started
         status = server.stop()
-    memory = result.memory or [0.0]
+    memory = result.memory
     tenth = max(1, len(memory) // 10)
     first, last = statistics.mean(memory[:tenth]), statistics.mean(memory[-tenth:])
-    wrong = sum((result.wrong or Counter()).values())
-    kinds = "; ".join(f"{n} {what}" for what, n in (result.wrong or Counter()).items()) or "none"
+    wrong = sum(result.wrong.values())
+    kinds = "; ".join(f"{n} {what}" for what, n in result.wrong.items()) or "none"
     return f"""### {count:,} requests, {AT_ONCE} at a time
 
 Drawn from {len(drawn)} distinct ones ({bare} without knobs, the others with one to three of {len(words) // 2 - 1} knobs, weight knobs among
@@ -187,69 +165,6 @@ them), half of them streamed; {CUT:.0%} cut off at random.
 | memory of the server, first tenth and last tenth of the requests | {first:.0f} and {last:.0f} MB |
 | exit status after SIGTERM | {status} |
 | seconds | {seconds:.0f} |"""
-
-
-async def _flood(server: Served, drawn: Sequence[Case], count: int) -> Flood:
-    result, rng = Flood(wrong=Counter(), memory=[]), random.Random(2)
-    numbers = iter(range(count))
-    assert result.wrong is not None
-    assert result.memory is not None
-    async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
-
-        async def worker() -> None:
-            for number in numbers:
-                case = rng.choice(drawn)
-                cut = rng.randrange(6) if rng.random() < CUT else None
-                await _one(client, server.url, case, cut, number % 2 == 0, result)
-                if number % 20 == 0:
-                    result.memory.append(server.memory())
-                if number % 1000 == 0:
-                    say(f"{number} requests, {server.memory():.0f} MB")
-
-        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
-        left = (await client.get(f"{server.url}/metrics")).text
-    flying = [line for line in left.splitlines() if "in_flight" in line and not line.startswith("#")]
-    if flying and float(flying[0].split()[-1]):
-        result.wrong["requests left in flight"] += 1
-    return result
-
-
-async def _one(client: httpx.AsyncClient, url: str, case: Case, cut: int | None, streamed: bool, result: Flood) -> None:
-    body = {
-        "model": "prefworld",
-        "messages": [{"role": "user", "content": case.prompt}],
-        "max_tokens": case.tokens,
-        "temperature": 0,
-        "knobs": case.setting,
-        "stream": streamed or cut is not None,
-    }
-    text, place = "", f"{url}/v1/chat/completions"
-    assert result.wrong is not None
-    try:
-        if not body["stream"]:
-            response = await client.post(place, json=body)
-            text = response.json()["choices"][0]["message"]["content"] if response.status_code == 200 else response.text
-        else:
-            async with client.stream("POST", place, json=body) as response:
-                pieces = 0
-                async for line in response.aiter_lines():
-                    if cut is not None and pieces >= cut:
-                        result.cut += 1
-                        result.beginnings += bool(text)
-                        if not case.expected.startswith(text):
-                            result.wrong["another beginning"] += 1
-                        return
-                    if line.startswith("data: {"):
-                        chunk = json.loads(line[6:])
-                        pieces += 1
-                        text += "".join(c["delta"].get("content") or "" for c in chunk.get("choices", []))
-    except (httpx.HTTPError, KeyError, ValueError) as error:
-        result.wrong[type(error).__name__] += 1
-        return
-    result.same += text == case.expected
-    if text != case.expected:
-        result.wrong["another answer"] += 1
-        say(f"WRONG {case} {text!r}")
 
 
 # Speeds, as ratios in one run
@@ -329,7 +244,7 @@ def stops(words: Sequence[str]) -> str:
     rows: list[str] = []
     for how in (signal.SIGTERM, signal.SIGKILL):
         with served(*words) as server:
-            outcomes = asyncio.run(_under_load(server, [str(prompt) for prompt in prompts], how))
+            outcomes = asyncio.run(under_load(server, [str(prompt) for prompt in prompts], how))
             status = server.process.wait(120)
         said = ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items()))
         rows.append(f"| {how.name} | {said} | {status} |")
@@ -341,42 +256,6 @@ def stops(words: Sequence[str]) -> str:
         )
         rows.append(f"| started again | HTTP {answer.status_code} | {server.stop()} |")
     return "\n".join(["### Signals under load\n", "| signal | requests | exit status |", "|---|---|---|", *rows])
-
-
-async def _under_load(server: Served, prompts: Sequence[str], how: signal.Signals) -> Counter[str]:
-    outcomes: Counter[str] = Counter()
-    begun = asyncio.Event()
-    sent = 0
-
-    async def ask(client: httpx.AsyncClient, prompt: str) -> None:
-        nonlocal sent
-        body = {"model": "prefworld", "prompt": prompt, "max_tokens": 48, "temperature": 0, "stream": True}
-        accepted = False
-        try:
-            async with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-                if response.status_code == 503:
-                    outcomes["refused with 503"] += 1
-                    return
-                accepted = response.status_code == 200
-                sent += 1
-                if sent >= 32:
-                    begun.set()
-                text = "".join([line + "\n" async for line in response.aiter_lines()])
-            outcomes["accepted and answered whole" if "[DONE]" in text else "accepted and LOST"] += 1
-        except httpx.HTTPError:
-            outcomes["accepted and LOST" if accepted else "not accepted (no connection)"] += 1
-
-    async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
-
-        async def worker(prompt: str) -> None:
-            for _ in range(4):
-                await ask(client, prompt)
-
-        tasks = [asyncio.create_task(worker(prompt)) for prompt in prompts]
-        await asyncio.wait_for(begun.wait(), 60)
-        server.process.send_signal(how)
-        await asyncio.gather(*tasks)
-    return outcomes
 
 
 if __name__ == "__main__":
