@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import random
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -31,8 +32,9 @@ import torch  # noqa: E402
 import pico  # noqa: E402
 import trimtab  # noqa: E402
 from flood import Case, flood, under_load  # noqa: E402
-from served import served  # noqa: E402
+from served import Served, served  # noqa: E402
 from trimtab.artifact import DeltaKnob, LowRank, Rack  # noqa: E402
+from trimtab.serve.figures import Figures  # noqa: E402
 from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
 PAGE = ROOT / "docs" / "serving.md"
@@ -60,7 +62,7 @@ def main() -> None:
         if "flood" in wanted:
             parts.append(crowd(words, folder, args.requests))
         if "speed" in wanted:
-            parts.append(speeds(words, folder, args.rounds))
+            parts.append(speeds(words, args.rounds))
         if "stops" in wanted:
             parts.append(stops(words))
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
@@ -79,8 +81,9 @@ def facts() -> str:
     import transformers
 
     return (
-        f"Measured with trimtab {version('trimtab')}, transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"fastapi {fastapi.__version__} on 2 CPU cores, the server's model on one thread: the bundled model in float32."
+        f"Measured with trimtab {version('trimtab')}, transformers {transformers.__version__}, torch "
+        f"{torch.__version__}, fastapi {fastapi.__version__} on 2 CPU cores, one thread of them for the server's model: "
+        "the bundled one, in float32."
     )
 
 
@@ -140,7 +143,6 @@ def crowd(words: Sequence[str], folder: Path, count: int) -> str:
         if number % 1000 == 0:
             say(f"{number} requests")
 
-    bare = sum(not case.setting for case in drawn)
     with served(*words) as server:
         started = time.monotonic()
         result = asyncio.run(flood(server, drawn, count, at_once=AT_ONCE, cut=CUT, progress=tell))
@@ -151,35 +153,43 @@ def crowd(words: Sequence[str], folder: Path, count: int) -> str:
     first, last = statistics.mean(memory[:tenth]), statistics.mean(memory[-tenth:])
     wrong = sum(result.wrong.values())
     kinds = "; ".join(f"{n} {what}" for what, n in result.wrong.items()) or "none"
-    return f"""### {count:,} requests, {AT_ONCE} at a time
-
-Drawn from {len(drawn)} distinct ones ({bare} without knobs, the others with one to three of {len(words) // 2 - 1} knobs, weight knobs among
-them), half of them streamed; {CUT:.0%} cut off at random.
-
-| | |
-|---|---|
-| answers that are the same, to the letter, as by plain transformers alone | {result.same} of {count - result.cut} |
-| cut off by the client | {result.cut} |
-| of which some text had come, and was the right beginning | {result.beginnings} |
-| anything else | {wrong} ({kinds}) |
-| memory of the server, first tenth and last tenth of the requests | {first:.0f} and {last:.0f} MB |
-| exit status after SIGTERM | {status} |
-| seconds | {seconds:.0f} |"""
+    bare = sum(not case.setting for case in drawn)
+    knobs = sum("=" in word for word in words)
+    rows = {
+        "answers that are the same, to the letter, as by plain transformers alone": f"{result.same} of "
+        f"{count - result.cut}",
+        "cut off by the client": result.cut,
+        "of which some text had come, and was the right beginning": result.beginnings,
+        "anything else": f"{wrong} ({kinds})",
+        "memory of the server, first and last tenth of the requests": f"{first:.0f} and {last:.0f} MB",
+        "exit status after SIGTERM": status,
+        "seconds": f"{seconds:.0f}",
+    }
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
+    return (
+        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones, {bare} without knobs and "
+        f"the others with one to three of {knobs}, weight knobs among them; half of them streamed, {CUT:.0%} cut off at "
+        f"random.\n\n| | |\n|---|---|\n{table}"
+    )
 
 
 # Speeds, as ratios in one run
 
 
-def speeds(words: Sequence[str], folder: Path, rounds: int) -> str:
-    """Compare mixed knobs with one setting for all and with none, many at once with one, and with `transformers serve`."""
+def speeds(words: Sequence[str], rounds: int) -> str:
+    """Compare mixed knobs with one setting for all and with none, many at once with one, and with `transformers serve`.
+
+    Strengths are so small that no answer changes: every way makes the same tokens.
+    """
     names = [word.partition("=")[0] for word in words if "=" in word][:4]
     rng = random.Random(3)
-    mixed = [{n: rng.choice((-1.0, 0.5, 1.0)) for n in rng.sample(names, rng.randint(1, 3))} for _ in range(32)]
-    prompts = made_up(200, seed=4)
+    mixed = [{n: rng.choice((-1e-4, 1e-4, 2e-4)) for n in rng.sample(names, rng.randint(1, 3))} for _ in range(64)]
+    prompts = made_up(256, seed=4)
 
-    def rate(url: str, settings: Sequence[Any], at_once: int, requests: int) -> Any:
+    def ask(server: Served, settings: Sequence[Any], at_once: int) -> Callable[[], Figures]:
+        requests = 256 if at_once > 1 else 32
         load = Load(
-            url=url,
+            url=server.url,
             prompts=prompts,
             requests=requests,
             concurrency=at_once,
@@ -187,52 +197,65 @@ def speeds(words: Sequence[str], folder: Path, rounds: int) -> str:
             max_new_tokens=16,
             warmup=0,
         )
-        return asyncio.run(measure(load))
+        return lambda: asyncio.run(measure(load))
 
-    with served(*words) as server, transformers_serve(folder) as other:
-        ways: dict[str, Callable[[], Any]] = {
-            "one setting for all": lambda: rate(server.url, [{"all": 0.5}], AT_ONCE, 192),
-            "mixed settings": lambda: rate(server.url, mixed, AT_ONCE, 192),
-            "no knobs": lambda: rate(server.url, (), AT_ONCE, 192),
-            "no knobs, one at a time": lambda: rate(server.url, (), 1, 32),
+    with served(*words) as server, served(command=baseline()) as other:
+        ways = {
+            "one setting for all": ask(server, [{"all": 1e-4}], AT_ONCE),
+            "64 mixed settings": ask(server, mixed, AT_ONCE),
+            "no knobs": ask(server, (), AT_ONCE),
+            "no knobs, one at a time": ask(server, (), 1),
+            "`transformers serve`, which has no knobs": ask(other, (), AT_ONCE),
+            "`transformers serve`, one at a time": ask(other, (), 1),
         }
-        if other is not None:
-            ways["`transformers serve`, which has no knobs"] = lambda: rate(other.url, (), AT_ONCE, 192)
-            ways["`transformers serve`, one at a time"] = lambda: rate(other.url, (), 1, 32)
-        measured = _interleaved(ways, rounds)
+        measured = interleaved(ways, rounds)
     base = [figures.tokens_per_second for figures in measured["one setting for all"]]
-    rows = [_row(way, found, base) for way, found in measured.items()]
+    lines = [row(way, found, base) for way, found in measured.items()]
     head = (
-        "| 200 questions, 16 tokens | tokens per second | ratio to one setting, median of rounds | quartiles | "
-        "first token, median, ms | between tokens, median and 99 %, ms |"
+        "| | tokens per second | ratio to one setting for all, median of rounds (quartiles) | first token, ms "
+        "(median, p99) | between tokens, ms (median, p99) | errors |"
     )
-    return "\n".join(
-        [f"### Speed, {rounds} interleaved rounds, {AT_ONCE} at a time\n", head, "|---|---|---|---|---|---|", *rows]
-    )
+    return "\n".join([f"### Speed, {rounds} interleaved rounds, {AT_ONCE} at a time\n", head, "|---" * 6 + "|", *lines])
 
 
-def _interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {way: [] for way in ways}
+def baseline() -> list[str]:
+    """Return the command of `transformers serve` on the same model, with continuous batching, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    model = ROOT / "src" / "trimtab" / "prefworld" / "model"
+    sizes = ["--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "1024"]
+    how = ["--device", "cpu", "--dtype", "float32", "--attn-implementation", "sdpa", "--continuous-batching"]
+    program = Path(sys.executable).with_name("transformers")
+    return [str(program), "serve", str(model), *how, *sizes, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def interleaved(ways: dict[str, Callable[[], Figures]], rounds: int) -> dict[str, list[Figures]]:
+    """Measure every way in every round; the first round warms up."""
+    found: dict[str, list[Figures]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, run in ways.items():
             figures = run()
-            if number:  # the first round warms up
+            if number:
                 found[way].append(figures)
         say(f"round {number} of {rounds}")
     return found
 
 
-def _row(way: str, found: Sequence[Any], base: Sequence[float]) -> str:
+def row(way: str, found: Sequence[Figures], base: Sequence[float]) -> str:
+    """Write a line of the table."""
     rates = [figures.tokens_per_second for figures in found]
     ratios = [rate / one for rate, one in zip(rates, base, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    del middle
-    return f"| {way} | {statistics.median(rates):.0f} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} |"
+    low, _, high = statistics.quantiles(ratios, n=4)
 
+    def times(name: str) -> str:
+        spreads = [getattr(figures, name) for figures in found]
+        return ", ".join(f"{1000 * statistics.median(getattr(s, q) for s in spreads):.0f}" for q in ("median", "p99"))
 
-def transformers_serve(folder: Path) -> Any:
-    """Start `transformers serve` with continuous batching on the same model; None where it does not start."""
-    raise NotImplementedError(folder)
+    errors = sum(failure.count for figures in found for failure in figures.errors.values())
+    first, between = times("time_to_first_token"), times("inter_token_latency")
+    ratio = f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
+    return f"| {way} | {statistics.median(rates):.0f} | {ratio} | {first} | {between} | {errors} |"
 
 
 # Signals

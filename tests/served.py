@@ -35,7 +35,7 @@ class Served:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
-            found = re.search(r"Listening on (http://\S+)", line)
+            found = re.search(r"(?:Listening|running) on (http://\S+)", line)
             if found:
                 self.url = found[1].rstrip("/.")
                 self._listening.set()
