@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trimtab.engines.continuous.requests import Request
 from trimtab.errors import RenderError
 from trimtab.serve import app as application
 from trimtab.serve.flight import Limits
+from trimtab.serve.metrics import Metrics, Outermost
 from trimtab.serve.replies import ChatChunk, ChatCompletion, KnobCard, KnobList, ModelList, PanelList, TextCompletion
 
 WORDS = "Gr\u00fc\u00dfe \U0001f600, 3 + 4 = 7."
@@ -108,6 +110,23 @@ def test_an_answer_ends_before_a_stop_string_and_the_engine_is_told(stop: Any) -
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == expected
     assert asked.engine.cancelled == ["request-0", "request-1"]
     assert asked.engine.live == 0
+
+
+def test_steps_that_come_after_a_stop_string_belong_to_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = client()
+    texts = iter(["ab.cd", "a longer text", "ab.cd", "a longer text"])
+
+    def submit(request: Any, deliver: Any) -> str:  # everything there is, before anybody has looked
+        for step in asked.engine.steps_of(request, asked.engine.tokens(next(texts)), ""):
+            deliver(step)
+        return "request"
+
+    monkeypatch.setattr(asked.engine, "submit", submit)
+    said = asked.chat(n=2, stop=".")
+    assert [choice["message"]["content"] for choice in said["choices"]] == ["ab", "a longer text"]
+    assert said["usage"]["completion_tokens"] == len("ab.") + len("a longer text")
+    events = asked.stream(n=2, stop=".")
+    assert [e["choices"][0]["index"] for e in events if e["choices"][0]["finish_reason"]] == [0, 1]
 
 
 def test_several_answers_come_in_order_with_seeds_of_their_own() -> None:
@@ -597,26 +616,28 @@ def test_a_client_that_leaves_while_its_prompt_is_rendered_is_not_answered(monke
     assert asked.metric("client_disconnects_total") == 1
 
 
-def slow(asked: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let rendering take its time."""
-    render = asked.engine.renderer.prompt_ids
+def slow(asked: Client, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let rendering take its time; what is returned is set once it is done."""
+    render, rendered = asked.engine.renderer.prompt_ids, threading.Event()
 
     def wait(messages: Any) -> list[int]:
         time.sleep(0.4)
+        rendered.set()
         return render(messages)
 
     monkeypatch.setattr(asked.engine.renderer, "prompt_ids", wait)
+    return rendered
 
 
 def test_rendering_a_prompt_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = client()
-    slow(asked, monkeypatch)
+    rendered = slow(asked, monkeypatch)
 
     async def both() -> None:
         async with connected(asked) as connection:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.02)
             assert (await asked.send("GET", "/health")).status_code == 200
-            assert not connection.task.done()
+            assert not rendered.is_set()
             await asyncio.wait_for(asyncio.shield(connection.task), 10)
             assert connection.sent[0]["status"] == 200
 
@@ -756,6 +777,22 @@ def test_requests_tokens_and_times_are_counted() -> None:
     response = asked.ask("GET", "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert f"trimtab_completion_tokens_total {made:.1f}" in response.text
+
+
+def test_a_response_that_breaks_off_is_not_gone_on_with_as_another() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise LookupError
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    metrics = Metrics()
+    asyncio.run(Outermost(broken, metrics)({"type": "http"}, None, send))  # pyright: ignore[reportArgumentType]
+    assert [message["type"] for message in sent] == ["http.response.start"]
+    assert metrics.registry.get_sample_value("trimtab_requests_total", {"route": "other", "status": "200"}) == 1
 
 
 def test_two_servers_count_apart() -> None:
