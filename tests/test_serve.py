@@ -18,12 +18,23 @@ import pico
 from fake_engine import FakeEngine
 from serving import ASKED, CHAT, TEXT, Client, connected, events_of, until
 from trimtab.artifact import DeltaKnob, Knob, LowRank
-from trimtab.engines.continuous.requests import Request
+from trimtab.engines.continuous.requests import Request, Token
 from trimtab.errors import RenderError
 from trimtab.serve import app as application
+from trimtab.serve.answers import Part, Piece
 from trimtab.serve.flight import Limits
+from trimtab.serve.forms import TextForm, Told
 from trimtab.serve.metrics import Metrics, Outermost
-from trimtab.serve.replies import ChatChunk, ChatCompletion, KnobCard, KnobList, ModelList, PanelList, TextCompletion
+from trimtab.serve.replies import (
+    ChatChunk,
+    ChatCompletion,
+    KnobCard,
+    KnobList,
+    ModelList,
+    PanelList,
+    TextCompletion,
+    Usage,
+)
 
 WORDS = "Gr\u00fc\u00dfe \U0001f600, 3 + 4 = 7."
 TUNING = {
@@ -212,6 +223,16 @@ def test_log_probabilities_have_openais_two_forms() -> None:
     assert asked.post(TEXT, logprobs=0).json()["choices"][0]["logprobs"]["top_logprobs"][0] == {"h": -0.5}
     offsets = [e["choices"][0]["logprobs"]["text_offset"] for e in asked.stream(TEXT, logprobs=0)[:-1]]
     assert offsets == [[0], [1, 1]]
+
+
+def test_of_tokens_with_one_text_the_older_form_tells_the_likeliest() -> None:
+    renderer = FakeEngine().renderer
+    one, two = (int(i) for i in renderer.tokenizer.encode("\u00e9", add_special_tokens=False))
+    token = Token(two, -3.0, [(one, -0.5), (two, -3.0)], {})
+    form = TextForm(Told("pico", {}, logprobs=True, projected=None, usage=False), renderer)
+    usage = Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2)
+    said = form.whole([Part([Piece(token, "")], 0, "length")], usage).model_dump()
+    assert said["choices"][0]["logprobs"]["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -0.5}]
 
 
 def test_projections_tell_of_every_token_on_every_knob_turned_or_not() -> None:

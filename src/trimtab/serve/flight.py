@@ -159,6 +159,5 @@ class Flight:
         """Say so once the client has gone, also while its request waits."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        if self._places:
-            self._desk.metrics.disconnects.inc()
+        self._desk.metrics.disconnects.inc()
         self._steps.put_nowait(None)
