@@ -91,6 +91,7 @@ REQUIRED = {
     "generate": "prefworld Hello",
     "chat": "prefworld",
     "serve": "prefworld --engine vllm",
+    "bench": "serve http://127.0.0.1:8000",
     "export": "prefworld --knob x.safetensors --to gguf --out x.gguf",
     "import": "prefworld x.gguf --out x.safetensors",
     "inspect": "x.safetensors",

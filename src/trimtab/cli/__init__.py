@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from trimtab.cli import (
+    bench,
     chat,
     check,
     compose,
@@ -43,6 +44,7 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "bench": bench,
     "export": export,
     "import": import_,
     "inspect": inspect,

@@ -167,19 +167,21 @@ def read_requests(args: Namespace) -> list[Request]:
     if args.prompts:
         numbered = enumerate(cast(list[str], args.prompts), 1)
         return [Request(unicode_text(text, f"Prompt {n}"), None, f"Prompt {n}") for n, text in numbered]
-    if args.input in (None, "-"):
-        if args.input is None and sys.stdin.isatty():
-            raise OptionError("There is no prompt. Pass one as an argument, a file with --input, or lines on stdin.")
-        found = list(_read(sys.stdin, "stdin"))
+    if args.input is None and sys.stdin.isatty():
+        raise OptionError("There is no prompt. Pass one as an argument, a file with --input, or lines on stdin.")
+    return read_lines("-" if args.input is None else args.input)
+
+
+def read_lines(source: str) -> list[Request]:
+    """Return the prompts that stand in a file, or on stdin where it is called `-`; none is an error."""
+    name = "stdin" if source == "-" else source
+    if source == "-":
+        found = list(_read(sys.stdin, name))
     else:
-        path = input_file(args.input, "a text or JSONL file of prompts")
-        with path.open(encoding="utf-8-sig") as file:
-            found = list(_read(file, args.input))
+        with input_file(source, "a text or JSONL file of prompts").open(encoding="utf-8-sig") as file:
+            found = list(_read(file, name))
     if not found:
-        source = "stdin" if args.input in (None, "-") else args.input
-        raise OptionError(
-            f"There is no prompt: {source} holds no line with text. Pass one as an argument or in a file."
-        )
+        raise OptionError(f"There is no prompt: {name} holds no line with text. Pass one as an argument or in a file.")
     return found
 
 

@@ -1,8 +1,9 @@
-"""Serve a model over HTTP as OpenAI's interface does, with knobs per request.
+"""Serve a model over HTTP as OpenAI's interface does, with knobs per request, and a playground for the browser.
 
 A request turns knobs by a field of its body, as in "knobs": {"math": 0.8, "concise": -1}, or "knobs": "math=0.8"; knobs
-that it does not name are off. GET /v1/knobs lists them. The engine is vLLM, whose own server answers; NAME=VALUE of
---engine-option are its options, as in --engine-option max_model_len=4096 --engine-option nnodes=2.
+that it does not name are off. A panel is asked for by "panel": "NAME", or as the model MODEL:NAME. GET /v1/knobs lists
+the knobs, and / is the playground. With --engine vllm vLLM's own server answers (no panels, no playground), and
+NAME=VALUE of --engine-option are its options, as in --engine-option max_model_len=4096.
 """
 
 from __future__ import annotations
@@ -12,21 +13,41 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from trimtab.cli import options
-from trimtab.cli.sources import load_knobs, named_file, vllm_options
+from trimtab.cli.sources import load_knobs, load_offer, named_file, open_model, vllm_options
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError
+
+OWN: dict[str, tuple[str, ...]] = {
+    "vllm": ("layers", "allow_loading", "engine_option"),
+    "transformers": (
+        "device",
+        "requests",
+        "queue",
+        "cache_tokens",
+        "timeout",
+        "keys",
+        "admin_keys",
+        "open",
+        "rate",
+        "concurrency",
+        "allow_host",
+        "allow_origin",
+        "drain",
+    ),
+}
+"""Options that one engine only has."""
 
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("model", metavar="MODEL", help="prefworld (bundled), a local folder, or a hub name")
-    parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto: as stored)")
+    options.add_model(parser)
     parser.add_argument(
         "--knob",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="a knob, or a panel, whose strengths play no part; may be repeated",
+        help="a knob, or a panel (a .json file), whose knobs are loaded and which is offered by the file's name or "
+        "NAME; may be repeated",
     )
     parser.add_argument("--no-strict", action="store_true", help="warn of a knob from another model, do not refuse it")
     parser.add_argument(
@@ -36,23 +57,89 @@ def add_options(parser: ArgumentParser) -> None:
         help="what becomes of strengths outside what tuning found safe: refused, moved to the nearest safe one, or "
         "taken as they are, which knobs that were never tuned need (default strict)",
     )
-    parser.add_argument(
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 is any free one (default 8000)")
+    options.add_engine(parser, ("transformers", "vllm"))
+    _add_transformers(parser)
+    vllm = parser.add_argument_group("options of the engine vllm")
+    vllm.add_argument(
         "--layers", type=options.layers, metavar="LAYERS", help="layers that knobs may act on (default all)"
     )
-    parser.add_argument(
-        "--allow-loading", action="store_true", help="let POST /v1/knobs load knob files of this machine"
+    vllm.add_argument("--allow-loading", action="store_true", help="let POST /v1/knobs load knob files of this machine")
+
+
+def _add_transformers(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("options of the engine transformers")
+    group.add_argument("--requests", type=int, metavar="N", help="answers that are made at once (default 64)")
+    group.add_argument("--queue", type=int, metavar="N", help="answers that may wait; others get 429 (default 256)")
+    group.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="tokens that the KV cache holds (default by memory)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default 8000)")
-    options.add_engine(parser, ("vllm",))
+    group.add_argument("--timeout", type=float, metavar="S", help="seconds for a request (default 600)")
+    group.add_argument(
+        "--keys", metavar="FILE", help="API keys, one per line; TRIMTAB_API_KEY is one too (default: nobody needs one)"
+    )
+    group.add_argument(
+        "--admin-keys", metavar="FILE", help="keys that may load knobs; TRIMTAB_ADMIN_KEY is one too (default: nobody)"
+    )
+    group.add_argument("--open", action="store_true", help="listen beyond this machine although there are no keys")
+    group.add_argument("--rate", type=float, metavar="N", help="requests per minute of a key, or of an address")
+    group.add_argument("--concurrency", type=int, metavar="N", help="requests at a time, likewise")
+    group.add_argument("--allow-host", action="append", metavar="NAME", help="a name that this server is asked for by")
+    group.add_argument("--allow-origin", action="append", metavar="ORIGIN", help="let pages from there use the server")
+    group.add_argument("--drain", type=float, metavar="S", help="seconds for running requests at the end (default 30)")
 
 
-def run(args: Namespace, terminal: Terminal) -> None:
+def run(args: Namespace, terminal: Terminal) -> int:
     """Serve until stopped."""
-    if not 0 < args.port < 2**16:
-        raise OptionError(f"--port is a number from 1 to 65535; got {args.port}.")
     if terminal.json:
         raise OptionError("A server prints its log, and no JSON. Leave --json out.")
+    other = "vllm" if args.engine == "transformers" else "transformers"
+    given = [name for name in OWN[other] if getattr(args, name) not in (None, False, [])]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise OptionError(
+            f"{option} is an option of the engine {other}, and the engine is {args.engine}. Leave it out."
+        )
+    return _serve_transformers(args, terminal) if args.engine == "transformers" else _serve_vllm(args, terminal)
+
+
+def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
+    from trimtab.serve.guard import GuardSettings
+    from trimtab.serve.keys import load_keys
+    from trimtab.serve.run import bind, check_exposure, serve
+
+    guard = GuardSettings(
+        host=args.host,
+        keys=load_keys(args.keys, args.admin_keys),
+        allow_hosts=tuple(args.allow_host or ()),
+        allow_origins=tuple(args.allow_origin or ()),
+        rate=args.rate,
+        concurrency=args.concurrency,
+    )
+    check_exposure(guard, open=args.open)
+    with bind(args.host, args.port) as bound:
+        offer = load_offer(args.knob)
+        with open_model(args, terminal) as loaded, terminal.working("Trying a batch of mixed requests"):
+            from trimtab.engines.continuous.engine import Engine
+            from trimtab.serve.app import create_app
+            from trimtab.serve.flight import Limits
+
+            sizes = options.given(args, "requests", "cache_tokens")
+            engine = Engine(
+                loaded.model, loaded.tokenizer, offer.rack, dose=args.dose, strict=not args.no_strict, **sizes
+            )
+        with engine:
+            renamed = {"timeout": "seconds"}
+            limits = {renamed.get(n, n): v for n, v in options.given(args, "requests", "queue", "timeout").items()}
+            app = create_app(engine, model=args.model, panels=offer.panels, limits=Limits(**limits))
+            drain = options.given(args, "drain")
+            return serve(app, guard, open=args.open, bound=bound, dead=lambda: not engine.alive, **drain)
+
+
+def _serve_vllm(args: Namespace, terminal: Terminal) -> int:
+    if not 0 < args.port < 2**16:
+        raise OptionError(f"--port is a number from 1 to 65535 here; got {args.port}.")
     if args.layers is not None and min(args.layers) < 0:
         raise OptionError("--layers counts from 0 here.")
     with terminal.working("Preparing"):
@@ -75,6 +162,7 @@ def run(args: Namespace, terminal: Terminal) -> None:
         serve(model, engine_options(rack, settings, own))
     finally:
         files.cleanup()
+    return 0
 
 
 def _check_address(host: str, port: int) -> None:

@@ -16,10 +16,10 @@ from trimtab.cli.options import assignments, input_file
 from trimtab.cli.quiet import quiet_transformers
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, PairsError, TrimtabError, TrimtabWarning, unknown_name
-from trimtab.types import Setting, check_strength, check_where, parse_setting
+from trimtab.types import Setting, check_strength, check_where, is_knob_name, parse_setting
 
 if TYPE_CHECKING:
-    from trimtab.artifact import Panel, Rack
+    from trimtab.artifact import AnyKnob, Panel, Rack
     from trimtab.engines.vllm.offline import Engine
     from trimtab.evals.tasks import AnyTask
     from trimtab.pairs import Duplicates, Pairs
@@ -108,7 +108,7 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
 
     `where` replaces the tokens that the knobs steer, and with them what tuning found of others.
     """
-    from trimtab.artifact import AnyKnob, DeltaKnob, Panel, Rack, load_knob, load_panel
+    from trimtab.artifact import DeltaKnob, Panel, Rack, load_knob, load_panel
 
     tokens = None if where is None else check_where(where)
     if tokens is not None and not entries:
@@ -131,6 +131,42 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
             knobs[key] = knob if isinstance(knob, DeltaKnob) or not tokens else knob.with_(where=tokens)
             setting[key] = strength
     return Panel(Rack(**knobs), setting)
+
+
+class Offer(NamedTuple):
+    """What a server offers: a rack, and settings of its knobs by the names of panels."""
+
+    rack: Rack
+    panels: dict[str, dict[str, float]]
+
+
+def load_offer(entries: Sequence[str]) -> Offer:
+    """Load knobs and panels from `FILE` or `NAME=FILE`; panels may share knobs that do the same."""
+    from trimtab.artifact import Rack, load_panel
+    from trimtab.engines.admission import engine_digest
+
+    knobs: dict[str, AnyKnob] = {}
+    panels: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        name, path = named_file(entry)
+        if path.suffix != ".json":
+            added = load_knobs([entry], None).rack
+            shared = set(added) & set(knobs)
+        else:
+            added, setting = load_panel(path)
+            label = name or path.stem
+            if label in panels:
+                raise OptionError(f"Two panels are named {label!r}. Name them yourself: --knob NAME={path}.")
+            if not is_knob_name(label) or ":" in label:
+                raise OptionError(
+                    f"A panel is asked for as MODEL:NAME, which {label!r} cannot spell. Name it: NAME={path}."
+                )
+            panels[label] = setting
+            shared = {key for key in added if key in knobs and engine_digest(knobs[key]) != engine_digest(added[key])}
+        if shared:
+            raise two_named(min(shared))
+        knobs |= {key: knob for key, knob in added.items() if key not in knobs}
+    return Offer(Rack(**knobs), panels)
 
 
 def named_file(entry: str) -> tuple[str, Path]:

@@ -42,6 +42,10 @@ class RowAddend:
                     "knobs on it cannot differ from row to row. Give all rows one setting."
                 )
             strengths = strengths.repeat_interleave(times, 0)[:, None]  # [B, 1, R]
+        return self.add(inputs, output, strengths)
+
+    def add(self, inputs: Tensor, output: Tensor, strengths: Tensor) -> Tensor:
+        """Return the output with every token's share added; `strengths [..., R]` fit the inputs `[..., in]`."""
         return output + ((inputs.to(self.a) @ self.a.T) * strengths @ self.b.T).to(output)
 
 

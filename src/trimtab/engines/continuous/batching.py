@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from trimtab.errors import AdapterError, EngineError
 
 PLACE = "transformers.generation.continuous_batching"
 SEAMS = {
+    "continuous_api.ContinuousBatchingConfig": ("page_size", "num_blocks", "allow_block_sharing"),
     "input_outputs.ContinuousBatchingIOs.prepare_batch_tensors": ("self", "requests_in_batch"),
     "model_runner.ModelRunner._sample": ("self", "scores", "output_ids"),
     "continuous_api.ContinuousBatchingManager.warmup": ("self",),
@@ -105,8 +107,11 @@ class Batching:
 
     def start(self) -> None:
         """Start the loop."""
-        logging.getLogger(PLACE).setLevel(logging.ERROR)
-        self._manager.start()
+        logging.getLogger(PLACE).setLevel(logging.CRITICAL)  # failures are told to `fail`
+        # A thread is a daemon if the one that starts it is: a program that ends without `stop` must not hang.
+        starter = threading.Thread(target=self._manager.start, daemon=True)
+        starter.start()
+        starter.join()
 
     def stop(self) -> None:
         """Stop the loop; requests that are not over fail."""
@@ -175,7 +180,7 @@ def check_seams() -> None:
         if missing:
             raise AdapterError(
                 f"transformers {transformers_version} has no {missing[0]!r} where {PLACE}.{place} is relied on. "
-                "Install a version that the engine was tried with (docs/serving.md), or use the engine 'vllm'."
+                "The engine was tried with 5.19 and 5.24: install one of them, or use the engine 'vllm'."
             )
 
 

@@ -19,10 +19,10 @@ from trimtab.engines.admission import Admission, Admitted, DosePolicy
 from trimtab.engines.continuous.batching import Batching, Hooks, Scheduled, cache_bytes
 from trimtab.engines.continuous.requests import Request, Sampling, Step, Token
 from trimtab.engines.continuous.sampling import Draw, choose, log_probabilities
-from trimtab.engines.continuous.steering import Steering, Turned, projects
+from trimtab.engines.continuous.steering import Steering, Turned, check_place, projects
 from trimtab.engines.continuous.trial import compare, expectations
 from trimtab.engines.slots import Plan, plan_request
-from trimtab.errors import EngineError, OptionError
+from trimtab.errors import AdapterError, EngineError, OptionError, brief
 from trimtab.prompts import end_ids
 from trimtab.render import Renderer
 
@@ -89,6 +89,8 @@ class Engine:
         self._numbers, self._lock = count(), threading.Lock()
         self._by_digest: dict[str, AnyKnob] = {}
         self._plans: dict[tuple[str, str, str], Plan] = {}
+        self.trouble = ""
+        """What transformers said when it last gave up a request: for the log, and for nobody outside."""
         self._stale = True  # what the steering knows of the rack
         self._asked: list[str] = []  # requests of this step that predict
         expected = expectations(self.adapter)
@@ -104,6 +106,10 @@ class Engine:
             raise
         try:
             compare(self.adapter, expected, self._try)
+        except AdapterError as error:
+            self.close()
+            said = f" It said: {brief(self.trouble, 200)}." if self.trouble else ""
+            raise AdapterError(f"{error}{said}") from None
         except BaseException:
             self.close()
             raise
@@ -130,6 +136,8 @@ class Engine:
         """
         self.admission.check(knob)
         knob.check(self._model, self.renderer.tokenizer, strict=self._strict)
+        if isinstance(knob, DeltaKnob):
+            check_place(self.adapter, knob)
         with self._lock:
             self._by_digest[self.admission.put(name, knob)] = knob
             self._stale = True
@@ -280,4 +288,5 @@ class Engine:
     def _fail(self, name: str, error: str) -> None:
         one = self._live.pop(name, None)
         if one is not None:
+            self.trouble = error
             one.deliver(Step(None, "error", "The engine could not go on with this request."))

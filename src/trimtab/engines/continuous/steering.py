@@ -15,6 +15,7 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.engines.continuous.batching import Scheduled
 from trimtab.engines.slots import Plan, Slots
+from trimtab.errors import AdapterError, KnobError
 from trimtab.weights.rows import RowAddend, row_addends
 
 
@@ -129,17 +130,33 @@ class _Share:
     def __init__(self, addend: RowAddend, owners: Sequence[DeltaKnob]) -> None:
         self._addend, self._owners = addend, owners  # the knob of each rank
         self._idle = True
+        self._strengths = torch.zeros(0, len(owners))
 
     def fill(self, alphas: Sequence[Mapping[DeltaKnob, float]], counts: Sequence[int]) -> None:
         """Take the alphas of each request of a step, and its number of tokens."""
         rows = np.array([[row.get(knob, 0.0) for knob in self._owners] for row in alphas])
         self._idle = not rows.any()
         if not self._idle:
-            strengths = torch.from_numpy(np.repeat(rows, counts, axis=0))[None]  # [1, T, R]
-            self._addend.strengths = strengths.to(self._addend.a)
+            self._strengths = torch.from_numpy(np.repeat(rows, counts, axis=0)).to(self._addend.a)  # [T, R]
 
     def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return output if self._idle else self._addend(inputs, output)
+        if self._idle:
+            return output
+        tokens, rank = self._strengths.shape
+        if inputs.numel() != tokens * inputs.shape[-1]:
+            raise AdapterError(f"{self._addend.name!r} gets some tokens of a step only; knobs cannot change it here.")
+        return self._addend.add(inputs, output, self._strengths.view(*inputs.shape[:-1], rank))
+
+
+def check_place(adapter: Adapter, knob: DeltaKnob) -> None:
+    """Raise `KnobError` for a matrix that sees some tokens of a step only, as those of experts do."""
+    for name in knob.parts:
+        inside = name.removeprefix(f"{adapter.path}.").partition(".")[2]  # behind the block's number
+        if name.startswith(f"{adapter.path}.") and any(part.isdigit() for part in inside.split(".")):
+            raise KnobError(
+                f"Knob {knob.name!r} changes {name!r}, which belongs to one expert of several and sees some tokens of "
+                "a step only. Turn it by trimtab.generate, or merge it into a checkpoint."
+            )
 
 
 def projects(knob: AnyKnob) -> bool:

@@ -99,8 +99,8 @@ def compare(
             if off <= close and made is not None and made.id != token and lead <= close:
                 break  # two tokens as likely as each other: from here on the texts differ by rights
             if not off <= close or made is None or made.id != token:
+                what = "fails on" if math.isinf(off) else f"puts a log-probability off by {off:.2g} on"
                 raise AdapterError(
-                    f"Requests that share a batch do not come out as alone on this {type(adapter.model).__name__}: a "
-                    f"log-probability differs by {off:.2g}. transformers' continuous batching does not run it as it "
-                    "is; use trimtab.generate, or the engine 'vllm'."
+                    f"transformers' continuous batching {what} this {type(adapter.model).__name__}, where a batch of "
+                    "three requests was compared with each by itself. Use trimtab.generate, or the engine 'vllm'."
                 )
