@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import schemathesis
@@ -20,6 +23,8 @@ import pico
 from fake_engine import FakeEngine
 from serving import CHAT, Client, filled, listening, wait_for
 from trimtab.serve.flight import Limits
+from trimtab.serve.guard import Guard, GuardSettings
+from trimtab.serve.keys import Keys
 
 WORDS = "Gr\u00fc\u00dfe \U0001f600, 7."
 
@@ -128,6 +133,37 @@ def test_a_client_that_hangs_up_frees_the_engine(stream: bool) -> None:
         wait_for(lambda: not engine.live)
     assert engine.cancelled == ["request-0"]
     assert left.metric("client_disconnects_total") == 1
+
+
+def with_key(request: httpx.Request, key: str) -> httpx.Request:
+    request.headers["authorization"] = f"Bearer {key}"
+    return request
+
+
+def test_behind_the_guard_knobs_change_by_the_admin_key_alone_and_the_page_needs_none(tmp_path: Path) -> None:
+    user, admin = "u" * 16, "a" * 16
+    served = Client(FakeEngine(WORDS, knobs={"math": pico.knob()}))
+    pico.knob(2).save(tmp_path / "k.safetensors")
+    data = (tmp_path / "k.safetensors").read_bytes()
+    guard = Guard(served.app, GuardSettings(keys=Keys.of((user,), (admin,))))
+    with listening(guard) as address, httpx.Client(base_url=address) as there:
+
+        def ask(method: str, path: str, key: str = "", **options: Any) -> httpx.Response:
+            return there.request(method, path, auth=(lambda r: with_key(r, key)) if key else None, **options)
+
+        def put(key: str) -> int:
+            kind = {"content-type": "application/octet-stream"}
+            return ask("PUT", "/v1/knobs/new", key, content=data, headers=kind).status_code
+
+        assert [put(""), put(user), put(admin)] == [401, 403, 200]
+        assert ask("POST", CHAT, user, json=filled(CHAT, {"knobs": {"new": 1}})).json()["knobs"] == {"new": 1.0}
+        assert ask("DELETE", "/v1/knobs/new", admin).status_code == 200
+        page = ask("GET", "/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert page.headers["content-security-policy"].startswith("default-src 'self';")
+        names = set(re.findall(r'(?:src|href)="(playground/[^"]+)"', page.text))
+        assert len(names) >= 3
+        assert {ask("GET", f"/{name}").status_code for name in names} == {200}
 
 
 def test_the_description_names_no_status_that_is_never_sent(asked: Client) -> None:

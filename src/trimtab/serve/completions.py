@@ -213,7 +213,7 @@ class EventStream(StreamingResponse):
             except ApiError as error:
                 last = f"data: {json.dumps(error.body)}\n\n"
             except Exception:  # noqa: BLE001  # which is logged
-                last = f"data: {json.dumps(unexpected().body)}\n\n"
+                last = f"data: {json.dumps(unexpected(scope).body)}\n\n"
         with suppress(TimeoutError, OSError):
             async with asyncio.timeout(PARTING):  # for a client that reads no more
                 await say(last, more=False)

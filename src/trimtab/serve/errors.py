@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -13,15 +12,16 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from trimtab.errors import AdapterError, EngineError, KnobError, OptionError, RenderError, UnknownName, brief, printable
+from trimtab.serve.refusal import error_body, new_request_id
 
 RETRY_AFTER = {"Retry-After": "1"}
 """Seconds after which a refusal for want of room may be over."""
 SHOWN = 3
 """Flaws of one request that are told at once."""
 
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _LOG = logging.getLogger("trimtab.serve")
 
 
@@ -70,17 +70,11 @@ class ApiError(HTTPException):
         self.body = error_body(status, message, param=param, code=code)
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return an error in OpenAI's form, with the type that goes with a status."""
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def unexpected() -> ApiError:
+def unexpected(scope: Scope) -> ApiError:
     """Log the error that is being handled, and return what a client may be told of it: nothing but where to look."""
-    name = secrets.token_hex(6)
-    _LOG.exception("Failure %s", name)
-    return ApiError(500, f"Something went wrong in the server. Its log says more, under {name}.", code="internal_error")
+    name = scope.get("state", {}).get("request_id") or new_request_id()
+    _LOG.exception("%s failed", name)
+    return ApiError(500, f"Something went wrong here; the server's log has it as {name}.", code="internal_error")
 
 
 def unavailable(message: str) -> ApiError:

@@ -156,11 +156,8 @@ class Flight:
             self._loop.call_soon_threadsafe(self._steps.put_nowait, (index, step))
 
     async def _watch_client(self, receive: Receive) -> None:
-        """Give up as soon as the client has gone, also while its request waits."""
+        """Say so once the client has gone, also while its request waits."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        if self._places:
-            self._desk.metrics.disconnects.inc()
-        for index in list(self._names):
-            self.end(index, "cancelled")
+        self._desk.metrics.disconnects.inc()
         self._steps.put_nowait(None)

@@ -16,14 +16,6 @@ WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 GONE = 499
 """The status that is counted, and seen by nobody, where the client has gone before there was an answer."""
 
-HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; "
-    "frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
-"""What every response carries: the page runs what this server serves, and nothing else."""
-
 
 class Metrics:
     """The counters of one server, in a registry of its own."""
@@ -58,7 +50,7 @@ class Metrics:
 
 
 class Outermost:
-    """ASGI middleware: counts requests, adds `HEADERS`, and answers what no handler has seen with a neutral 500."""
+    """ASGI middleware: counts requests, and answers what no handler has seen with a neutral 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -74,15 +66,12 @@ class Outermost:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                there = {name.lower() for name, _ in message["headers"]}
-                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message["headers"], *(pair for pair in ours if pair[0] not in there)]
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
         except Exception:  # noqa: BLE001  # which is logged
-            error = unexpected()
+            error = unexpected(scope)
             if not status:  # otherwise the connection is closed before the answer is complete, which a client sees
                 await respond(error)(scope, receive, watched)
         finally:

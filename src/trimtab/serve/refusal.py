@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -33,11 +34,15 @@ class Refusal(Exception):
 
     def response(self) -> tuple[Headers, bytes]:
         """Return headers and body."""
-        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
-        body = json.dumps({"error": error}).encode()
+        body = json.dumps(error_body(self.status, self.message, code=self.code)).encode()
         length = str(len(body)).encode()
         return [(b"content-type", b"application/json"), (b"content-length", length), *self.headers], body
+
+
+def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's form, with the type that goes with a status."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def retry_after(seconds: float) -> tuple[bytes, bytes]:
