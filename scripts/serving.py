@@ -39,6 +39,8 @@ from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
 PAGE = ROOT / "docs" / "serving.md"
 MARKS = "<!-- measured: written by scripts/serving.py -->", "<!-- end of what was measured -->"
+KEPT = ROOT / "build" / "serving"
+"""What was measured, part by part, so that one can be run again."""
 DISTINCT = 500
 AT_ONCE = 64
 CUT = 0.1
@@ -54,20 +56,21 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = args.only.split(",")
+    KEPT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = knob_words(folder)
-        parts = [facts()]
-        if "flood" in wanted:
-            parts.append(crowd(words, folder, args.requests))
-        if "speed" in wanted:
-            parts.append(speeds(words, args.rounds))
-        if "stops" in wanted:
-            parts.append(stops(words))
+        ways: dict[str, Callable[[], str]] = {
+            "flood": lambda: crowd(words, folder, args.requests),
+            "speed": lambda: speeds(words, args.rounds),
+            "stops": lambda: stops(words),
+        }
+        for part in args.only.split(","):
+            (KEPT / f"{part}.md").write_text(ways[part](), encoding="utf-8")
+    parts = [(KEPT / f"{part}.md").read_text(encoding="utf-8") for part in PARTS if (KEPT / f"{part}.md").exists()]
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    PAGE.write_text("\n\n".join([before + MARKS[0], *parts, MARKS[1] + after]), encoding="utf-8")
+    PAGE.write_text("\n\n".join([before + MARKS[0], facts(), *parts, MARKS[1] + after]), encoding="utf-8")
 
 
 def say(text: str) -> None:
@@ -82,8 +85,8 @@ def facts() -> str:
 
     return (
         f"Measured with trimtab {version('trimtab')}, transformers {transformers.__version__}, torch "
-        f"{torch.__version__}, fastapi {fastapi.__version__} on 2 CPU cores, one thread of them for the server's model: "
-        "the bundled one, in float32."
+        f"{torch.__version__}, fastapi {fastapi.__version__} on 2 CPU cores, one of them for the server's model: the "
+        "bundled one, in float32."
     )
 
 
@@ -94,7 +97,7 @@ def knob_words(folder: Path) -> list[str]:
     """Make knobs of every kind that the engine takes, and return the options that load them."""
     model, _ = trimtab.load("prefworld")
     knobs: dict[str, Any] = {
-        where: pico.knob(1 + i, name=where, seed=i, where=where, width=model.config.hidden_size, norm=12.0)
+        where: pico.knob(1 + i, name=where, seed=i, where=where, width=model.config.hidden_size, norm=30.0)
         for i, where in enumerate(("all", "context", "prompt", "completion"))
     }
     knobs |= {name: low_rank(model, seed, name) for seed, name in enumerate(("w1", "w2"))}
@@ -154,6 +157,8 @@ def crowd(words: Sequence[str], folder: Path, count: int) -> str:
     wrong = sum(result.wrong.values())
     kinds = "; ".join(f"{n} {what}" for what, n in result.wrong.items()) or "none"
     bare = sum(not case.setting for case in drawn)
+    plain = trimtab.generate(*trimtab.load("prefworld"), [case.prompt for case in drawn], max_new_tokens=20)
+    changed = sum(not answer.text.startswith(case.expected) for answer, case in zip(plain, drawn, strict=True))
     knobs = sum("=" in word for word in words)
     rows = {
         "answers that are the same, to the letter, as by plain transformers alone": f"{result.same} of "
@@ -167,9 +172,9 @@ def crowd(words: Sequence[str], folder: Path, count: int) -> str:
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return (
-        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones, {bare} without knobs and "
-        f"the others with one to three of {knobs}, weight knobs among them; half of them streamed, {CUT:.0%} cut off at "
-        f"random.\n\n| | |\n|---|---|\n{table}"
+        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones: {bare} without knobs, the "
+        f"others with one to three of {knobs}, weight knobs among them, which change {changed} of the answers. Half of "
+        f"them streamed, {CUT:.0%} cut off at random.\n\n| | |\n|---|---|\n{table}"
     )
 
 
