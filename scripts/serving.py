@@ -34,6 +34,8 @@ import trimtab  # noqa: E402
 from flood import Case, flood, under_load  # noqa: E402
 from served import Served, served  # noqa: E402
 from trimtab.artifact import DeltaKnob, LowRank, Rack  # noqa: E402
+from trimtab.engines.continuous.engine import Engine  # noqa: E402
+from trimtab.errors import AdapterError  # noqa: E402
 from trimtab.serve.figures import Figures  # noqa: E402
 from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
@@ -45,7 +47,7 @@ DISTINCT = 500
 AT_ONCE = 64
 CUT = 0.1
 """Share of the requests that are cut off."""
-PARTS = ("flood", "speed", "stops")
+PARTS = ("flood", "speed", "stops", "models")
 
 
 def main() -> None:
@@ -64,6 +66,7 @@ def main() -> None:
             "flood": lambda: crowd(words, folder, args.requests),
             "speed": lambda: speeds(words, args.rounds),
             "stops": lambda: stops(words),
+            "models": models,
         }
         for part in args.only.split(","):
             (KEPT / f"{part}.md").write_text(ways[part](), encoding="utf-8")
@@ -172,9 +175,9 @@ def crowd(words: Sequence[str], folder: Path, count: int) -> str:
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return (
-        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones: {bare} without knobs, the "
-        f"others with one to three of {knobs}, weight knobs among them, which change {changed} of the answers. Half of "
-        f"them streamed, {CUT:.0%} cut off at random.\n\n| | |\n|---|---|\n{table}"
+        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones: {bare} without knobs, "
+        f"the others with one to three of {knobs}, weight knobs among them, which change {changed} of the answers. "
+        f"Half of them streamed, {CUT:.0%} cut off at random.\n\n| | |\n|---|---|\n{table}"
     )
 
 
@@ -284,6 +287,25 @@ def stops(words: Sequence[str]) -> str:
         )
         rows.append(f"| started again | HTTP {answer.status_code} | {server.stop()} |")
     return "\n".join(["### Signals under load\n", "| signal | requests | exit status |", "|---|---|---|", *rows])
+
+
+# Models
+
+
+def models() -> str:
+    """Say on which architectures, as small random twins, a mixed batch comes out as each request alone."""
+    found: dict[str, list[str]] = {"served": [], "refused at the start": []}
+    for name in pico.ARCHITECTURES:
+        try:
+            Engine(pico.model(name), pico.tokenizer(), requests=4, tokens=32, cache_tokens=512).close()
+            found["served"].append(name)
+        except AdapterError:
+            found["refused at the start"].append(name)
+    rows = [f"| {what} | {len(names)} | {', '.join(names)} |" for what, names in found.items()]
+    head = (
+        "### Models\n\nTried on small random twins, as at every start:\n\n| | | architectures, by transformers' names |"
+    )
+    return "\n".join([head, "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":
