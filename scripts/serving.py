@@ -100,7 +100,7 @@ def knob_words(folder: Path) -> list[str]:
     """Make knobs of every kind that the engine takes, and return the options that load them."""
     model, _ = trimtab.load("prefworld")
     knobs: dict[str, Any] = {
-        where: pico.knob(1 + i, name=where, seed=i, where=where, width=model.config.hidden_size, norm=30.0)
+        where: pico.knob(1 + i, name=where, seed=i, where=where, width=model.config.hidden_size, norm=200.0)
         for i, where in enumerate(("all", "context", "prompt", "completion"))
     }
     knobs |= {name: low_rank(model, seed, name) for seed, name in enumerate(("w1", "w2"))}
@@ -118,7 +118,7 @@ def low_rank(model: Any, seed: int, name: str) -> DeltaKnob:
     for label, p in model.named_parameters():
         if "layers" in label and p.dim() == 2:
             a, b = torch.randn(4, p.shape[1], generator=generator), torch.randn(p.shape[0], 4, generator=generator)
-            parts[label] = LowRank(a / p.shape[1] ** 0.5, 0.02 * b)
+            parts[label] = LowRank(a / p.shape[1] ** 0.5, 0.3 * b)
     return DeltaKnob(name, "random", parts)
 
 
