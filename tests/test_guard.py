@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.serve import guard as guard_module
+from trimtab.serve import intake
 from trimtab.serve.guard import Guard, GuardSettings
 from trimtab.serve.hosts import Hosts, is_loopback
 from trimtab.serve.keys import Keys, load_keys
@@ -688,8 +690,8 @@ def test_who_leaves_in_the_middle_of_a_body_gets_no_answer_and_takes_no_place() 
         (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"),
         (b'{"a": 1, "a": 2}', "two fields"),
         (b'{"a": {"b": 1, "b": 1}}', "two fields"),
-        (b'{"a": ' * 33 + b"1" + b"}" * 33, "more than 32 deep"),
-        (b'{"a": ' + b"[" * 32 + b"]" * 32 + b"}", "more than 32 deep"),
+        (b'{"a": ' * 33 + b"1" + b"}" * 33, "more than 32 lists"),
+        (b'{"a": ' + b"[" * 32 + b"]" * 32 + b"}", "more than 32 lists"),
         (b'{"a": ' + b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deeply"),
         (b'{"a":' * 100_000, "not JSON"),
@@ -736,6 +738,23 @@ def test_json_that_is_sound_is_handed_on_as_it_came(body: bytes) -> None:
     behind = Behind()
     assert post(guarded(behind), body).status == 200
     assert behind.bodies == [body]
+
+
+def test_a_long_body_is_checked_in_a_thread_so_that_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[bool] = []
+
+    def spy(body: bytes) -> None:
+        checked.append(threading.current_thread() is threading.main_thread())
+        check_json(body)
+
+    check_json = intake.check_json
+    monkeypatch.setattr(intake, "check_json", spy)
+    guard = guarded()
+    assert post(guard, b'{"a": "' + b"a" * 100 + b'"}').status == 200
+    assert post(guard, b'{"a": "' + b"a" * 100_000 + b'"}').status == 200
+    answer = post(guard, b'{"a": "' + b"a" * 100_000 + b'", "a": 1}')
+    assert (answer.status, "two fields" in answer.message) == (400, True)
+    assert checked == [True, False, False]
 
 
 # Limits

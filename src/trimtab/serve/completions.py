@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 from trimtab.engines.continuous.requests import Request, Sampling
 from trimtab.errors import AdapterError, OptionError, RenderError
 from trimtab.serve.answers import Answer, AnswerFailed, Part, Piece
-from trimtab.serve.bodies import JsonRoute
 from trimtab.serve.catalogue import Catalogue
 from trimtab.serve.errors import RESPONSES, ApiError, refused, unavailable, unexpected
 from trimtab.serve.flight import ClientGone, Desk, Flight
@@ -31,7 +30,7 @@ PARTING = 5.0
 """Seconds for the last event of a stream whose time is up."""
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
-router = APIRouter(route_class=JsonRoute, responses={**RESPONSES, **STREAM})
+router = APIRouter(responses={**RESPONSES, **STREAM})
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)

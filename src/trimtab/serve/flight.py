@@ -27,8 +27,6 @@ class Limits:
     """Answers that may wait for that; those of one request count one by one."""
     seconds: float = 600.0
     """Time for a request, from when it was read to its last byte."""
-    knob_bytes: int = 2**28
-    """Longest knob file that is taken."""
 
 
 class ClientGone(Exception):

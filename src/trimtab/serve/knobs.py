@@ -81,8 +81,7 @@ async def put_knob(id: str, request: Request, here: Here) -> Response:
     """Load a knob file, which is the body, under a name; requests in flight keep what had it."""
     _check_admin(request)
     async with here.loading:
-        data = await _read(request, here.desk.limits.knob_bytes)
-        knob = await run_in_threadpool(_load, here.engine, id, data)
+        knob = await run_in_threadpool(_load, here.engine, id, await request.body())
     return reply(_card(here.engine, id, knob))
 
 
@@ -112,16 +111,6 @@ def _check_admin(request: Request) -> None:
     """Let those pass whom the guard in front of this application has found to hold the admin key."""
     if request.scope.get("state", {}).get("admin") is not True:
         raise ApiError(403, "Only the admin key can change which knobs there are.", code="admin_only")
-
-
-async def _read(request: Request, longest: int) -> bytes:
-    """Return the body; raises `ApiError` for one that is longer than a knob may be."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > longest:
-            raise ApiError(413, f"A knob file has at most {longest} bytes here.")
-    return bytes(data)
 
 
 def _load(engine: Engine, name: str, data: bytes) -> AnyKnob:
