@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
 from fake_engine import FakeEngine
+from trimtab.engines.continuous.engine import Engine
 from trimtab.serve.app import create_app
-from trimtab.serve.flight import Limits
+from trimtab.serve.flight import Room
 
 ASKED = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -30,11 +31,11 @@ class Client:
         engine: FakeEngine,
         *,
         panels: Mapping[str, Mapping[str, float]] | None = None,
-        limits: Limits | None = None,
+        room: Room | None = None,
         admin: bool = False,
     ) -> None:
         self.engine = engine
-        self.app: FastAPI = create_app(engine, model="pico", panels=panels, limits=limits)
+        self.app: FastAPI = create_app(cast(Engine, engine), model="pico", panels=panels, room=room)
         self._admin = admin
 
     async def asgi(self, scope: Any, receive: Any, send: Any) -> None:

@@ -22,7 +22,7 @@ from trimtab.engines.continuous.requests import Request, Token
 from trimtab.errors import RenderError
 from trimtab.serve import app as application
 from trimtab.serve.answers import Part, Piece
-from trimtab.serve.flight import Limits
+from trimtab.serve.flight import Room
 from trimtab.serve.forms import TextForm, Told
 from trimtab.serve.metrics import Metrics, Outermost
 from trimtab.serve.replies import (
@@ -53,7 +53,7 @@ def tuned(layer: int = 1) -> Knob:
 
 def client(say: Any = WORDS, **options: Any) -> Client:
     """A client of a server with two knobs, `math` tuned and `plain` not, and the panel `careful` of both."""
-    server = {name: options.pop(name) for name in ("panels", "limits", "admin") if name in options}
+    server = {name: options.pop(name) for name in ("panels", "room", "admin") if name in options}
     engine = FakeEngine(say, knobs={"math": tuned(), "plain": pico.knob(2)}, **options)
     return Client(engine, **{"panels": {"careful": {"math": 0.5, "plain": -1.0}}, **server})
 
@@ -488,7 +488,7 @@ def test_what_the_chat_template_refuses_is_told_in_its_words(monkeypatch: pytest
 
 
 def test_requests_beyond_the_queue_are_refused_until_there_is_room_again() -> None:
-    asked = client(limits=Limits(requests=1, queue=2))
+    asked = client(room=Room(requests=1, queue=2))
     asked.engine.gate.clear()
 
     async def crowd() -> None:
@@ -513,7 +513,7 @@ def test_requests_beyond_the_queue_are_refused_until_there_is_room_again() -> No
 
 
 def test_a_refused_request_leaves_no_place_taken() -> None:
-    asked = client(limits=Limits(requests=1, queue=0))
+    asked = client(room=Room(requests=1, queue=0))
     for _ in range(3):
         asked.refused(400, knobs={"x": 1})
         asked.refused(404, model="x")
@@ -630,7 +630,7 @@ def test_rendering_a_prompt_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_request_whose_time_is_up_is_refused_and_worth_another_try_if_it_has_only_waited() -> None:
-    asked = client(limits=Limits(seconds=0.2))
+    asked = client(room=Room(seconds=0.2))
     asked.engine.gate.clear()
     response = asked.post(CHAT)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
@@ -643,7 +643,7 @@ def test_a_request_whose_time_is_up_is_refused_and_worth_another_try_if_it_has_o
 
 
 def test_a_request_whose_time_is_up_in_the_middle_is_not_to_be_tried_again() -> None:
-    asked = client("word " * 50, limits=Limits(seconds=0.3))
+    asked = client("word " * 50, room=Room(seconds=0.3))
     asked.engine.hold_at(20)
     response = asked.post(CHAT)
     assert (response.status_code, response.headers["x-should-retry"]) == (503, "false")
@@ -655,7 +655,7 @@ def test_a_request_whose_time_is_up_in_the_middle_is_not_to_be_tried_again() -> 
 
 
 def test_a_client_that_reads_no_more_does_not_hold_its_place_for_ever() -> None:
-    asked = client("word " * 50, limits=Limits(seconds=0.3))
+    asked = client("word " * 50, room=Room(seconds=0.3))
 
     async def stall() -> None:
         async with connected(asked, stream=True) as connection:

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 import pico
 from fake_engine import FakeEngine
 from serving import CHAT, Client, filled, listening, wait_for
-from trimtab.serve.flight import Limits
+from trimtab.serve.flight import Room
 from trimtab.serve.guard import Guard, GuardSettings
 from trimtab.serve.keys import Keys
 
@@ -100,7 +100,7 @@ def test_openais_client_learns_of_a_failure_in_the_middle_of_a_stream() -> None:
 def test_openais_client_tries_again_where_there_was_no_room_and_not_where_it_would_take_as_long() -> None:
     for gate, tries in ((False, 2), (True, 1)):
         engine = FakeEngine("word " * 50)
-        slow = Client(engine, limits=Limits(seconds=0.3))
+        slow = Client(engine, room=Room(seconds=0.3))
         engine.hold_at(10)
         if not gate:
             engine.gate.clear()

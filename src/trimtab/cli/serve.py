@@ -123,7 +123,7 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
         with open_model(args, terminal) as loaded, terminal.working("Trying a batch of mixed requests"):
             from trimtab.engines.continuous.engine import Engine
             from trimtab.serve.app import create_app
-            from trimtab.serve.flight import Limits
+            from trimtab.serve.flight import Room
 
             sizes = options.given(args, "requests", "cache_tokens")
             engine = Engine(
@@ -131,8 +131,8 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
             )
         with engine:
             renamed = {"timeout": "seconds"}
-            limits = {renamed.get(n, n): v for n, v in options.given(args, "requests", "queue", "timeout").items()}
-            app = create_app(engine, model=args.model, panels=offer.panels, limits=Limits(**limits))
+            room = {renamed.get(n, n): v for n, v in options.given(args, "requests", "queue", "timeout").items()}
+            app = create_app(engine, model=args.model, panels=offer.panels, room=Room(**room))
             drain = options.given(args, "drain")
             return serve(app, guard, open=args.open, bound=bound, dead=lambda: not engine.alive, **drain)
 

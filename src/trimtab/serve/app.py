@@ -10,11 +10,11 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
+from trimtab.engines.continuous.engine import Engine
 from trimtab.serve import completions, knobs
 from trimtab.serve.catalogue import Catalogue
-from trimtab.serve.engine import Engine
 from trimtab.serve.errors import RESPONSES, ApiError, add_handlers
-from trimtab.serve.flight import Desk, Limits
+from trimtab.serve.flight import Desk, Room
 from trimtab.serve.metrics import Metrics, Outermost
 from trimtab.serve.replies import Health, reply
 from trimtab.serve.server import Here, Server
@@ -31,7 +31,7 @@ KINDS = {
 
 
 def create_app(
-    engine: Engine, *, model: str, panels: Mapping[str, Setting] | None = None, limits: Limits | None = None
+    engine: Engine, *, model: str, panels: Mapping[str, Setting] | None = None, room: Room | None = None
 ) -> FastAPI:
     """Return the application; `model` is the name that requests ask for, `panels` are settings by name.
 
@@ -41,7 +41,7 @@ def create_app(
     app = FastAPI(title="Trimtab", version=version("trimtab"), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
     metrics = Metrics()
-    desk = Desk(engine, limits or Limits(), metrics, lambda: app.state.draining)
+    desk = Desk(engine, room or Room(), metrics, lambda: app.state.draining)
     app.state.server = Server(engine, Catalogue(engine, model, panels or {}), desk, metrics, asyncio.Lock())
     for routes in (status, knobs.router, completions.router, page_routes(PAGE)):
         app.include_router(routes)

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 
 from trimtab.engines.admission import Admitted, read_setting
+from trimtab.engines.continuous.engine import Engine
 from trimtab.errors import OptionError, UnknownName, unknown_name
-from trimtab.serve.engine import Engine
 from trimtab.serve.errors import ApiError, refused
 from trimtab.serve.replies import ModelEntry
 from trimtab.serve.schemas import Common

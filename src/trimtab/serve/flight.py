@@ -11,15 +11,15 @@ from typing import Self
 
 from starlette.types import Receive
 
+from trimtab.engines.continuous.engine import Engine
 from trimtab.engines.continuous.requests import Request, Step
-from trimtab.serve.engine import Engine
 from trimtab.serve.errors import RETRY_AFTER, ApiError, unavailable
 from trimtab.serve.metrics import Metrics
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a server takes on."""
+class Room:
+    """How many answers a server has room for, and how long each may take."""
 
     requests: int = 64
     """Answers that a step of the engine holds."""
@@ -36,12 +36,12 @@ class ClientGone(Exception):
 class Desk:
     """Takes on requests while there is room for their answers."""
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, draining: Callable[[], bool]) -> None:
-        self.engine, self.limits, self.metrics = engine, limits, metrics
+    def __init__(self, engine: Engine, room: Room, metrics: Metrics, draining: Callable[[], bool]) -> None:
+        self.engine, self.room, self.metrics = engine, room, metrics
         self._draining = draining
         self.flying = 0
         metrics.in_flight.set_function(lambda: self.flying)
-        metrics.waiting.set_function(lambda: max(0, self.flying - limits.requests))
+        metrics.waiting.set_function(lambda: max(0, self.flying - room.requests))
 
     def check_open(self) -> None:
         """Raise `ApiError` where no request is answered any more."""
@@ -53,13 +53,15 @@ class Desk:
     def take(self, answers: int, receive: Receive) -> Flight:
         """Return a flight with room for some answers, a context that is left at its end; raises `ApiError`."""
         self.check_open()
-        room = self.limits.requests + self.limits.queue
-        if answers > room:
-            raise ApiError(400, f"{answers} answers are asked for at once; this server takes up to {room}.", param="n")
-        if self.flying + answers > room:
+        places = self.room.requests + self.room.queue
+        if answers > places:
+            raise ApiError(
+                400, f"{answers} answers are asked for at once; this server takes up to {places}.", param="n"
+            )
+        if self.flying + answers > places:
             raise ApiError(
                 429,
-                f"{self.flying} answers are being made or wait, and {answers} more would be beyond the {room} that "
+                f"{self.flying} answers are being made or wait, and {answers} more would be beyond the {places} that "
                 "this server takes. Try again in a while.",
                 code="busy",
                 headers=RETRY_AFTER,
@@ -121,7 +123,7 @@ class Flight:
         It is a 503, which OpenAI's clients try again. That helps where the request has only waited; where its answer
         was being made it would take as long again, and they are told not to.
         """
-        seconds = self._desk.limits.seconds
+        seconds = self._desk.room.seconds
         limit = asyncio.timeout_at(self._begun + seconds)
         try:
             async with limit:

@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from trimtab.artifact import AnyKnob, load_knob
+from trimtab.engines.continuous.engine import Engine
 from trimtab.engines.listing import describe, explain
 from trimtab.errors import KnobError, UnknownName, brief, unknown_name
-from trimtab.serve.engine import Engine
 from trimtab.serve.errors import RESPONSES, ApiError, ErrorBody
 from trimtab.serve.replies import (
     Deleted,
