@@ -18,13 +18,14 @@ from fake_engine import FakeEngine
 from trimtab.engines.continuous.engine import Engine
 from trimtab.serve.app import create_app
 from trimtab.serve.flight import Room
+from trimtab.serve.refusal import new_request_id
 
 ASKED = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 class Client:
-    """Asks an application of its own over an engine; `admin` stands for the guard that knows the admin key."""
+    """Asks an application of its own over an engine, without a guard in front."""
 
     def __init__(
         self,
@@ -32,15 +33,13 @@ class Client:
         *,
         panels: Mapping[str, Mapping[str, float]] | None = None,
         room: Room | None = None,
-        admin: bool = False,
     ) -> None:
         self.engine = engine
         self.app: FastAPI = create_app(cast(Engine, engine), model="pico", panels=panels, room=room)
-        self._admin = admin
 
     async def asgi(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection."""
-        await self.app({**scope, "state": {"admin": self._admin}}, receive, send)
+        await self.app({**scope, "state": {"request_id": new_request_id()}}, receive, send)
 
     async def send(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask from within a loop."""

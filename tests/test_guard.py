@@ -263,7 +263,6 @@ def test_keys_are_told_apart_by_names_that_say_nothing_of_them() -> None:
     ana, again, ben, admin = [scope["state"] for scope in behind.scopes]
     assert ana["key"] == again["key"]
     assert len({ana["key"], ben["key"], admin["key"]}) == 3
-    assert [state["admin"] for state in (ana, ben, admin)] == [False, False, True]
     other = Keys.of((ANA,)).find(ANA.encode())
     assert other is not None
     assert other.name != ana["key"]  # new with every start: nobody can test guesses against a log
@@ -327,7 +326,6 @@ def test_without_an_admin_key_nobody_is_admin() -> None:
             answer = ask(guard, method, "/v1/knobs/math", [header])
             assert answer.status == 403
             assert "started without one" in answer.message
-    assert not any(scope["state"]["admin"] for scope in behind.scopes)
     assert [scope["method"] for scope in behind.scopes] == ["GET"] * 3
 
 
@@ -963,7 +961,8 @@ def test_the_rest_of_a_refused_body_is_taken_in_but_not_for_long(monkeypatch: py
 
 def test_while_the_server_ends_everything_is_answered_with_503() -> None:
     behind = Behind()
-    guard = Guard(behind, GuardSettings(), draining=lambda: True)
+    guard = guarded(behind)
+    guard.draining = True
     for path in ("/", "/health", "/v1/models"):
         answer = ask(guard, path=path)
         assert answer.status == 503

@@ -76,7 +76,7 @@ class Impatient(Base):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.patience.connections:
-            self.refuse(Refusal(503, "There are too many connections. Try again soon.", headers=[retry_after(1)]))
+            self.refuse(Refusal(503, "There are too many connections. Try again soon.", headers=retry_after(1)))
 
     def data_received(self, data: bytes) -> None:
         for at in range(0, len(data), _SLICE):
