@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.serve import guard as guard_module
-from trimtab.serve import intake
 from trimtab.serve.guard import Guard, GuardSettings
 from trimtab.serve.hosts import Hosts, is_loopback
 from trimtab.serve.keys import Keys, load_keys
@@ -745,8 +744,8 @@ def test_a_long_body_is_checked_in_a_thread_so_that_nobody_waits_for_it(monkeypa
         checked.append(threading.current_thread() is threading.main_thread())
         check_json(body)
 
-    check_json = intake.check_json
-    monkeypatch.setattr(intake, "check_json", spy)
+    check_json = guard_module.check_json
+    monkeypatch.setattr(guard_module, "check_json", spy)
     guard = guarded()
     assert post(guard, b'{"a": "' + b"a" * 100 + b'"}').status == 200
     assert post(guard, b'{"a": "' + b"a" * 100_000 + b'"}').status == 200

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from trimtab.errors import OptionError
 from trimtab.serve.hosts import Hosts, check_origin, check_origin_option
-from trimtab.serve.intake import KINDS, Gone, announces_body, check_announced, read_body, replay, take_json
+from trimtab.serve.intake import KINDS, Gone, announces_body, check_announced, check_json, read_body, replay
 from trimtab.serve.keys import Keys
 from trimtab.serve.limits import Limits, client_of
 from trimtab.serve.refusal import SECURITY_HEADERS, Refusal, new_request_id, retry_after, unexpected
@@ -163,13 +163,15 @@ class Guard:
     async def _body(self, scope: Scope, head: dict[str, str], receive: Receive) -> Receive:
         """Read and check a request's body, and return what gives it to the application."""
         method, settings = scope["method"], self.settings
-        take, limit, seconds = (
-            (read_body, settings.file_limit, settings.file_seconds)
-            if method == "PUT"
-            else (take_json, settings.body_limit, settings.body_seconds)
-        )
+        whole = method == "PUT"
+        limit = settings.file_limit if whole else settings.body_limit
         check_announced(method, scope["http_version"], head, limit)
-        return replay(await take(receive, limit, seconds), receive) if method in KINDS else receive
+        if method not in KINDS:
+            return receive
+        body = await read_body(receive, limit, settings.file_seconds if whole else settings.body_seconds)
+        if not whole:
+            check_json(body)
+        return replay(body, receive)
 
 
 class _Exchange:

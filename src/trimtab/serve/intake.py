@@ -21,8 +21,6 @@ DEEPEST = 32
 """How many lists and objects of a body may stand in each other."""
 KINDS = {"POST": "application/json", "PUT": "application/octet-stream"}
 """The media type of each method that has a body."""
-LONG = 2**16
-"""Bytes from which a body is checked in a thread: a second may pass, for which nobody else should wait."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -57,16 +55,6 @@ def check_announced(method: str, version: str, head: dict[str, str], limit: int)
         raise Refusal(400, f"Content-Length is a number of bytes; got {brief(length)}.")
     if int(length) > limit:
         raise _too_large(limit)
-
-
-async def take_json(receive: Receive, limit: int, seconds: float) -> bytes:
-    """Return a body as `read_body` does, checked by `check_json`."""
-    body = await read_body(receive, limit, seconds)
-    if len(body) < LONG:
-        check_json(body)
-    else:
-        await asyncio.to_thread(check_json, body)
-    return body
 
 
 async def read_body(receive: Receive, limit: int, seconds: float) -> bytes:
