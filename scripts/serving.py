@@ -34,6 +34,8 @@ import trimtab  # noqa: E402
 from flood import Case, flood, under_load  # noqa: E402
 from served import Served, served  # noqa: E402
 from trimtab.artifact import DeltaKnob, LowRank, Rack  # noqa: E402
+from trimtab.engines.continuous.engine import Engine  # noqa: E402
+from trimtab.errors import AdapterError  # noqa: E402
 from trimtab.serve.figures import Figures  # noqa: E402
 from trimtab.serve.load import Load, made_up, measure  # noqa: E402
 
@@ -45,7 +47,7 @@ DISTINCT = 500
 AT_ONCE = 64
 CUT = 0.1
 """Share of the requests that are cut off."""
-PARTS = ("flood", "speed", "stops")
+PARTS = ("flood", "speed", "stops", "models")
 
 
 def main() -> None:
@@ -64,6 +66,7 @@ def main() -> None:
             "flood": lambda: crowd(words, folder, args.requests),
             "speed": lambda: speeds(words, args.rounds),
             "stops": lambda: stops(words),
+            "models": models,
         }
         for part in args.only.split(","):
             (KEPT / f"{part}.md").write_text(ways[part](), encoding="utf-8")
@@ -97,7 +100,7 @@ def knob_words(folder: Path) -> list[str]:
     """Make knobs of every kind that the engine takes, and return the options that load them."""
     model, _ = trimtab.load("prefworld")
     knobs: dict[str, Any] = {
-        where: pico.knob(1 + i, name=where, seed=i, where=where, width=model.config.hidden_size, norm=30.0)
+        where: pico.knob(1 + i, name=where, seed=i, where=where, width=model.config.hidden_size, norm=200.0)
         for i, where in enumerate(("all", "context", "prompt", "completion"))
     }
     knobs |= {name: low_rank(model, seed, name) for seed, name in enumerate(("w1", "w2"))}
@@ -115,7 +118,7 @@ def low_rank(model: Any, seed: int, name: str) -> DeltaKnob:
     for label, p in model.named_parameters():
         if "layers" in label and p.dim() == 2:
             a, b = torch.randn(4, p.shape[1], generator=generator), torch.randn(p.shape[0], 4, generator=generator)
-            parts[label] = LowRank(a / p.shape[1] ** 0.5, 0.02 * b)
+            parts[label] = LowRank(a / p.shape[1] ** 0.5, 0.3 * b)
     return DeltaKnob(name, "random", parts)
 
 
@@ -172,9 +175,9 @@ def crowd(words: Sequence[str], folder: Path, count: int) -> str:
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return (
-        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones: {bare} without knobs, the "
-        f"others with one to three of {knobs}, weight knobs among them, which change {changed} of the answers. Half of "
-        f"them streamed, {CUT:.0%} cut off at random.\n\n| | |\n|---|---|\n{table}"
+        f"### {count:,} requests, {AT_ONCE} at a time\n\nDrawn from {len(drawn)} distinct ones: {bare} without knobs, "
+        f"the others with one to three of {knobs}, weight knobs among them, which change {changed} of the answers. "
+        f"Half of them streamed, {CUT:.0%} cut off at random.\n\n| | |\n|---|---|\n{table}"
     )
 
 
@@ -284,6 +287,25 @@ def stops(words: Sequence[str]) -> str:
         )
         rows.append(f"| started again | HTTP {answer.status_code} | {server.stop()} |")
     return "\n".join(["### Signals under load\n", "| signal | requests | exit status |", "|---|---|---|", *rows])
+
+
+# Models
+
+
+def models() -> str:
+    """Say on which architectures, as small random twins, a mixed batch comes out as each request alone."""
+    found: dict[str, list[str]] = {"served": [], "refused at the start": []}
+    for name in pico.ARCHITECTURES:
+        try:
+            Engine(pico.model(name), pico.tokenizer(), requests=4, tokens=32, cache_tokens=512).close()
+            found["served"].append(name)
+        except AdapterError:
+            found["refused at the start"].append(name)
+    rows = [f"| {what} | {len(names)} | {', '.join(names)} |" for what, names in found.items()]
+    head = (
+        "### Models\n\nTried on small random twins, as at every start:\n\n| | | architectures, by transformers' names |"
+    )
+    return "\n".join([head, "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

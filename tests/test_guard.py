@@ -907,6 +907,13 @@ def test_every_answer_has_the_headers_and_each_once(path: str, headers: list[tup
     assert status != 200 or answer["x-own"] == "1"
 
 
+def test_the_pages_files_may_be_kept_as_the_application_says_and_nothing_else_may() -> None:
+    behind = Behind()
+    behind.headers = [(b"cache-control", b"no-cache")]
+    kept = [ask(guarded(behind), path=path)["cache-control"] for path in ("/", "/playground/app.js", "/v1/models")]
+    assert kept == ["no-cache", "no-cache", "no-store"]
+
+
 def test_requests_have_names_that_differ_and_that_the_application_knows() -> None:
     behind = Behind()
     guard = guarded(behind)

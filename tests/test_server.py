@@ -23,7 +23,7 @@ from hostile_requests import CASES, send
 from served import Served, served
 from trimtab.artifact import Rack, save_panel
 
-WIDTH, NORM = 192, 40.0
+WIDTH, NORM = 192, 200.0
 RANGES: dict[str, list[float] | None] = {"math": [-1.0, 1.5], "concise": [-2.0, 2.0], "raw": None}
 QUESTION = "Ana has 12 pens and buys 13 more. How many pens does Ana have?"
 
@@ -108,6 +108,8 @@ def test_mixed_requests_at_once_and_some_cut_off_are_answered_as_each_alone(runn
         setting = {name: rng.choice((-1.0, 0.5, 1.0, 1.5)) for name in names}
         tokens = rng.randint(2, 14)
         cases.append(Case(prompt, setting, tokens, running.alone(prompt, setting, tokens)))
+    bare = [running.alone(case.prompt, {}, case.tokens) for case in cases]
+    assert sum(case.expected != text for case, text in zip(cases, bare, strict=True)) > 8
     result = asyncio.run(flood(running.server, cases, 200, at_once=32, cut=0.15))
     assert not result.wrong
     assert result.same + result.cut == 200

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 else:
     Base = object  # uvicorn is optional: `protocol_class` brings the two together
 
-_SLICE = 2**14
-"""Bytes that are looked at together, so that headers which come in one piece are measured too."""
 _USED = ("conn", "connections", "cycle", "send_400_response", "shutdown", "timeout_keep_alive_task", "transport")
 """What is used or replaced of uvicorn's protocol, beyond what asyncio asks of any."""
 _KNOWN = {
@@ -77,12 +75,6 @@ class Impatient(Base):
         super().connection_made(transport)
         if len(self.connections) > self.patience.connections:
             self.refuse(Refusal(503, "There are too many connections. Try again soon.", headers=retry_after(1)))
-
-    def data_received(self, data: bytes) -> None:
-        for at in range(0, len(data), _SLICE):
-            if self.transport.is_closing():
-                return
-            super().data_received(data[at : at + _SLICE])
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP; called while h11's error is handled, which may know a better status."""

@@ -27,6 +27,8 @@ log = logging.getLogger("trimtab.serve")
 _LINGER = 1.0
 """Seconds for which the rest of a refused body is still taken in, so that the client gets to read the answer."""
 _LINGER_BYTES = 2**20
+_LONG = 2**16
+"""Bytes of JSON from which on others are not held up while it is checked."""
 _ADMINS_OWN = ("PUT", "DELETE")
 
 
@@ -169,8 +171,10 @@ class Guard:
         if method not in KINDS:
             return receive
         body = await read_body(receive, limit, settings.file_seconds if whole else settings.body_seconds)
-        if not whole:
+        if not whole and len(body) < _LONG:
             check_json(body)
+        elif not whole:
+            await asyncio.to_thread(check_json, body)
         return replay(body, receive)
 
 

@@ -169,6 +169,9 @@ class Server(Base):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.guard.draining = True
+        for bound in sockets or ():
+            bound.listen(0)  # nobody comes in any more,
+        await asyncio.sleep(0.05)  # who waits at the door is let in, for closing it would cut them off,
         for listener in self.servers:
             listener.close()
         await self._finish()

@@ -17,7 +17,7 @@ from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
 from trimtab.engines.continuous.requests import Request, Sampling, Step
 from trimtab.engines.slots import Plan, knob_digest, plan_request
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, EngineError
 from trimtab.runtime import steer
 from trimtab.types import Site, Where
 
@@ -91,7 +91,10 @@ def compare(
     close = CLOSE.get(adapter.dtype, ROUGH)
     steps: list[queue.SimpleQueue[Step]] = [queue.SimpleQueue() for _ in expected]
     for one, box in zip(expected, steps, strict=True):
-        run(one.request, one.plan, box.put)
+        try:
+            run(one.request, one.plan, box.put)
+        except EngineError:  # the one before has ended the loop
+            raise _differs(adapter, math.inf) from None
     for one, box in zip(expected, steps, strict=True):
         for token, logprob, lead in zip(one.tokens, one.logprobs, one.leads, strict=True):
             made = box.get(timeout=seconds).token
@@ -99,8 +102,12 @@ def compare(
             if off <= close and made is not None and made.id != token and lead <= close:
                 break  # two tokens as likely as each other: from here on the texts differ by rights
             if not off <= close or made is None or made.id != token:
-                what = "fails on" if math.isinf(off) else f"puts a log-probability off by {off:.2g} on"
-                raise AdapterError(
-                    f"transformers' continuous batching {what} this {type(adapter.model).__name__}, where a batch of "
-                    "three requests was compared with each by itself. Use trimtab.generate, or the engine 'vllm'."
-                )
+                raise _differs(adapter, off)
+
+
+def _differs(adapter: Adapter, off: float) -> AdapterError:
+    what = "fails on" if math.isinf(off) else f"puts a log-probability off by {off:.2g} on"
+    return AdapterError(
+        f"transformers' continuous batching {what} this {type(adapter.model).__name__}, where a batch of three "
+        "requests was compared with each by itself. Use trimtab.generate, or the engine 'vllm'."
+    )
