@@ -2,8 +2,9 @@
 
     python tests/guarded.py '{"settings": {"body_seconds": 1}, "patience": {"headers": 1}, "serve": {"drain": 5}}'
 
-Keys come from the environment. POST /v1/wait answers after `seconds`, POST /v1/stream sends `count` chunks of `size`
-bytes, one per `seconds`, GET /v1/running counts both, and POST /v1/die lets the engine be dead.
+It takes any free port unless there is a "port", and keys from the environment. POST /v1/wait answers after `seconds`,
+POST /v1/stream sends `count` chunks of `size` bytes, one per `seconds`, GET /v1/running counts both, and POST /v1/die
+lets the engine be dead.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ class Running:
 
 
 @contextmanager
-def running(environment: dict[str, str] | None = None, **options: dict[str, Any]) -> Iterator[Running]:
+def running(environment: dict[str, str] | None = None, **options: Any) -> Iterator[Running]:
     """Run the application until the context ends; `options` are those of the program."""
     names = ("TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY")
     environment = {name: value for name, value in os.environ.items() if name not in names} | (environment or {})
-    command = [sys.executable, str(Path(__file__)), json.dumps({"serve": {"port": 0}, **options})]
+    command = [sys.executable, str(Path(__file__)), json.dumps(options)]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
@@ -79,7 +80,7 @@ def main(options: dict[str, Any]) -> int:
     from trimtab.serve.connections import Patience
     from trimtab.serve.guard import GuardSettings
     from trimtab.serve.keys import load_keys
-    from trimtab.serve.run import serve
+    from trimtab.serve.run import bind, serve
 
     app = FastAPI(redirect_slashes=False)
     there = {"running": 0, "dead": False}
@@ -135,9 +136,11 @@ def main(options: dict[str, Any]) -> int:
 
         return StreamingResponse(chunks())
 
+    settings = GuardSettings(**{"keys": load_keys(), **options.get("settings", {})})
     return serve(
         app,
-        GuardSettings(**{"keys": load_keys(), **options.get("settings", {})}),
+        settings,
+        bind(settings.host, options.get("port", 0)),
         patience=Patience(**options.get("patience", {})),
         dead=lambda: there["dead"],
         **options.get("serve", {}),

@@ -8,38 +8,38 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
 from fake_engine import FakeEngine
+from trimtab.engines.continuous.engine import Engine
 from trimtab.serve.app import create_app
-from trimtab.serve.flight import Limits
+from trimtab.serve.flight import Room
+from trimtab.serve.refusal import new_request_id
 
 ASKED = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 class Client:
-    """Asks an application of its own over an engine; `admin` stands for the guard that knows the admin key."""
+    """Asks an application of its own over an engine, without a guard in front."""
 
     def __init__(
         self,
         engine: FakeEngine,
         *,
         panels: Mapping[str, Mapping[str, float]] | None = None,
-        limits: Limits | None = None,
-        admin: bool = False,
+        room: Room | None = None,
     ) -> None:
         self.engine = engine
-        self.app: FastAPI = create_app(engine, model="pico", panels=panels, limits=limits)
-        self._admin = admin
+        self.app: FastAPI = create_app(cast(Engine, engine), model="pico", panels=panels, room=room)
 
     async def asgi(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection."""
-        await self.app({**scope, "state": {"admin": self._admin}}, receive, send)
+        await self.app({**scope, "state": {"request_id": new_request_id()}}, receive, send)
 
     async def send(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Ask from within a loop."""

@@ -326,7 +326,7 @@ def test_the_log_has_a_line_for_each_request_and_nothing_that_was_in_one() -> No
 
 
 def test_sigterm_under_load_loses_no_request_that_was_accepted() -> None:
-    with running(serve={"port": 0, "drain": 20}) as server:
+    with running(serve={"drain": 20}) as server:
         ending = threading.Event()
         answers: list[tuple[int, bool]] = []
 
@@ -413,7 +413,7 @@ def test_connections_at_rest_do_not_hold_up_the_end() -> None:
 
 
 def test_what_is_not_over_when_the_time_is_up_is_cut_off() -> None:
-    with running(serve={"port": 0, "drain": 1}) as server, ThreadPoolExecutor(2) as pool:
+    with running(serve={"drain": 1}) as server, ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(asked, server, "POST", "/v1/wait", {"seconds": 60})
         with Connection(server) as connection:
             body = json.dumps({"count": 600, "size": 10, "seconds": 0.1}).encode()
@@ -449,7 +449,7 @@ def test_after_sigkill_the_same_port_serves_again_at_once() -> None:
         assert client("GET", "/health").read()  # a connection that is open, of which something stays behind
         server.signal(signal.SIGKILL)
         assert server.ended() == -signal.SIGKILL
-        with running(serve={"port": server.port}) as again:
+        with running(port=server.port) as again:
             assert again.port == server.port
             assert asked(again, "GET", "/health")[0] == 200
 
@@ -489,7 +489,7 @@ def test_two_that_took_one_address_do_not_both_serve(capfd: pytest.CaptureFixtur
     with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
         first.listen()
         with pytest.raises(OptionError, match=r"Cannot listen on http://127\.0\.0\.1"):
-            serve(_app(), GuardSettings(), bound=second)
+            serve(_app(), GuardSettings(), second)
     assert "Listening" not in capfd.readouterr().out
 
 
@@ -505,15 +505,13 @@ def test_the_network_is_served_with_keys_or_on_demand_only() -> None:
         check_exposure(GuardSettings(host="0.0.0.0"), open=False)
     with pytest.raises(OptionError, match=r"--keys FILE .*--open"):
         check_exposure(GuardSettings(host="::", keys=Keys.of((), ("admin-0123456789abcdef",))), open=False)
-    with pytest.raises(OptionError, match="--open"):
-        serve(_app(), GuardSettings(host="0.0.0.0"), port=0)
     check_exposure(GuardSettings(host="0.0.0.0", keys=keys), open=False)
     check_exposure(GuardSettings(host="0.0.0.0"), open=True)
     check_exposure(GuardSettings(), open=False)
 
 
 def test_a_server_on_all_addresses_says_where_it_listens() -> None:
-    with running(settings={"host": "0.0.0.0"}, serve={"port": 0, "open": True}) as server:
+    with running(settings={"host": "0.0.0.0"}) as server:
         assert server.url.startswith("http://0.0.0.0:")
         assert asked(server, "GET", "/health")[0] == 200
 
@@ -521,7 +519,7 @@ def test_a_server_on_all_addresses_says_where_it_listens() -> None:
 def test_a_uvicorn_that_is_not_the_known_one_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_USED", (*connections._USED, "no_such_attribute"))
     with pytest.raises(MissingDependency, match=r"no_such_attribute.*pip install uvicorn"):
-        serve(_app(), GuardSettings(), port=0)
+        serve(_app(), GuardSettings(), bind("127.0.0.1", 0))
 
 
 def test_the_guard_needs_neither_torch_nor_a_web_framework_to_load() -> None:

@@ -124,21 +124,22 @@ def reason(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, deepest: int = NESTING_LIMIT) -> Any:
     """Read JSON as RFC 8259 has it, in UTF-8; raises `ValueError` that says what is wrong.
 
     Python's own reader takes more: NaN, numbers beyond every float, and of fields of one name it keeps the last.
     """
+    too_deep = f"it is nested too deeply: more than {deepest} lists and objects stand in each other"
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value: Any = json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(too_deep) from None
     level: list[Any] = [value]
-    for _ in range(NESTING_LIMIT):
-        level = [part for item in level for part in _parts(item)]
+    for _ in range(deepest):
+        level = [part for item in level for part in _parts(item) if isinstance(part, dict | list)]
     if level:  # what is nested more deeply than this is not safe to print, compare or write
-        raise ValueError("it is nested too deeply")
+        raise ValueError(too_deep)
     return value
 
 

@@ -8,7 +8,6 @@ NAME=VALUE of --engine-option are its options, as in --engine-option max_model_l
 
 from __future__ import annotations
 
-import socket
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -107,8 +106,9 @@ def run(args: Namespace, terminal: Terminal) -> int:
 def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
     from trimtab.serve.guard import GuardSettings
     from trimtab.serve.keys import load_keys
-    from trimtab.serve.run import bind, check_exposure, serve
+    from trimtab.serve.run import bind, check_exposure, check_installed, serve
 
+    check_installed()
     guard = GuardSettings(
         host=args.host,
         keys=load_keys(args.keys, args.admin_keys),
@@ -123,7 +123,7 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
         with open_model(args, terminal) as loaded, terminal.working("Trying a batch of mixed requests"):
             from trimtab.engines.continuous.engine import Engine
             from trimtab.serve.app import create_app
-            from trimtab.serve.flight import Limits
+            from trimtab.serve.flight import Room
 
             sizes = options.given(args, "requests", "cache_tokens")
             engine = Engine(
@@ -131,13 +131,15 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
             )
         with engine:
             renamed = {"timeout": "seconds"}
-            limits = {renamed.get(n, n): v for n, v in options.given(args, "requests", "queue", "timeout").items()}
-            app = create_app(engine, model=args.model, panels=offer.panels, limits=Limits(**limits))
+            room = {renamed.get(n, n): v for n, v in options.given(args, "requests", "queue", "timeout").items()}
+            app = create_app(engine, model=args.model, panels=offer.panels, room=Room(**room))
             drain = options.given(args, "drain")
-            return serve(app, guard, open=args.open, bound=bound, dead=lambda: not engine.alive, **drain)
+            return serve(app, guard, bound, dead=lambda: not engine.alive, **drain)
 
 
 def _serve_vllm(args: Namespace, terminal: Terminal) -> int:
+    from trimtab.serve.run import bind
+
     if not 0 < args.port < 2**16:
         raise OptionError(f"--port is a number from 1 to 65535 here; got {args.port}.")
     if args.layers is not None and min(args.layers) < 0:
@@ -146,7 +148,7 @@ def _serve_vllm(args: Namespace, terminal: Terminal) -> int:
         rack = load_knobs(args.knob, None).rack
         model, own = vllm_options(args)
         if not own.get("headless"):
-            _check_address(args.host, args.port)
+            bind(args.host, args.port).close()  # before a model is loaded for it
         from trimtab.engines.vllm.launch import Files, engine_options, serve
 
     files = Files(rack, dict(filter(None, map(_plain_file, args.knob))))
@@ -163,17 +165,6 @@ def _serve_vllm(args: Namespace, terminal: Terminal) -> int:
     finally:
         files.cleanup()
     return 0
-
-
-def _check_address(host: str, port: int) -> None:
-    """Raise `OptionError` where nothing can listen, before a model is loaded for it."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise OptionError(f"Cannot listen on {host}:{port}: {error.strerror}.") from None
 
 
 def _plain_file(entry: str) -> tuple[str, Path] | None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
+from trimtab.engines.continuous.engine import Engine
 from trimtab.serve import completions, knobs
 from trimtab.serve.catalogue import Catalogue
-from trimtab.serve.engine import Engine
-from trimtab.serve.errors import RESPONSES, ApiError, add_handlers
-from trimtab.serve.flight import Desk, Limits
+from trimtab.serve.errors import RESPONSES, add_handlers
+from trimtab.serve.flight import Desk, Room
 from trimtab.serve.metrics import Metrics, Outermost
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.replies import Health, reply
 from trimtab.serve.server import Here, Server
 from trimtab.types import Setting
@@ -31,17 +32,15 @@ KINDS = {
 
 
 def create_app(
-    engine: Engine, *, model: str, panels: Mapping[str, Setting] | None = None, limits: Limits | None = None
+    engine: Engine, *, model: str, panels: Mapping[str, Setting] | None = None, room: Room | None = None
 ) -> FastAPI:
     """Return the application; `model` is the name that requests ask for, `panels` are settings by name.
 
-    `app.state.draining` is false; set to true it lets running requests end, and refuses new ones. Who may change the
-    knobs is for a layer in front to say, in `scope["state"]["admin"]`.
+    It is to stand behind a `Guard`: it asks nobody for a key, and takes bodies as they come.
     """
     app = FastAPI(title="Trimtab", version=version("trimtab"), docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.draining = False
     metrics = Metrics()
-    desk = Desk(engine, limits or Limits(), metrics, lambda: app.state.draining)
+    desk = Desk(engine, room or Room(), metrics)
     app.state.server = Server(engine, Catalogue(engine, model, panels or {}), desk, metrics, asyncio.Lock())
     for routes in (status, knobs.router, completions.router, page_routes(PAGE)):
         app.include_router(routes)
@@ -76,7 +75,7 @@ def page_routes(folder: Path) -> APIRouter:
 
     async def serve(name: str) -> Response:
         if name not in files:
-            raise ApiError(404, "The playground has no such file.")
+            raise Refusal(404, "The playground has no such file.")
         return FileResponse(files[name], media_type=KINDS[files[name].suffix], headers={"Cache-Control": "no-cache"})
 
     async def index() -> Response:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 
 from trimtab.engines.admission import Admitted, read_setting
+from trimtab.engines.continuous.engine import Engine
 from trimtab.errors import OptionError, UnknownName, unknown_name
-from trimtab.serve.engine import Engine
-from trimtab.serve.errors import ApiError, refused
+from trimtab.serve.errors import refused
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.replies import ModelEntry
 from trimtab.serve.schemas import Common
 from trimtab.types import Setting
@@ -27,14 +28,14 @@ class Catalogue:
         return {self.model: None, **{f"{self.model}:{panel}": panel for panel in self.panels}}
 
     def panel_of(self, model: str) -> str | None:
-        """Return the panel that a model's name stands for; raises `ApiError` for a name that is not known."""
+        """Return the panel that a model's name stands for; raises `Refusal` for a name that is not known."""
         names = self.names
         if model not in names:
-            raise ApiError(404, str(unknown_name("model", model, names)), param="model", code="model_not_found")
+            raise Refusal(404, str(unknown_name("model", model, names)), param="model", code="model_not_found")
         return names[model]
 
     def entry(self, model: str) -> ModelEntry:
-        """Return a model's entry; raises `ApiError` for a name that is not known."""
+        """Return a model's entry; raises `Refusal` for a name that is not known."""
         return ModelEntry(
             id=model,
             panel=self.panel_of(model),
@@ -45,10 +46,10 @@ class Catalogue:
         )
 
     def admit(self, body: Common) -> Admitted | None:
-        """Return what a request's model, panel and knobs come to together; raises `ApiError`."""
+        """Return what a request's model, panel and knobs come to together; raises `Refusal`."""
         panel = self.panel_of(body.model)
         if None not in (panel, body.panel) and panel != body.panel:
-            raise ApiError(
+            raise Refusal(
                 400,
                 f"Model {body.model!r} stands for panel {panel!r}, and the request asks for {body.panel!r}. "
                 f"Name one of them, or the model {self.model!r}.",
@@ -65,10 +66,10 @@ class Catalogue:
         if name is None:
             return {}
         if name not in self.panels:
-            raise ApiError(400, str(unknown_name("panel", name, self.panels)), param="panel")
+            raise Refusal(400, str(unknown_name("panel", name, self.panels)), param="panel")
         missing = sorted(self.panels[name].keys() - self.engine.admission.knobs.keys())
         if missing:
-            raise ApiError(
+            raise Refusal(
                 400,
                 f"Panel {name!r} turns {', '.join(map(repr, missing))}, which this server has not loaded. Load it, or "
                 "take another panel.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any, NamedTuple
@@ -17,21 +16,21 @@ from starlette.types import Receive, Scope, Send
 from trimtab.engines.continuous.requests import Request, Sampling
 from trimtab.errors import AdapterError, OptionError, RenderError
 from trimtab.serve.answers import Answer, AnswerFailed, Part, Piece
-from trimtab.serve.bodies import JsonRoute
 from trimtab.serve.catalogue import Catalogue
-from trimtab.serve.errors import RESPONSES, ApiError, refused, unavailable, unexpected
+from trimtab.serve.errors import RESPONSES, refused, unavailable
 from trimtab.serve.flight import ClientGone, Desk, Flight
 from trimtab.serve.forms import ChatForm, Form, TextForm, Told
 from trimtab.serve.metrics import GONE
+from trimtab.serve.refusal import Refusal, unexpected
 from trimtab.serve.replies import ChatCompletion, TextCompletion, Usage, reply, written
 from trimtab.serve.schemas import ChatRequest, TextRequest
 from trimtab.serve.server import Here, Server
 
 PARTING = 5.0
 """Seconds for the last event of a stream whose time is up."""
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-router = APIRouter(route_class=JsonRoute, responses={**RESPONSES, **STREAM})
+router = APIRouter(responses={**RESPONSES, **STREAM})
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
@@ -82,7 +81,7 @@ class Order(NamedTuple):
 
 
 def place(catalogue: Catalogue, body: ChatRequest | TextRequest) -> Order:
-    """Look up the knobs, render the prompts, and see that the answers fit behind them; raises `ApiError`."""
+    """Look up the knobs, render the prompts, and see that the answers fit behind them; raises `Refusal`."""
     engine = catalogue.engine
     admitted = catalogue.admit(body)
     try:
@@ -114,12 +113,12 @@ def place(catalogue: Catalogue, body: ChatRequest | TextRequest) -> Order:
 def _longest(body: ChatRequest | TextRequest, prompt: int, context: int) -> int:
     """Return the most tokens of an answer behind a prompt of so many."""
     if not prompt:
-        raise ApiError(400, "The prompt has no tokens. Say something.", param=body.PROMPT)
+        raise Refusal(400, "The prompt has no tokens. Say something.", param=body.PROMPT)
     room = context - prompt
     longest = body.longest or max(1, min(room, body.USUAL or room))
     if longest > room:
         advice = f"ask for at most {room} tokens (max_tokens), or shorten it" if room > 0 else "shorten it"
-        raise ApiError(
+        raise Refusal(
             400,
             f"The prompt has {prompt} tokens when rendered, and an answer of up to {longest} does not fit behind it: "
             f"this model's context holds {context}. Please {advice}.",
@@ -181,9 +180,9 @@ async def _events(run: Run, form: Form, usage: bool, desk: Desk) -> AsyncGenerat
         yield f"data: {written(form.last(run.usage))}\n\n"
 
 
-def _failed(desk: Desk, error: AnswerFailed) -> ApiError:
+def _failed(desk: Desk, error: AnswerFailed) -> Refusal:
     alive = desk.engine.alive
-    return ApiError(500, str(error), code="engine_error") if alive else unavailable(str(error))
+    return Refusal(500, str(error), code="engine_error") if alive else unavailable(str(error))
 
 
 class EventStream(StreamingResponse):
@@ -201,7 +200,7 @@ class EventStream(StreamingResponse):
         async def say(event: str, *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": event.encode(), "more_body": more})
 
-        last = "data: [DONE]\n\n"
+        last = "[DONE]"
         with self._stack:
             try:
                 async with self._flight.limited(), aclosing(self._events):
@@ -210,10 +209,10 @@ class EventStream(StreamingResponse):
                         await say(event)
             except (ClientGone, OSError):
                 return
-            except ApiError as error:
-                last = f"data: {json.dumps(error.body)}\n\n"
+            except Refusal as error:
+                last = error.body.decode()
             except Exception:  # noqa: BLE001  # which is logged
-                last = f"data: {json.dumps(unexpected(scope).body)}\n\n"
+                last = unexpected(scope["state"]["request_id"]).body.decode()
         with suppress(TimeoutError, OSError):
             async with asyncio.timeout(PARTING):  # for a client that reads no more
-                await say(last, more=False)
+                await say(f"data: {last}\n\n", more=False)

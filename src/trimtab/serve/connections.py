@@ -74,7 +74,7 @@ class Impatient(Base):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.patience.connections:
-            self.refuse(Refusal(503, "There are too many connections. Try again soon.", headers=[retry_after(1)]))
+            self.refuse(Refusal(503, "There are too many connections. Try again soon.", headers=retry_after(1)))
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP; called while h11's error is handled, which may know a better status."""

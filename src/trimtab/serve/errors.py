@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.responses import JSONResponse
-from starlette.types import Scope
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from trimtab.errors import AdapterError, EngineError, KnobError, OptionError, RenderError, UnknownName, brief, printable
-from trimtab.serve.refusal import error_body, new_request_id
+from trimtab.serve.refusal import Refusal, retry_after
 
-RETRY_AFTER = {"Retry-After": "1"}
-"""Seconds after which a refusal for want of room may be over."""
 SHOWN = 3
 """Flaws of one request that are told at once."""
-
-_LOG = logging.getLogger("trimtab.serve")
 
 
 class ErrorDetail(BaseModel):
@@ -54,74 +48,51 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """What every route may answer in place of what was asked for."""
 
 
-class ApiError(HTTPException):
-    """A request that is not answered: the status, and what the client is told."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(status, message, dict(headers or {}))
-        self.body = error_body(status, message, param=param, code=code)
-
-
-def unexpected(scope: Scope) -> ApiError:
-    """Log the error that is being handled, and return what a client may be told of it: nothing but where to look."""
-    name = scope.get("state", {}).get("request_id") or new_request_id()
-    _LOG.exception("%s failed", name)
-    return ApiError(500, f"Something went wrong here; the server's log has it as {name}.", code="internal_error")
-
-
-def unavailable(message: str) -> ApiError:
+def unavailable(message: str) -> Refusal:
     """Return the refusal of a server that cannot answer now."""
-    return ApiError(503, message, code="unavailable", headers=RETRY_AFTER)
+    return Refusal(503, message, code="unavailable", headers=retry_after(1))
 
 
-def refused(error: Exception, param: str | None = None) -> ApiError:
+def refused(error: Exception, param: str | None = None) -> Refusal:
     """Return what a client is told of one of Trimtab's own errors."""
-    return unavailable(str(error)) if isinstance(error, EngineError) else ApiError(400, str(error), param=param)
+    return unavailable(str(error)) if isinstance(error, EngineError) else Refusal(400, str(error), param=param)
 
 
 REFUSALS = (OptionError, UnknownName, RenderError, KnobError, AdapterError)
 """Trimtab's errors that a request is to blame for."""
 
 
-def respond(error: ApiError) -> JSONResponse:
-    """Return an error as a response."""
-    return JSONResponse(error.body, error.status_code, headers=error.headers)
+def respond(refusal: Refusal) -> Response:
+    """Return a refusal as a response."""
+    return Response(refusal.body, refusal.status, refusal.headers, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:
     """Let every error of a route, and every request without one, be answered in OpenAI's form."""
 
-    async def own(_: Request, error: Exception) -> JSONResponse:
-        return respond(error if isinstance(error, ApiError) else refused(error))
+    async def own(_: Request, error: Exception) -> Response:
+        return respond(error if isinstance(error, Refusal) else refused(error))
 
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        return respond(_said(request, cast(AnyHTTPException, error)))
+    async def http(request: Request, error: Exception) -> Response:
+        return respond(_said(request, cast(HTTPException, error)))
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(_: Request, error: Exception) -> Response:
         return respond(_flaws(cast(RequestValidationError, error).errors()))
 
-    for kind in (ApiError, EngineError, *REFUSALS):
+    for kind in (Refusal, EngineError, *REFUSALS):
         app.add_exception_handler(kind, own)
-    app.add_exception_handler(AnyHTTPException, http)
+    app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
 
 
-def _said(request: Request, error: AnyHTTPException) -> ApiError:
+def _said(request: Request, error: HTTPException) -> Refusal:
     path, message, headers = printable(request.scope["path"][:200]), str(error.detail), error.headers
     if error.status_code == 404:
         message = f"There is nothing at {path}. /openapi.json lists what there is."
     elif error.status_code == 405:
         allowed = _methods(request) or (headers or {}).get("Allow", "")
         message, headers = f"{path} takes {allowed}; got {printable(request.method[:20])}.", {"Allow": allowed}
-    return ApiError(error.status_code, message, headers=headers)
+    return Refusal(error.status_code, message, headers=headers)
 
 
 def _methods(request: Request) -> str:
@@ -132,10 +103,10 @@ def _methods(request: Request) -> str:
     return ", ".join(sorted(method.upper() for method in known))
 
 
-def _flaws(errors: Sequence[Any]) -> ApiError:
+def _flaws(errors: Sequence[Any]) -> Refusal:
     """Tell what is wrong with a body in a few sentences, and the first flaw's place as `param`."""
     told = [_flaw(error) for error in errors[:SHOWN]]
-    return ApiError(400, " ".join(message for message, _ in told), param=told[0][1])
+    return Refusal(400, " ".join(message for message, _ in told), param=told[0][1])
 
 
 def _flaw(error: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +11,16 @@ from typing import Self
 
 from starlette.types import Receive
 
+from trimtab.engines.continuous.engine import Engine
 from trimtab.engines.continuous.requests import Request, Step
-from trimtab.serve.engine import Engine
-from trimtab.serve.errors import RETRY_AFTER, ApiError, unavailable
+from trimtab.serve.errors import unavailable
 from trimtab.serve.metrics import Metrics
+from trimtab.serve.refusal import Refusal, retry_after
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a server takes on."""
+class Room:
+    """How many answers a server has room for, and how long each may take."""
 
     requests: int = 64
     """Answers that a step of the engine holds."""
@@ -27,8 +28,6 @@ class Limits:
     """Answers that may wait for that; those of one request count one by one."""
     seconds: float = 600.0
     """Time for a request, from when it was read to its last byte."""
-    knob_bytes: int = 2**28
-    """Longest knob file that is taken."""
 
 
 class ClientGone(Exception):
@@ -38,33 +37,30 @@ class ClientGone(Exception):
 class Desk:
     """Takes on requests while there is room for their answers."""
 
-    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, draining: Callable[[], bool]) -> None:
-        self.engine, self.limits, self.metrics = engine, limits, metrics
-        self._draining = draining
+    def __init__(self, engine: Engine, room: Room, metrics: Metrics) -> None:
+        self.engine, self.room, self.metrics = engine, room, metrics
         self.flying = 0
         metrics.in_flight.set_function(lambda: self.flying)
-        metrics.waiting.set_function(lambda: max(0, self.flying - limits.requests))
+        metrics.waiting.set_function(lambda: max(0, self.flying - room.requests))
 
     def check_open(self) -> None:
-        """Raise `ApiError` where no request is answered any more."""
-        if self._draining():
-            raise unavailable("The server is about to stop, and answers only what it has begun.")
+        """Raise `Refusal` where no request is answered any more."""
         if not self.engine.alive:
             raise unavailable("The engine has stopped. The server has to be started again.")
 
     def take(self, answers: int, receive: Receive) -> Flight:
-        """Return a flight with room for some answers, a context that is left at its end; raises `ApiError`."""
+        """Return a flight with room for some answers, a context that is left at its end; raises `Refusal`."""
         self.check_open()
-        room = self.limits.requests + self.limits.queue
-        if answers > room:
-            raise ApiError(400, f"{answers} answers are asked for at once; this server takes up to {room}.", param="n")
-        if self.flying + answers > room:
-            raise ApiError(
+        places = self.room.requests + self.room.queue
+        if answers > places:
+            raise Refusal(400, f"{answers} answers are asked for at once; this server takes up to {places}.", param="n")
+        if self.flying + answers > places:
+            raise Refusal(
                 429,
-                f"{self.flying} answers are being made or wait, and {answers} more would be beyond the {room} that "
+                f"{self.flying} answers are being made or wait, and {answers} more would be beyond the {places} that "
                 "this server takes. Try again in a while.",
                 code="busy",
-                headers=RETRY_AFTER,
+                headers=retry_after(1),
             )
         return Flight(self, answers, receive)
 
@@ -118,12 +114,12 @@ class Flight:
 
     @asynccontextmanager
     async def limited(self) -> AsyncGenerator[None]:
-        """Hold what happens within against the time limit; raises `ApiError`.
+        """Hold what happens within against the time limit; raises `Refusal`.
 
         It is a 503, which OpenAI's clients try again. That helps where the request has only waited; where its answer
         was being made it would take as long again, and they are told not to.
         """
-        seconds = self._desk.limits.seconds
+        seconds = self._desk.room.seconds
         limit = asyncio.timeout_at(self._begun + seconds)
         try:
             async with limit:
@@ -133,9 +129,9 @@ class Flight:
                 raise
             self._fate = "timeout"
             what = "The answer was not complete" if self._started else "The answer had not begun"
-            headers = {**RETRY_AFTER, **({"x-should-retry": "false"} if self._started else {})}
+            headers = {**retry_after(1), **({"x-should-retry": "false"} if self._started else {})}
             hint = "Ask for fewer tokens (max_tokens)." if self._started else "Try again in a while."
-            raise ApiError(
+            raise Refusal(
                 503, f"{what} within {seconds:g} seconds. {hint}", code="time_limit", headers=headers
             ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from trimtab.serve.hosts import Hosts, check_origin, check_origin_option
 from trimtab.serve.intake import KINDS, Gone, announces_body, check_announced, check_json, read_body, replay
 from trimtab.serve.keys import Keys
 from trimtab.serve.limits import Limits, client_of
-from trimtab.serve.refusal import SECURITY_HEADERS, Refusal, new_request_id, retry_after
+from trimtab.serve.refusal import SECURITY_HEADERS, Refusal, new_request_id, retry_after, unexpected
 from trimtab.serve.screen import METHODS, check_line, head_of, is_page
 
 if TYPE_CHECKING:
@@ -64,12 +64,14 @@ class GuardSettings:
 class Guard:
     """ASGI middleware around the whole application.
 
-    The application finds in `request.state`: `request_id`; `key`, which tells keys apart and is empty without one; and
-    `admin`, whether the request came with an admin key. PUT and DELETE come through for those only.
+    PUT and DELETE come through for admin keys only. The application finds in `request.state` the request's name,
+    `request_id`, and `key`, which tells keys apart and is empty without one.
     """
 
-    def __init__(self, app: ASGIApp, settings: GuardSettings, *, draining: Callable[[], bool] = lambda: False) -> None:
-        self.app, self.settings, self.draining = app, settings, draining
+    def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
+        self.app, self.settings = app, settings
+        self.draining = False
+        """Whether the server is about to end: set to true, requests that run go on, and new ones are refused."""
         self.hosts = Hosts.of(settings.host, settings.allow_hosts, keys=bool(settings.keys.users))
         self.origins = {check_origin_option(origin) for origin in settings.allow_origins}
         self.limits = Limits(settings.rate, settings.concurrency)
@@ -83,19 +85,18 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": "No websockets are answered here."})
             return
         began = time.monotonic()
-        exchange = _Exchange(scope, receive, send, self.draining)
-        scope.setdefault("state", {}).update(admin=False, key="", request_id=exchange.id)
+        exchange = _Exchange(scope, receive, send, self)
+        scope.setdefault("state", {}).update(key="", request_id=exchange.id)
         try:
             await self._screen(scope, exchange)
         except asyncio.CancelledError:
-            if not self.draining():  # else the time to finish is over, and this request's task goes on to its end
+            if not self.draining:  # else the time to finish is over, and this request's task goes on to its end
                 raise
             if exchange.status is None:
                 await _refuse(_shutting_down(), exchange.send)
-        except Exception as error:
-            log.error("%s failed", exchange.id, exc_info=error)
+        except Exception:  # noqa: BLE001  # which is logged
+            refusal = unexpected(exchange.id)
             if exchange.status is None:
-                refusal = Refusal(500, f"Something went wrong here; the server's log has it as {exchange.id}.")
                 await _refuse(refusal, exchange.send)
         finally:
             path = quote(scope["path"], safe="/:")[:200]  # without the query string
@@ -126,7 +127,7 @@ class Guard:
         """Ask for a key, count the request, read its body, and let the application answer."""
         head: dict[str, str] = scope["trimtab.head"]
         try:
-            if self.draining():
+            if self.draining:
                 raise _shutting_down()
             if scope["method"] in ("GET", "HEAD") and (is_page(scope["path"]) or scope["path"] == "/health"):
                 check_announced(scope["method"], scope["http_version"], head, 0)
@@ -146,7 +147,7 @@ class Guard:
         scheme, _, key = head.get("authorization", "").partition(" ")
         caller = keys.find(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
         if caller is not None:
-            scope["state"].update(key=caller.name, admin=caller.admin)
+            scope["state"]["key"] = caller.name
         elif keys.users:
             self.limits.charge(address)  # so that guessing is slow
             said = "This key is not known." if "authorization" in head else "No key was sent."
@@ -154,9 +155,9 @@ class Guard:
                 401,
                 f"{said} Send Authorization: Bearer and your key.",
                 code="invalid_api_key",
-                headers=[(b"www-authenticate", b"Bearer")],
+                headers={"www-authenticate": "Bearer"},
             )
-        if scope["method"] in _ADMINS_OWN and not scope["state"]["admin"]:
+        if scope["method"] in _ADMINS_OWN and (caller is None or not caller.admin):
             why = "needs an admin key" if keys.admins else "needs an admin key, and this server was started without one"
             raise Refusal(403, f"{scope['method']} {why}.", code="admin_only")
         return f"key {caller.name}" if caller is not None else address
@@ -180,8 +181,8 @@ class Guard:
 class _Exchange:
     """One request and its answer, with the headers that every answer carries."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, draining: Callable[[], bool]) -> None:
-        self._receive, self._send, self._draining = receive, send, draining
+    def __init__(self, scope: Scope, receive: Receive, send: Send, guard: Guard) -> None:
+        self._receive, self._send, self._guard = receive, send, guard
         self.page = is_page(scope["path"])
         self.id = new_request_id()
         self.status: int | None = None
@@ -208,7 +209,7 @@ class _Exchange:
         own = [*SECURITY_HEADERS, (b"x-request-id", self.id.encode())]
         if not self.page:
             own.append((b"cache-control", b"no-store"))
-        if self.unread or self._draining():
+        if self.unread or self._guard.draining:
             own.append((b"connection", b"close"))
         names = {name for name, _ in own}
         return [(name, value) for name, value in message.get("headers", ()) if name.lower() not in names] + own
@@ -229,7 +230,7 @@ async def _refuse(refusal: Refusal, send: Send) -> None:
 
 
 def _shutting_down() -> Refusal:
-    return Refusal(503, "The server is shutting down. Try again soon.", code="draining", headers=[retry_after(5)])
+    return Refusal(503, "The server is shutting down. Try again soon.", code="draining", headers=retry_after(5))
 
 
 def _with_cors(app: ASGIApp, origins: Collection[str]) -> ASGIApp:

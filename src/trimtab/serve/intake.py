@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import brief
 from trimtab.files import parse_json
 from trimtab.serve.refusal import Refusal
+from trimtab.types import is_unicode
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
@@ -93,7 +93,7 @@ def check_json(body: bytes) -> None:
     Such are NaN and numbers beyond every float, names that stand twice, and escapes that are no characters.
     """
     try:
-        value: object = parse_json(body)
+        value: object = parse_json(body, deepest=DEEPEST)
     except ValueError as error:
         said = str(error)
         if "set_int_max_str_digits" in said:  # Python's advice is not for clients
@@ -101,32 +101,16 @@ def check_json(body: bytes) -> None:
         raise Refusal(400, f"The body is not JSON that is taken here: {said}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise Refusal(400, f"The body is a JSON {type(value).__name__}; expected an object.", code="invalid_json")
-    level: list[object] = [value]
-    for _ in range(DEEPEST):
-        level = [part for item in level for part in _parts(item)]
-    if any(isinstance(item, dict | list) for item in level):
-        raise Refusal(400, f"The body is nested more than {DEEPEST} deep.", code="invalid_json")
-    if _SURROGATE.search(body) and not _encodes(value):
+    if _SURROGATE.search(body) and not _is_unicode(value):
         raise Refusal(400, "The body has half a surrogate pair, which is no character.", code="invalid_json")
 
 
-def _parts(value: object) -> Iterable[object]:
+def _is_unicode(value: Any) -> bool:
+    if isinstance(value, str):
+        return is_unicode(value)
     if isinstance(value, dict):
-        return cast(dict[str, object], value).values()
-    return cast(list[object], value) if isinstance(value, list) else ()
-
-
-def _encodes(value: object) -> bool:
-    """Tell whether every text is one that UTF-8 can write."""
-    try:
-        if isinstance(value, dict):
-            for name in cast(dict[str, object], value):
-                name.encode()
-        if isinstance(value, str):
-            value.encode()
-    except UnicodeEncodeError:
-        return False
-    return all(map(_encodes, _parts(value)))
+        return all(is_unicode(name) and _is_unicode(part) for name, part in value.items())
+    return all(map(_is_unicode, value)) if isinstance(value, list) else True
 
 
 def _too_large(limit: int) -> Refusal:

@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from trimtab.artifact import AnyKnob, load_knob
+from trimtab.engines.continuous.engine import Engine
 from trimtab.engines.listing import describe, explain
 from trimtab.errors import KnobError, UnknownName, brief, unknown_name
-from trimtab.serve.engine import Engine
-from trimtab.serve.errors import RESPONSES, ApiError, ErrorBody
+from trimtab.serve.errors import RESPONSES, ErrorBody
+from trimtab.serve.refusal import Refusal
 from trimtab.serve.replies import (
     Deleted,
     KnobCard,
@@ -79,49 +80,30 @@ async def get_knob(id: str, here: Here) -> Response:
 @router.put("/v1/knobs/{id:path}", response_model=KnobCard, responses=ADMIN, openapi_extra=BYTES)
 async def put_knob(id: str, request: Request, here: Here) -> Response:
     """Load a knob file, which is the body, under a name; requests in flight keep what had it."""
-    _check_admin(request)
     async with here.loading:
-        data = await _read(request, here.desk.limits.knob_bytes)
-        knob = await run_in_threadpool(_load, here.engine, id, data)
+        knob = await run_in_threadpool(_load, here.engine, id, await request.body())
     return reply(_card(here.engine, id, knob))
 
 
 @router.delete("/v1/knobs/{id:path}", response_model=Deleted, responses=ADMIN)
-async def delete_knob(id: str, request: Request, here: Here) -> Response:
+async def delete_knob(id: str, here: Here) -> Response:
     """Take a knob's name away; requests in flight keep the knob."""
-    _check_admin(request)
     try:
         await run_in_threadpool(here.engine.unload, id)
     except UnknownName as error:
-        raise ApiError(404, str(error), param="id") from None
+        raise Refusal(404, str(error), param="id") from None
     return reply(Deleted(id=id, object="knob", deleted=True))
 
 
 def _known(engine: Engine, name: str) -> AnyKnob:
     knobs = engine.admission.knobs
     if name not in knobs:
-        raise ApiError(404, str(unknown_name("knob", name[:100], knobs)), param="id")
+        raise Refusal(404, str(unknown_name("knob", name[:100], knobs)), param="id")
     return knobs[name]
 
 
 def _card(engine: Engine, name: str, knob: AnyKnob) -> KnobCard:
     return KnobCard(**describe(name, knob, projects=name in engine.directions), **explain(knob))
-
-
-def _check_admin(request: Request) -> None:
-    """Let those pass whom the guard in front of this application has found to hold the admin key."""
-    if request.scope.get("state", {}).get("admin") is not True:
-        raise ApiError(403, "Only the admin key can change which knobs there are.", code="admin_only")
-
-
-async def _read(request: Request, longest: int) -> bytes:
-    """Return the body; raises `ApiError` for one that is longer than a knob may be."""
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > longest:
-            raise ApiError(413, f"A knob file has at most {longest} bytes here.")
-    return bytes(data)
 
 
 def _load(engine: Engine, name: str, data: bytes) -> AnyKnob:

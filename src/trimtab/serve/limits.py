@@ -55,7 +55,7 @@ class Limits:
                 429,
                 f"At most {self.concurrency} requests of one client are worked on at a time. Wait for one to end.",
                 code="concurrency_limit_exceeded",
-                headers=[retry_after(1)],
+                headers=retry_after(1),
             )
         bucket.live += 1
         try:
@@ -77,7 +77,7 @@ class Limits:
                 429,
                 f"At most {self.rate:g} requests a minute are taken of one client. Come again in {wait:.1f} s.",
                 code="rate_limit_exceeded",
-                headers=[retry_after(wait)],
+                headers=retry_after(wait),
             )
         bucket.tokens -= 1
         return bucket

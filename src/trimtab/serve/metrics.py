@@ -9,7 +9,8 @@ from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trimtab.serve.errors import respond, unexpected
+from trimtab.serve.errors import respond
+from trimtab.serve.refusal import unexpected
 
 FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -71,9 +72,9 @@ class Outermost:
         try:
             await self._app(scope, receive, watched)
         except Exception:  # noqa: BLE001  # which is logged
-            error = unexpected(scope)
+            refusal = unexpected(scope["state"]["request_id"])
             if not status:  # otherwise the connection is closed before the answer is complete, which a client sees
-                await respond(error)(scope, receive, watched)
+                await respond(refusal)(scope, receive, watched)
         finally:
             route = scope.get("route")
             path = route.path if isinstance(route, APIRoute) else "other"  # paths that anybody can make up are one

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
 Headers = list[tuple[bytes, bytes]]
 
+_LOG = logging.getLogger("trimtab.serve")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 SECURITY_HEADERS: Headers = [
@@ -27,27 +28,35 @@ class Refusal(Exception):
     """A request is not answered, and why: a status, and a message that the client may read."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, list(headers)
+        self.status, self.headers = status, dict(headers or {})
+        kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.body = json.dumps({"error": error}).encode()
 
     def response(self) -> tuple[Headers, bytes]:
         """Return headers and body."""
-        body = json.dumps(error_body(self.status, self.message, code=self.code)).encode()
-        length = str(len(body)).encode()
-        return [(b"content-type", b"application/json"), (b"content-length", length), *self.headers], body
+        whole = {"content-type": "application/json", "content-length": str(len(self.body)), **self.headers}
+        return [(name.encode(), value.encode()) for name, value in whole.items()], self.body
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return an error in OpenAI's form, with the type that goes with a status."""
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def unexpected(request_id: str) -> Refusal:
+    """Log the error that is being handled, and return what a client may be told of it: nothing but where to look."""
+    _LOG.exception("%s failed", request_id)
+    return Refusal(500, f"Something went wrong here; the server's log has it as {request_id}.", code="internal_error")
 
 
-def retry_after(seconds: float) -> tuple[bytes, bytes]:
+def retry_after(seconds: float) -> dict[str, str]:
     """Return the header that says when to come again: whole seconds, at least one."""
-    return b"retry-after", str(max(1, -int(-seconds // 1))).encode()
+    return {"retry-after": str(max(1, -int(-seconds // 1)))}
 
 
 def new_request_id() -> str:

@@ -10,7 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from trimtab.errors import MissingDependency, OptionError, brief
 from trimtab.serve.connections import Impatient, Patience, check_protocol, protocol_class
@@ -19,11 +19,13 @@ from trimtab.serve.hosts import is_loopback
 from trimtab.serve.screen import HEADER_LIMIT
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp
     from uvicorn import Server as Base
 else:
     Base = object  # uvicorn is optional: `serve` brings the two together
 
+STANDS_ON = ("fastapi", "uvicorn", "prometheus_client")
+INSTALL = 'Install what it stands on with: pip install -c constraints.txt -e ".[serve]"'
 _LINGER = 0.5
 """Seconds for which connections stay open when the server ends, so that requests already on their way are answered."""
 _CUT = 1
@@ -58,12 +60,11 @@ LOGGING: dict[str, Any] = {
 }
 
 
-class Application(Protocol):
-    """What FastAPI makes."""
-
-    state: Any
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+def check_installed() -> None:
+    """Raise `MissingDependency` unless what the server stands on is there."""
+    missing = [name for name in STANDS_ON if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(f"The server needs {', '.join(missing)}. {INSTALL}")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -72,9 +73,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise OptionError(f"A port is a number from 0 (any that is free) to 65535; got {port}.")
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        found.sort(
-            key=lambda entry: entry[0] != socket.AF_INET
-        )  # localhost is often both, and 127.0.0.1 the better known
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # of localhost, which is often both, the better known
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
@@ -85,7 +84,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise OptionError(f"Cannot listen on {host}:{port}: {error.strerror}. Try another --port, or 0.") from None
+        raise OptionError(f"Cannot listen on {host}:{port}: {error.strerror}. Try another --port.") from None
     return bound
 
 
@@ -99,32 +98,25 @@ def check_exposure(settings: GuardSettings, *, open: bool) -> None:
 
 
 def serve(
-    app: Application,
+    app: ASGIApp,
     settings: GuardSettings,
+    bound: socket.socket,
     *,
-    port: int = 8000,
-    open: bool = False,
     drain: float = 30.0,
     patience: Patience | None = None,
-    bound: socket.socket | None = None,
     dead: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Answer requests until a signal, or until `dead` says that there is nobody left to answer, and return a status.
+    """Answer requests at an address that `bind` took, until a signal or until `dead`, and return a status.
 
-    SIGTERM or SIGINT sets `app.state.draining`: new requests get 503, those that run have `drain` seconds, and the
-    status is 0. A second signal ends the process at once. After `dead` the status is 1, for a supervisor to start anew.
-    Once it accepts connections, it prints "Listening on http://HOST:PORT". `bound` is what `bind` returned.
+    SIGTERM or SIGINT ends the server: new requests get 503, those that run have `drain` seconds, and the status is 0. A
+    second signal ends the process at once. Once `dead` says that there is nobody left to answer, it ends with status 1,
+    for a supervisor to start it anew. When it accepts connections, it prints "Listening on http://HOST:PORT".
     """
-    if importlib.util.find_spec("uvicorn") is None:
-        raise MissingDependency('The server needs FastAPI and uvicorn. Install them with: pip install "trimtab[serve]"')
-    check_exposure(settings, open=open)
     import uvicorn
 
-    patience = patience or Patience()
-    app.state.draining = False
-    bound = bound or bind(settings.host, port)
+    guard, patience = Guard(app, settings), patience or Patience()
     config = uvicorn.Config(
-        Guard(app, settings, draining=lambda: app.state.draining),
+        guard,
         http=protocol_class(patience),
         ws="none",
         loop="asyncio",
@@ -139,7 +131,7 @@ def serve(
         timeout_graceful_shutdown=_CUT,
     )
     server = type("Server", (Server, uvicorn.Server), {})(config)
-    server.app, server.drain, server.dead = app, drain, dead
+    server.guard, server.drain, server.dead = guard, drain, dead
     with bound:
         server.run(sockets=[bound])
     return server.status
@@ -148,7 +140,7 @@ def serve(
 class Server(Base):
     """uvicorn's server, which sweeps its connections, and takes its time to end."""
 
-    app: Application
+    guard: Guard
     drain: float
     dead: Callable[[], bool]
     status = 0
@@ -176,7 +168,7 @@ class Server(Base):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.app.state.draining = True
+        self.guard.draining = True
         for bound in sockets or ():
             bound.listen(0)  # nobody comes in any more,
         await asyncio.sleep(0.05)  # who waits at the door is let in, for closing it would cut them off,

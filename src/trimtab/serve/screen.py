@@ -64,7 +64,7 @@ def check_line(scope: Scope, *, preflights: bool) -> None:
         raise Refusal(
             405,
             f"Method {brief(scope['method'])} is not answered. Known: {allowed}.",
-            headers=[(b"allow", allowed.encode())],
+            headers={"allow": allowed},
         )
     try:
         path = unquote_to_bytes(raw).decode()

@@ -7,8 +7,8 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request
 
+from trimtab.engines.continuous.engine import Engine
 from trimtab.serve.catalogue import Catalogue
-from trimtab.serve.engine import Engine
 from trimtab.serve.flight import Desk
 from trimtab.serve.metrics import Metrics
 
