@@ -25,6 +25,7 @@ else:
     Base = object  # uvicorn is optional: `serve` brings the two together
 
 STANDS_ON = ("fastapi", "uvicorn", "prometheus_client")
+"""Packages that are not installed with Trimtab."""
 INSTALL = 'Install what it stands on with: pip install -c constraints.txt -e ".[serve]"'
 _LINGER = 0.5
 """Seconds for which connections stay open when the server ends, so that requests already on their way are answered."""

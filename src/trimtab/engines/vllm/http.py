@@ -11,8 +11,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
 
-from trimtab.engines.listing import describe
-from trimtab.engines.vllm.front import Front, front_of, load_knob_async
+from trimtab.engines.listing import listed
+from trimtab.engines.vllm.front import front_of, load_knob_async
 from trimtab.engines.vllm.settings import REQUESTED
 from trimtab.errors import OptionError, TrimtabError, brief
 
@@ -123,18 +123,12 @@ async def _refuse(send: Send, message: str) -> None:
 # The list of knobs
 
 
-def listed(front: Front) -> dict[str, Any]:
-    """Return the knobs of an engine as `GET /v1/knobs` shows them."""
-    entries = front.admission.knobs.items()
-    return {"object": "list", "dose": front.admission.dose, "data": [describe(name, knob) for name, knob in entries]}
-
-
 def _add_routes(app: Any) -> None:
     """Add `/v1/knobs` to the server's own routes, behind whatever guards them."""
 
     async def get_knobs(request: Any) -> Any:
         try:
-            return _json(listed(front_of(request.app.state.engine_client)))
+            return _json(listed(front_of(request.app.state.engine_client).admission))
         except TrimtabError as error:
             return _json({"error": {"message": str(error), "type": "NotFoundError", "code": 404}}, 404)
 
@@ -148,7 +142,7 @@ def _add_routes(app: Any) -> None:
             await load_knob_async(engine, name, path)
         except TrimtabError as error:
             return _json({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
-        return _json(listed(front))
+        return _json(listed(front.admission))
 
     app.add_route(KNOBS, get_knobs, methods=["GET"])
     app.add_route(KNOBS, post_knob, methods=["POST"])
