@@ -131,14 +131,14 @@ def serve(
         timeout_keep_alive=cast(int, patience.idle),  # seconds of the loop's clock, whole or not
         timeout_graceful_shutdown=_CUT,
     )
-    server = type("Server", (Server, uvicorn.Server), {})(config)
+    server = type("Runner", (Runner, uvicorn.Server), {})(config)
     server.guard, server.drain, server.dead = guard, drain, dead
     with bound:
         server.run(sockets=[bound])
     return server.status
 
 
-class Server(Base):
+class Runner(Base):
     """uvicorn's server, which sweeps its connections, and takes its time to end."""
 
     guard: Guard

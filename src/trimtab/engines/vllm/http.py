@@ -15,6 +15,7 @@ from trimtab.engines.listing import listed
 from trimtab.engines.vllm.front import front_of, load_knob_async
 from trimtab.engines.vllm.settings import REQUESTED
 from trimtab.errors import OptionError, TrimtabError, brief
+from trimtab.files import parse_json
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -151,8 +152,8 @@ def _add_routes(app: Any) -> None:
 def read_order(body: bytes) -> tuple[str, str]:
     """Read the body of `POST /v1/knobs`: a name, and the path of a file on the server's machine."""
     try:
-        content: object = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        content: object = parse_json(body)
+    except ValueError as error:
         raise OptionError(f"The body is not JSON: {error}.") from None
     fields = cast(dict[str, object], content) if isinstance(content, dict) else {}
     name, path = fields.get("name"), fields.get("path")
