@@ -32,6 +32,7 @@ from trimtab.engines.admission import (
     read_adapter_path,
     read_setting,
 )
+from trimtab.engines.listing import listed
 from trimtab.engines.slots import PLACES, Plan, Slots, block_key, knob_digest, plan_request
 from trimtab.engines.vllm import Engine, compat, http, launch, scheduler, worker
 from trimtab.engines.vllm.front import admit, configure, front_of, load_knob, load_knob_async, open_front, refuse
@@ -864,12 +865,12 @@ def test_the_middleware_refuses_wrong_knobs_before_an_answer_begins_and_those_th
 
 
 def test_the_list_of_knobs_says_what_a_client_needs() -> None:
-    desk = admission()
-    entries = http.listed(SimpleNamespace(admission=desk))["data"]  # pyright: ignore[reportArgumentType]
+    entries = listed(admission(), ["w"])["data"]
     assert [entry["id"] for entry in entries] == [*WHERES, "w", "v"]
     assert entries[0]["layer"] == KNOBS["all"].site.layer
     assert entries[-1]["kind"] == "delta"
     assert (entries[0]["gain"], entries[0]["projects"]) == (1.0, False)
+    assert entries[-2]["projects"]
 
 
 def test_an_order_to_load_names_a_knob_and_a_file() -> None:

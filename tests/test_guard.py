@@ -863,7 +863,15 @@ def test_an_ipv6_site_is_one_client() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rate": 0}, {"rate": -1}, {"concurrency": 0}, {"concurrency": -2}, {"body_limit": 0}, {"file_seconds": 0}],
+    [
+        {"rate": 0},
+        {"rate": -1},
+        {"rate": float("nan")},
+        {"concurrency": 0},
+        {"concurrency": -2},
+        {"body_limit": 0},
+        {"file_seconds": 0},
+    ],
 )
 def test_limits_that_nothing_could_keep_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="positive"):

@@ -23,7 +23,7 @@ from trimtab.errors import MissingDependency, OptionError
 from trimtab.serve import connections
 from trimtab.serve.guard import GuardSettings
 from trimtab.serve.keys import Keys
-from trimtab.serve.run import bind, check_exposure, serve
+from trimtab.serve.run import STANDS_ON, bind, check_exposure, check_installed, serve
 
 HEAD = b"POST /v1/wait HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SECONDS = 0.5
@@ -520,6 +520,23 @@ def test_a_uvicorn_that_is_not_the_known_one_is_not_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(connections, "_USED", (*connections._USED, "no_such_attribute"))
     with pytest.raises(MissingDependency, match=r"no_such_attribute.*pip install uvicorn"):
         serve(_app(), GuardSettings(), bind("127.0.0.1", 0))
+
+
+@pytest.mark.parametrize("name", STANDS_ON)
+def test_what_the_server_stands_on_is_missed_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=f"needs {name}\\."):
+        check_installed()
+
+
+def test_serving_without_the_extra_names_the_command_that_installs_it_before_anything_is_loaded() -> None:
+    code = f"import sys; sys.modules |= dict.fromkeys({STANDS_ON}); from trimtab.cli import main; "
+    command = [sys.executable, "-c", code + "sys.exit(main(['serve', 'prefworld', '--port', '0']))"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "needs fastapi, uvicorn, prometheus_client. Install" in done.stderr
+    assert 'pip install -c constraints.txt -e ".[serve]"' in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_guard_needs_neither_torch_nor_a_web_framework_to_load() -> None:

@@ -21,14 +21,15 @@ from trimtab.cli import main
 from trimtab.errors import MissingDependency, OptionError, TrimtabWarning, UnknownName
 from trimtab.serve import load as module
 from trimtab.serve.figures import Failure, Figures, Outcome, Spread, figures, spread
-from trimtab.serve.load import KEY_VARIABLE, Load, Prompt, made_up, measure, planned
+from trimtab.serve.keys import USER_VARIABLE
+from trimtab.serve.load import Load, Prompt, made_up, measure, planned
 
 PROMPTS = [Prompt("one"), Prompt("two"), Prompt("three")]
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(USER_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -245,16 +246,16 @@ def test_bodies_are_plain_for_any_server(fake: Fake) -> None:
 
 
 def test_the_key_comes_from_the_environment(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(USER_VARIABLE, "secret")
     ask(fake, requests=1)
     assert fake.headers[0]["authorization"] == "Bearer secret"
-    monkeypatch.setenv(KEY_VARIABLE, "a\nb")
-    with pytest.raises(OptionError, match=KEY_VARIABLE):
+    monkeypatch.setenv(USER_VARIABLE, "a\nb")
+    with pytest.raises(OptionError, match=USER_VARIABLE):
         ask(fake)
 
 
 def test_a_key_that_goes_out_by_plain_http_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(USER_VARIABLE, "secret")
 
     async def gone(*_: Any) -> str:
         raise OptionError("gone")
@@ -345,7 +346,7 @@ def test_streams_that_break_are_errors_of_their_own(fake: Fake, stream: bytes, k
 
 
 def test_what_a_server_says_does_not_repeat_the_key(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(USER_VARIABLE, "secret")
     fake.refusals = [(401, {}, '{"error": {"message": "Incorrect key: secret"}}')]
     fake.stream = b'data: {"error": {"message": "no secret"}}\n\n'
     made = ask(fake, requests=2, concurrency=1)
@@ -413,7 +414,7 @@ def test_an_address_where_nothing_answers_is_a_plain_error() -> None:
     ("models", "said"),
     [
         ((404, {}, '{"detail": "Not Found"}'), r"answers 404 \(Not Found\)"),
-        ((401, {}, "{}"), f"wants a key, and there is none in the environment variable {KEY_VARIABLE}"),
+        ((401, {}, "{}"), f"wants a key, and there is none in the environment variable {USER_VARIABLE}"),
         ((503, {}, '{"error": {"message": "draining"}}'), r"answers 503 \(draining\)"),
         ((200, {}, "<html>hello</html>"), "no list of models: <html>hello"),
         ((200, {}, '{"data": 3}'), "no list of models"),
@@ -429,7 +430,7 @@ def test_something_else_at_the_address_is_a_plain_error(fake: Fake, models: Any,
 
 
 def test_a_refused_key_is_a_plain_error_without_the_key(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(USER_VARIABLE, "secret")
     fake.models = (403, {}, '{"error": {"message": "secret is no key"}}')
     with pytest.raises(OptionError, match="refuses the key in") as error:
         ask(fake)

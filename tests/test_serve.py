@@ -19,7 +19,7 @@ from fake_engine import FakeEngine
 from serving import ASKED, CHAT, TEXT, Client, connected, events_of, until
 from trimtab.artifact import DeltaKnob, Knob, LowRank
 from trimtab.engines.continuous.requests import Request, Token
-from trimtab.errors import RenderError
+from trimtab.errors import OptionError, RenderError
 from trimtab.serve import app as application
 from trimtab.serve.answers import Part, Piece
 from trimtab.serve.flight import Room
@@ -512,6 +512,12 @@ def test_requests_beyond_the_queue_are_refused_until_there_is_room_again() -> No
     assert "takes up to 3" in asked.refused(400, n=4)["message"]
 
 
+@pytest.mark.parametrize("wrong", [{"requests": 0}, {"queue": -1}, {"timeout": 0.0}, {"timeout": float("nan")}])
+def test_room_for_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="above 0"):
+        Room(**wrong)
+
+
 def test_a_refused_request_leaves_no_place_taken() -> None:
     asked = client(room=Room(requests=1, queue=0))
     for _ in range(3):
@@ -607,7 +613,7 @@ def test_rendering_a_prompt_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_request_whose_time_is_up_is_refused_and_worth_another_try_if_it_has_only_waited() -> None:
-    asked = client(room=Room(seconds=0.2))
+    asked = client(room=Room(timeout=0.2))
     asked.engine.gate.clear()
     response = asked.post(CHAT)
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
@@ -620,7 +626,7 @@ def test_a_request_whose_time_is_up_is_refused_and_worth_another_try_if_it_has_o
 
 
 def test_a_request_whose_time_is_up_in_the_middle_is_not_to_be_tried_again() -> None:
-    asked = client("word " * 50, room=Room(seconds=0.3))
+    asked = client("word " * 50, room=Room(timeout=0.3))
     asked.engine.hold_at(20)
     response = asked.post(CHAT)
     assert (response.status_code, response.headers["x-should-retry"]) == (503, "false")
@@ -632,7 +638,7 @@ def test_a_request_whose_time_is_up_in_the_middle_is_not_to_be_tried_again() -> 
 
 
 def test_a_client_that_reads_no_more_does_not_hold_its_place_for_ever() -> None:
-    asked = client("word " * 50, room=Room(seconds=0.3))
+    asked = client("word " * 50, room=Room(timeout=0.3))
 
     async def stall() -> None:
         async with connected(asked, stream=True) as connection:

@@ -101,7 +101,7 @@ def test_openais_client_learns_of_a_failure_in_the_middle_of_a_stream() -> None:
 def test_openais_client_tries_again_where_there_was_no_room_and_not_where_it_would_take_as_long() -> None:
     for gate, tries in ((False, 2), (True, 1)):
         engine = FakeEngine("word " * 50)
-        slow = Client(engine, room=Room(seconds=0.3))
+        slow = Client(engine, room=Room(timeout=0.3))
         engine.hold_at(10)
         if not gate:
             engine.gate.clear()

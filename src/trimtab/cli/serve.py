@@ -119,20 +119,20 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
     )
     check_exposure(guard, open=args.open)
     with bind(args.host, args.port) as bound:
-        offer = load_offer(args.knob)
-        with open_model(args, terminal) as loaded, terminal.working("Trying a batch of mixed requests"):
+        with terminal.working("Preparing"):
+            offer = load_offer(args.knob)
             from trimtab.engines.continuous.engine import Engine
             from trimtab.serve.app import create_app
             from trimtab.serve.flight import Room
 
+            room = Room(**options.given(args, "requests", "queue", "timeout"))
+        with open_model(args, terminal) as loaded, terminal.working("Trying a batch of mixed requests"):
             sizes = options.given(args, "requests", "cache_tokens")
             engine = Engine(
                 loaded.model, loaded.tokenizer, offer.rack, dose=args.dose, strict=not args.no_strict, **sizes
             )
         with engine:
-            renamed = {"timeout": "seconds"}
-            room = {renamed.get(n, n): v for n, v in options.given(args, "requests", "queue", "timeout").items()}
-            app = create_app(engine, model=args.model, panels=offer.panels, room=Room(**room))
+            app = create_app(engine, model=args.model, panels=offer.panels, room=room)
             drain = options.given(args, "drain")
             return serve(app, guard, bound, dead=lambda: not engine.alive, **drain)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from trimtab.artifact import AnyKnob, Knob
+from trimtab.engines.admission import Admission
 from trimtab.evals.curve import curve_of
+
+
+def listed(admission: Admission, directions: Collection[str] = ()) -> dict[str, Any]:
+    """Return the knobs of an engine as `GET /v1/knobs` shows them; `directions` names those that it projects on."""
+    entries = [describe(name, knob, projects=name in directions) for name, knob in admission.knobs.items()]
+    return {"object": "list", "dose": admission.dose, "data": entries}
 
 
 def describe(name: str, knob: AnyKnob, *, projects: bool = False) -> dict[str, Any]:

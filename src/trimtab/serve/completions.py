@@ -191,7 +191,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, stack: ExitStack, flight: Flight, events: AsyncGenerator[str]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"X-Accel-Buffering": "no"})
         self._stack, self._flight, self._events = stack, flight, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's interface has them, whatever went wrong: what a client is told, and what stays in the log."""
+"""What errors of Trimtab, of pydantic and of FastAPI come to for a client: refusals, whatever went wrong."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _said(request: Request, error: HTTPException) -> Refusal:
         message = f"There is nothing at {path}. /openapi.json lists what there is."
     elif error.status_code == 405:
         allowed = _methods(request) or (headers or {}).get("Allow", "")
-        message, headers = f"{path} takes {allowed}; got {printable(request.method[:20])}.", {"Allow": allowed}
+        message, headers = f"{path} takes {allowed}; got {request.method}.", {"Allow": allowed}
     return Refusal(error.status_code, message, headers=headers)
 
 

@@ -13,6 +13,7 @@ from starlette.types import Receive
 
 from trimtab.engines.continuous.engine import Engine
 from trimtab.engines.continuous.requests import Request, Step
+from trimtab.errors import OptionError
 from trimtab.serve.errors import unavailable
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.refusal import Refusal, retry_after
@@ -26,8 +27,16 @@ class Room:
     """Answers that a step of the engine holds."""
     queue: int = 256
     """Answers that may wait for that; those of one request count one by one."""
-    seconds: float = 600.0
-    """Time for a request, from when it was read to its last byte."""
+    timeout: float = 600.0
+    """Seconds for a request, from when it was read to its last byte."""
+
+    def __post_init__(self) -> None:
+        """Raise `OptionError` for room in which nothing could be answered."""
+        if not (self.requests > 0 and self.queue >= 0 and self.timeout > 0):
+            raise OptionError(
+                f"requests and timeout are above 0, and queue is 0 or more; got {self.requests}, {self.timeout:g} and "
+                f"{self.queue}."
+            )
 
 
 class ClientGone(Exception):
@@ -119,7 +128,7 @@ class Flight:
         It is a 503, which OpenAI's clients try again. That helps where the request has only waited; where its answer
         was being made it would take as long again, and they are told not to.
         """
-        seconds = self._desk.room.seconds
+        seconds = self._desk.room.timeout
         limit = asyncio.timeout_at(self._begun + seconds)
         try:
             async with limit:

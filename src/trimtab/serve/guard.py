@@ -56,8 +56,8 @@ class GuardSettings:
 
     def __post_init__(self) -> None:
         """Raise `OptionError` for a limit that nothing could keep."""
-        limits = (self.body_limit, self.body_seconds, self.file_limit, self.file_seconds)
-        if min(*limits, 1 if self.rate is None else self.rate, self.concurrency or 1) <= 0 or self.concurrency == 0:
+        bodies = (self.body_limit, self.body_seconds, self.file_limit, self.file_seconds)
+        if not all(limit is None or limit > 0 for limit in (*bodies, self.rate, self.concurrency)):
             raise OptionError("Limits of requests and bodies are positive. Leave one out to have none, or its default.")
 
 

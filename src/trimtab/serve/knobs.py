@@ -13,14 +13,13 @@ from starlette.responses import Response
 
 from trimtab.artifact import AnyKnob, load_knob
 from trimtab.engines.continuous.engine import Engine
-from trimtab.engines.listing import describe, explain
+from trimtab.engines.listing import describe, explain, listed
 from trimtab.errors import KnobError, UnknownName, brief, unknown_name
 from trimtab.serve.errors import RESPONSES, ErrorBody
 from trimtab.serve.refusal import Refusal
 from trimtab.serve.replies import (
     Deleted,
     KnobCard,
-    KnobEntry,
     KnobList,
     ModelEntry,
     ModelList,
@@ -37,7 +36,7 @@ BYTES: dict[str, Any] = {
     }
 }
 ADMIN: dict[int | str, dict[str, Any]] = {403: {"model": ErrorBody, "description": "This takes the admin key"}}
-
+"""What the guard in front of the application answers to others."""
 
 router = APIRouter(responses=RESPONSES)
 
@@ -66,9 +65,7 @@ async def list_panels(here: Here) -> Response:
 @router.get("/v1/knobs", response_model=KnobList)
 async def list_knobs(here: Here) -> Response:
     """List the knobs that requests can turn, and what becomes of strengths outside their safe ranges."""
-    admission, directions = here.engine.admission, set(here.engine.directions)
-    entries = [KnobEntry(**describe(name, knob, projects=name in directions)) for name, knob in admission.knobs.items()]
-    return reply(KnobList(object="list", dose=admission.dose, data=entries))
+    return reply(KnobList(**listed(here.engine.admission, here.engine.directions)))
 
 
 @router.get("/v1/knobs/{id:path}", response_model=KnobCard)

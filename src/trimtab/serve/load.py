@@ -20,12 +20,12 @@ from trimtab.prefworld.items import Draw
 from trimtab.prefworld.words import OBJECTS, SORTABLE
 from trimtab.serve.asking import ask, message, start_of
 from trimtab.serve.figures import Figures, Outcome, figures
+from trimtab.serve.keys import USER_VARIABLE
 from trimtab.types import Setting, check_seed
 
 if TYPE_CHECKING:
     from httpx import AsyncClient
 
-KEY_VARIABLE = "TRIMTAB_API_KEY"
 INSTALL = 'Measuring a server needs httpx. Install it with: pip install -c constraints.txt -e ".[serve]"'
 STAY = 8
 """Pieces of text within which those who leave have left."""
@@ -118,7 +118,7 @@ def _check_url(url: str) -> None:
     if not fine:
         raise OptionError(f"A server's URL is like {EXAMPLE}; got {brief(url)}.")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise OptionError(f"A server's URL holds no user, password or query. A key goes into {KEY_VARIABLE}.")
+        raise OptionError(f"A server's URL holds no user, password or query. A key goes into {USER_VARIABLE}.")
 
 
 def made_up(count: int, *, seed: int = 0, words: int | None = None) -> list[Prompt]:
@@ -225,14 +225,14 @@ async def _send(
 
 
 def _key(load: Load) -> dict[str, str]:
-    key, parts = os.environ.get(KEY_VARIABLE, "").strip(), urllib.parse.urlsplit(load.url)
+    key, parts = os.environ.get(USER_VARIABLE, "").strip(), urllib.parse.urlsplit(load.url)
     if not key:
         return {}
     if not key.isascii() or not key.isprintable():
-        raise OptionError(f"{KEY_VARIABLE} holds no API key: it has characters that no key has.")
+        raise OptionError(f"{USER_VARIABLE} holds no API key: it has characters that no key has.")
     if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         warnings.warn(
-            f"The key in {KEY_VARIABLE} goes to {parts.hostname} by plain HTTP, where others can read it. Use https, "
+            f"The key in {USER_VARIABLE} goes to {parts.hostname} by plain HTTP, where others can read it. Use https, "
             "or unset the variable.",
             TrimtabWarning,
             stacklevel=3,
@@ -259,7 +259,7 @@ async def _model(client: AsyncClient, load: Load) -> str:
         ) from None
     if status in (401, 403):
         have = "refuses the key in" if "authorization" in client.headers else "wants a key, and there is none in"
-        raise OptionError(f"{url} {have} the environment variable {KEY_VARIABLE} ({status}).")
+        raise OptionError(f"{url} {have} the environment variable {USER_VARIABLE} ({status}).")
     if status != 200:
         raise OptionError(
             f"{url} answers {status} ({message(client, data)}). Pass the base URL of an OpenAI-compatible server, as "

@@ -25,6 +25,7 @@ else:
     Base = object  # uvicorn is optional: `serve` brings the two together
 
 STANDS_ON = ("fastapi", "uvicorn", "prometheus_client")
+"""Packages that are not installed with Trimtab."""
 INSTALL = 'Install what it stands on with: pip install -c constraints.txt -e ".[serve]"'
 _LINGER = 0.5
 """Seconds for which connections stay open when the server ends, so that requests already on their way are answered."""
@@ -130,14 +131,14 @@ def serve(
         timeout_keep_alive=cast(int, patience.idle),  # seconds of the loop's clock, whole or not
         timeout_graceful_shutdown=_CUT,
     )
-    server = type("Server", (Server, uvicorn.Server), {})(config)
+    server = type("Runner", (Runner, uvicorn.Server), {})(config)
     server.guard, server.drain, server.dead = guard, drain, dead
     with bound:
         server.run(sockets=[bound])
     return server.status
 
 
-class Server(Base):
+class Runner(Base):
     """uvicorn's server, which sweeps its connections, and takes its time to end."""
 
     guard: Guard

@@ -21,7 +21,7 @@ class Server(NamedTuple):
     desk: Desk
     metrics: Metrics
     loading: asyncio.Lock
-    """Held while a knob file is taken: one at a time, for the memory that they need."""
+    """Held while a knob file is read: one at a time, for the memory that they need."""
 
 
 async def server_of(request: Request) -> Server:

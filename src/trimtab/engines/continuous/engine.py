@@ -33,8 +33,6 @@ CACHE_SHARE = 8
 NOT_FINITE = "The model's probabilities are not finite numbers: a strength is too large for it."
 RANK = 4096
 """Ranks of weight knobs that one request may turn together."""
-
-
 _NOBODY = Draw(Sampling())
 
 
@@ -259,13 +257,7 @@ class Engine:
                 continue  # given up meanwhile
             if not fine[i]:
                 self.cancel(name)
-                one.deliver(
-                    Step(
-                        None,
-                        "error",
-                        "The model's probabilities are not finite numbers: a strength is too large for it.",
-                    )
-                )
+                one.deliver(Step(None, "error", NOT_FINITE))
                 continue
             shown = {knob: values[i] for knob, values in seen.items()} if one.request.projections else {}
             self._advance(name, one, token, logits[i], shown)

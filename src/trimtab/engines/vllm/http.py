@@ -11,10 +11,11 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
 
-from trimtab.engines.listing import describe
-from trimtab.engines.vllm.front import Front, front_of, load_knob_async
+from trimtab.engines.listing import listed
+from trimtab.engines.vllm.front import front_of, load_knob_async
 from trimtab.engines.vllm.settings import REQUESTED
 from trimtab.errors import OptionError, TrimtabError, brief
+from trimtab.files import parse_json
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -123,18 +124,12 @@ async def _refuse(send: Send, message: str) -> None:
 # The list of knobs
 
 
-def listed(front: Front) -> dict[str, Any]:
-    """Return the knobs of an engine as `GET /v1/knobs` shows them."""
-    entries = front.admission.knobs.items()
-    return {"object": "list", "dose": front.admission.dose, "data": [describe(name, knob) for name, knob in entries]}
-
-
 def _add_routes(app: Any) -> None:
     """Add `/v1/knobs` to the server's own routes, behind whatever guards them."""
 
     async def get_knobs(request: Any) -> Any:
         try:
-            return _json(listed(front_of(request.app.state.engine_client)))
+            return _json(listed(front_of(request.app.state.engine_client).admission))
         except TrimtabError as error:
             return _json({"error": {"message": str(error), "type": "NotFoundError", "code": 404}}, 404)
 
@@ -148,7 +143,7 @@ def _add_routes(app: Any) -> None:
             await load_knob_async(engine, name, path)
         except TrimtabError as error:
             return _json({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
-        return _json(listed(front))
+        return _json(listed(front.admission))
 
     app.add_route(KNOBS, get_knobs, methods=["GET"])
     app.add_route(KNOBS, post_knob, methods=["POST"])
@@ -157,8 +152,8 @@ def _add_routes(app: Any) -> None:
 def read_order(body: bytes) -> tuple[str, str]:
     """Read the body of `POST /v1/knobs`: a name, and the path of a file on the server's machine."""
     try:
-        content: object = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        content: object = parse_json(body)
+    except ValueError as error:
         raise OptionError(f"The body is not JSON: {error}.") from None
     fields = cast(dict[str, object], content) if isinstance(content, dict) else {}
     name, path = fields.get("name"), fields.get("path")
