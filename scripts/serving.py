@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import socket
@@ -69,11 +70,11 @@ def main() -> None:
             "models": models,
         }
         for part in args.only.split(","):
-            (KEPT / f"{part}.md").write_text(ways[part](), encoding="utf-8")
+            (KEPT / f"{part}.md").write_text(f"{ways[part]()}\n\n{facts()}", encoding="utf-8")
     parts = [(KEPT / f"{part}.md").read_text(encoding="utf-8") for part in PARTS if (KEPT / f"{part}.md").exists()]
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    PAGE.write_text("\n\n".join([before + MARKS[0], facts(), *parts, MARKS[1] + after]), encoding="utf-8")
+    PAGE.write_text("\n\n".join([before + MARKS[0], *parts, MARKS[1] + after]), encoding="utf-8")
 
 
 def say(text: str) -> None:
@@ -88,8 +89,8 @@ def facts() -> str:
 
     return (
         f"Measured with trimtab {version('trimtab')}, transformers {transformers.__version__}, torch "
-        f"{torch.__version__}, fastapi {fastapi.__version__} on 2 CPU cores, one of them for the server's model: the "
-        "bundled one, in float32."
+        f"{torch.__version__}, fastapi {fastapi.__version__} on {os.cpu_count()} CPU cores, one of them for the "
+        "server's model: the bundled one, in float32."
     )
 
 

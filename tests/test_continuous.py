@@ -15,14 +15,12 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig
 
 import pico
-from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, LowRank, Rack
 from trimtab.engines.continuous import batching, steering
 from trimtab.engines.continuous.batching import check_seams
 from trimtab.engines.continuous.engine import Engine
 from trimtab.engines.continuous.requests import Request, Sampling, Step
 from trimtab.engines.continuous.sampling import Draw, choose, log_probabilities
-from trimtab.engines.continuous.steering import check_place
 from trimtab.errors import AdapterError, EngineError, KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.runtime import steer
 from trimtab.types import Where
@@ -324,18 +322,43 @@ def test_weight_knobs_can_be_loaded_and_taken_away_while_requests_run() -> None:
         assert sorted(running.answer().tokens) == sorted(by_first)
 
 
-def test_a_weight_knob_on_one_expert_of_several_is_refused_and_no_step_fails_for_it() -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.1.mlp.experts.3.weight", "one expert of several"),
+        ("lm_head.weight", "the output head"),
+        ("model.embed_tokens.weight", "no linear layer"),
+    ],
+)
+def test_a_weight_that_cannot_differ_from_token_to_token_is_refused_and_the_engine_lives_on(
+    name: str, words: str
+) -> None:
+    lm = pico.model(tie_word_embeddings=False)
+    if "experts" in name:
+        lm.get_submodule("model.layers.1.mlp").experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
+    shape = lm.get_parameter(name).shape
+    rows, columns = (*shape, 1)[:2]
+    knob = DeltaKnob("w", "planted", {name: LowRank(torch.ones(1, columns), torch.ones(rows, 1))})
+    with engine(lm) as own:
+        with pytest.raises(KnobError, match=words):
+            own.load("w", knob)
+        own.load("fine", low_rank(lm))
+        assert len(ask(own, [7, 8]).answer().tokens) == NEW
+
+
+def test_a_knob_that_is_taken_away_between_admission_and_the_queue_still_acts() -> None:
     lm = pico.model()
-    adapter = Adapter(lm)
-    check_place(adapter, low_rank(lm))
-    part = LowRank(torch.ones(1, 2), torch.ones(2, 1))
-    for name, fits in (("model.layers.1.mlp.experts.3.up_proj.weight", False), ("model.layers.1.mlp.up.weight", True)):
-        knob = DeltaKnob("w", "planted", {name: part})
-        if fits:
-            check_place(adapter, knob)
-        else:
-            with pytest.raises(KnobError, match="one expert of several"):
-                check_place(adapter, knob)
+    knob = low_rank(lm)
+    ids = pico.prompts([6])[0]
+    expected = alone(lm, ids, {knob: 1.0})
+    assert expected != alone(lm, ids, {})
+    with engine(lm, Rack(w=knob)) as own:
+        admitted = own.admission.admit({"w": 1.0})
+        own.unload("w")
+        ask(own, ids).answer()  # a step without it
+        box = Box()
+        own.submit(Request(ids, NEW, knobs=admitted), box.steps.put)
+        assert box.answer().tokens == expected
 
 
 @pytest.mark.parametrize(
@@ -367,9 +390,15 @@ def test_knobs_that_do_not_fit_are_refused() -> None:
         engine(lm, Rack(k=other))
     with pytest.warns(TrimtabWarning), engine(lm, Rack(k=other), strict=False) as own:
         assert own.admission.knobs["k"] is other
-    for sizes in ({"requests": 0}, {"tokens": 4}, {"cache_tokens": 20}):
+    for sizes in ({"requests": 0}, {"tokens": 4}, {"cache_tokens": 20}, {"cache_tokens": 0}):
         with pytest.raises(OptionError):
             engine(lm, **sizes)
+
+
+def test_a_step_has_room_for_a_token_of_every_request() -> None:
+    lm = pico.model()
+    with Engine(lm, pico.tokenizer(), requests=600, cache_tokens=1024) as own:
+        assert own.alive
 
 
 def test_the_model_is_as_it_was_once_the_engine_is_closed() -> None:

@@ -302,6 +302,21 @@ def test_two_names_of_one_knob_are_moved_into_its_safe_range_together() -> None:
     assert admitted.applied == {"all": 1.0, "again": 0.5}
 
 
+@pytest.mark.parametrize("order", [("all", "again"), ("again", "all")])
+def test_a_knob_under_two_names_has_to_be_safe_as_each_was_tuned(order: tuple[str, str]) -> None:
+    for dose in ("strict", "clamp"):
+        desk = desk_with(dose)
+        desk.put("again", desk.knobs["all"].with_(tuning={"safe_range": [-0.5, 1.0]}))
+        setting = dict.fromkeys(order, 0.6)
+        if dose == "strict":
+            with pytest.raises(OptionError, match=r"safe range, -0\.5 to 1"):
+                desk.admit(setting)
+        else:
+            admitted = desk.admit(setting)
+            assert admitted is not None
+            assert sum(admitted.applied.values()) == pytest.approx(1.0)
+
+
 def test_a_knob_that_was_never_tuned_is_turned_under_the_free_policy_only() -> None:
     for dose in ("strict", "clamp"):
         with pytest.raises(OptionError, match="never tuned"):

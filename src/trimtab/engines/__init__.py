@@ -1,1 +1,1 @@
-"""Fast engines with knobs per request: what they share, and a plugin for vLLM."""
+"""Engines that pack many requests into a step: what they share, one by transformers, and a plugin for vLLM."""

@@ -19,14 +19,14 @@ from trimtab.addends import ALPHAS
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob
 from trimtab.artifact.checks import check_knob_name
 from trimtab.artifact.parts import LowRank, digest_of
-from trimtab.engines.slots import PLACES, knob_digest, plan_request
+from trimtab.engines.slots import PLACES, Plan, knob_digest, plan_request
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json
 from trimtab.types import check_strength, parse_setting
 
 ADAPTER = "trimtab:"
 """How the path of an adapter begins that is no path, but digests of weight knobs with their alphas."""
-PREPARED = 4096
+PREPARED = 256
 """Settings that are remembered with what they come to."""
 
 DosePolicy = Literal["strict", "clamp", "free"]
@@ -49,6 +49,10 @@ class Admitted:
     """Alphas of weight knobs, by their digests."""
     applied: dict[str, float]
     """Strengths by name, as they are turned: those that a policy has moved are as it left them."""
+    plan: Plan
+    """What the added knobs come to."""
+    deltas: dict[DeltaKnob, float]
+    """The weight knobs themselves, with their alphas: they are there for as long as a request is."""
 
     @property
     def adapter(self) -> str:
@@ -72,12 +76,12 @@ def engine_digest(knob: AnyKnob) -> str:
     if not isinstance(knob, Knob) or knob.operation != "add":
         raise KnobError(
             f"Knob {knob.name!r} ({knob.operation}) looks at the stream or ahead, which an engine's table of addends "
-            "cannot express. Use the engine 'transformers'."
+            "cannot express. Use trimtab.generate, or trimtab generate on the command line."
         )
     if knob.where not in PLACES:
         raise KnobError(
             f"Knob {knob.name!r} steers {knob.where!r} tokens, which are not known before they are there. Use "
-            f"where={', '.join(PLACES)}, or the engine 'transformers'."
+            f"where={', '.join(PLACES)}, or trimtab.generate."
         )
     return knob_digest(knob)
 
@@ -161,47 +165,53 @@ class Admission:
 
     def _prepare(self, setting: Mapping[str, float]) -> Admitted:
         strengths: dict[str, float] = {}  # by digest: names of one knob add up
-        names: dict[str, str] = {}
+        all_names: dict[str, list[str]] = {}
         applied: dict[str, float] = {}
         for name, strength in setting.items():
             digest = self.digests[name]
             strengths[digest] = strengths.get(digest, 0.0) + strength
-            names[digest] = name
-        dosed = {digest: self._dosed(names[digest], strength) for digest, strength in strengths.items()}
+            all_names.setdefault(digest, []).append(name)
+        names = {digest: sorted(own)[0] for digest, own in all_names.items()}
+        dosed = {digest: self._dosed(all_names[digest], strength) for digest, strength in strengths.items()}
         for name, strength in setting.items():
             asked, given = strengths[self.digests[name]], dosed[self.digests[name]]
             applied[name] = strength if given == asked else given * (strength / asked)
         added: dict[str, tuple[Knob, float]] = {}
+        deltas: dict[DeltaKnob, float] = {}
         weights: dict[str, float] = {}
         for digest, strength in dosed.items():
             knob = self.knobs[names[digest]]
             self._check_size(names[digest], strength)
             if isinstance(knob, DeltaKnob):
-                weights[digest] = knob.alpha(strength)
+                weights[digest] = deltas[knob] = knob.alpha(strength)
             else:
                 assert isinstance(knob, Knob)
                 added[digest] = knob, strength
         self._check_rank({names[digest] for digest in weights})
         plan = plan_request(added, self.dtype)
         turned = {digest: strength for digest, (_, strength) in added.items() if strength}
-        return Admitted(turned, plan.keys, weights, applied)
+        return Admitted(turned, plan.keys, weights, applied, plan, deltas)
 
-    def _dosed(self, name: str, strength: float) -> float:
-        """Hold a strength against the knob's safe range, as the policy says; off is always allowed."""
-        bounds = self.knobs[name].safe_range
+    def _dosed(self, names: Sequence[str], strength: float) -> float:
+        """Hold the strength of one knob, under all its names, against its safe range, as the policy says.
+
+        Off is always allowed. Each name's knob may have been tuned by itself, and the strength has to be safe for all.
+        """
         if self.dose == "free" or not strength:
             return strength
-        if bounds is None:
-            raise OptionError(
-                f"Knob {name!r} was never tuned, so that no range of strengths is known to be safe. Tune it, or start "
-                "the engine with the dose policy 'free'."
-            )
-        if self.dose == "clamp":
-            return min(max(strength, bounds[0]), bounds[1])
-        if not bounds[0] <= strength <= bounds[1]:
-            raise OptionError(
-                f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
-            )
+        for name in names:
+            bounds = self.knobs[name].safe_range
+            if bounds is None:
+                raise OptionError(
+                    f"Knob {name!r} was never tuned, so that no range of strengths is known to be safe. Tune it, or "
+                    "start the engine with the dose policy 'free'."
+                )
+            if self.dose == "clamp":
+                strength = min(max(strength, bounds[0]), bounds[1])
+            elif not bounds[0] <= strength <= bounds[1]:
+                raise OptionError(
+                    f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
+                )
         return strength
 
     def _check_size(self, name: str, strength: float) -> None:

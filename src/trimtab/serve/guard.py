@@ -146,10 +146,11 @@ class Guard:
         address = client_of(scope["client"][0] if scope.get("client") else "")
         scheme, _, key = head.get("authorization", "").partition(" ")
         caller = keys.find(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        who = address if caller is None else f"key {caller.name}"
         if caller is not None:
             scope["state"]["key"] = caller.name
         elif keys.users:
-            self.limits.charge(address)  # so that guessing is slow
+            self.limits.charge(who)  # so that guessing is slow
             said = "This key is not known." if "authorization" in head else "No key was sent."
             raise Refusal(
                 401,
@@ -158,9 +159,10 @@ class Guard:
                 headers={"www-authenticate": "Bearer"},
             )
         if scope["method"] in _ADMINS_OWN and (caller is None or not caller.admin):
+            self.limits.charge(who)
             why = "needs an admin key" if keys.admins else "needs an admin key, and this server was started without one"
             raise Refusal(403, f"{scope['method']} {why}.", code="admin_only")
-        return f"key {caller.name}" if caller is not None else address
+        return who
 
     async def _body(self, scope: Scope, head: dict[str, str], receive: Receive) -> Receive:
         """Read and check a request's body, and return what gives it to the application."""

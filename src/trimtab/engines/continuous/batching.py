@@ -1,7 +1,8 @@
 """The seam: transformers' continuous batching, with a look at every step before it runs and at its logits after.
 
-Two functions inside transformers are replaced on one manager's own objects, and nothing on its classes; what is relied
-on is checked before a model is touched, and the engine compares itself with plain transformers when it starts.
+Two functions inside transformers are replaced on one manager's own objects, and nothing on its classes. The functions
+that are relied on are checked before a model is touched, and the engine compares itself with plain transformers when it
+starts.
 """
 
 from __future__ import annotations
@@ -76,8 +77,7 @@ class Batching:
 
     def __init__(self, model: PreTrainedModel, hooks: Hooks, *, requests: int, tokens: int, cache_tokens: int) -> None:
         check_seams()
-        self._hooks, self._count = hooks, 0
-        self._predicting = 0
+        self._hooks, self._predicting, self._level = hooks, 0, logging.NOTSET
         config = ContinuousBatchingConfig(
             allow_block_sharing=False,  # blocks are shared by their tokens alone, whatever knobs made them
             use_async_batching=False,  # the next step would be prepared while the rows of this one are read
@@ -94,20 +94,22 @@ class Batching:
             )
             manager.output_router = _Router(hooks.fail)
             manager.warmup()  # makes what runs the steps
+            self._manager = manager
+            ios, runner = manager.batch_processor.inputs_and_outputs, manager.batch_processor.model_runner
+            self._prepare = ios.prepare_batch_tensors
+            ios.prepare_batch_tensors = self._prepare_step
+            runner._sample = self._choose
+            _ = self.running  # what it looks at is there
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise AdapterError(
                 f"transformers' continuous batching does not run a {type(model).__name__}: {error}"
             ) from None
-        self._manager = manager
-        processor = manager.batch_processor
-        ios, runner = processor.inputs_and_outputs, processor.model_runner
-        self._prepare = ios.prepare_batch_tensors
-        ios.prepare_batch_tensors = self._prepare_step
-        runner._sample = self._choose
 
     def start(self) -> None:
         """Start the loop."""
-        logging.getLogger(PLACE).setLevel(logging.CRITICAL)  # failures are told to `fail`
+        log = logging.getLogger(PLACE)
+        self._level = log.level
+        log.setLevel(logging.CRITICAL)  # failures are told to `fail`
         # A thread is a daemon if the one that starts it is: a program that ends without `stop` must not hang.
         starter = threading.Thread(target=self._manager.start, daemon=True)
         starter.start()
@@ -116,6 +118,7 @@ class Batching:
     def stop(self) -> None:
         """Stop the loop; requests that are not over fail."""
         self._manager.stop(block=True, timeout=60, hard_stop=True)
+        logging.getLogger(PLACE).setLevel(self._level)
 
     @property
     def running(self) -> bool:

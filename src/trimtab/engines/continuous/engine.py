@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.adapter import Adapter
-from trimtab.artifact import AnyKnob, DeltaKnob, Knob, Rack
-from trimtab.engines.admission import Admission, Admitted, DosePolicy
+from trimtab.artifact import AnyKnob, DeltaKnob, Rack
+from trimtab.engines.admission import Admission, DosePolicy
 from trimtab.engines.continuous.batching import Batching, Hooks, Scheduled, cache_bytes
 from trimtab.engines.continuous.requests import Request, Sampling, Step, Token
 from trimtab.engines.continuous.sampling import Draw, choose, log_probabilities
 from trimtab.engines.continuous.steering import Steering, Turned, check_place, projects
 from trimtab.engines.continuous.trial import compare, expectations
-from trimtab.engines.slots import Plan, plan_request
+from trimtab.engines.slots import Plan
 from trimtab.errors import AdapterError, EngineError, OptionError, brief
 from trimtab.prompts import end_ids
 from trimtab.render import Renderer
@@ -31,6 +31,8 @@ Deliver = Callable[[Step], None]
 CACHE_SHARE = 8
 """The KV cache takes one part in so many of the memory that there is, where nobody says otherwise."""
 NOT_FINITE = "The model's probabilities are not finite numbers: a strength is too large for it."
+STEP = 512
+"""Tokens of a step, where nobody says otherwise."""
 RANK = 4096
 """Ranks of weight knobs that one request may turn together."""
 _NOBODY = Draw(Sampling())
@@ -50,10 +52,10 @@ class _Live:
 class Engine:
     """A model under transformers' continuous batching, with a rack of knobs; use it as a context, or `close` it.
 
-    `requests` is the most requests of a step, `tokens` the most tokens, `cache_tokens` what the KV cache holds (an
-    eighth of the memory, or as much as `requests` can use). `dose` says what becomes of strengths outside
-    a knob's safe range; `strict=False` turns a knob from another architecture or chat template into a warning. The
-    model belongs to the engine until it is closed.
+    `requests` is the most requests of a step, `tokens` the most tokens (512, or as many as requests), `cache_tokens`
+    what the KV cache holds (an eighth of the memory, or as much as `requests` can use). `dose` says what becomes of
+    strengths outside a knob's safe range; `strict=False` turns a knob from another architecture or chat template into a
+    warning. The model belongs to the engine until it is closed.
 
     Raises `AdapterError` for a model, or a version of transformers, on which a mixed batch does not come out as each
     request does alone, which is tried at the start; `KnobError` for knobs that no table of addends can express.
@@ -68,25 +70,27 @@ class Engine:
         dose: DosePolicy = "strict",
         strict: bool = True,
         requests: int = 64,
-        tokens: int = 512,
+        tokens: int | None = None,
         cache_tokens: int | None = None,
     ) -> None:
-        if requests < 1 or tokens < requests:
-            raise OptionError(f"A step holds at least a token for each request; got {requests=} and {tokens=}.")
+        tokens = max(STEP, requests) if tokens is None else tokens
+        if not 1 <= requests <= tokens:
+            raise OptionError(
+                f"A step holds a request or more, and a token for each; got {requests=}, {tokens=}. Leave tokens out."
+            )
         self._model, self._strict = model, strict
         self.adapter = Adapter(model)
         self.renderer = Renderer(tokenizer)
         self.ends = end_ids(model, tokenizer)
         self.admission = Admission(self.adapter.dtype, max_rank=RANK, dose=dose)
-        held = cache_tokens or self._cache_tokens(requests)
+        held = self._cache_tokens(requests) if cache_tokens is None else cache_tokens
         # A request that is alone must fit, whatever the margins that transformers keeps.
         self.context_length = min(self.adapter.context_length or held, held - 2 * Batching.PAGE)
         if self.context_length < 2:
             raise OptionError(f"A KV cache of {held} tokens is too small. Give cache_tokens, or free some memory.")
         self._live: dict[str, _Live] = {}
         self._numbers, self._lock = count(), threading.Lock()
-        self._by_digest: dict[str, AnyKnob] = {}
-        self._plans: dict[tuple[str, str, str], Plan] = {}
+        self._held: set[DeltaKnob] = set()  # weight knobs that the steering knows
         self.trouble = ""
         """What transformers said when it last gave up a request: for the log, and for nobody outside."""
         self._stale = True  # what the steering knows of the rack
@@ -98,11 +102,11 @@ class Engine:
                 self.load(name, knob)
             hooks = Hooks(self._before, self._sample, self._fail)
             self._batching = Batching(model, hooks, requests=requests, tokens=tokens, cache_tokens=held)
-            self._batching.start()
         except BaseException:
             self._steering.close()
             raise
         try:
+            self._batching.start()
             compare(self.adapter, expected, self._try)
         except AdapterError as error:
             self.close()
@@ -136,15 +140,13 @@ class Engine:
         knob.check(self._model, self.renderer.tokenizer, strict=self._strict)
         if isinstance(knob, DeltaKnob):
             check_place(self.adapter, knob)
-        with self._lock:
-            self._by_digest[self.admission.put(name, knob)] = knob
-            self._stale = True
+        self.admission.put(name, knob)
+        self._stale = True
 
     def unload(self, name: str) -> None:
         """Take a knob's name away; raises `UnknownName` where there is none."""
-        with self._lock:
-            self.admission.drop(name)
-            self._stale = True
+        self.admission.drop(name)
+        self._stale = True
 
     @property
     def directions(self) -> list[str]:
@@ -169,43 +171,28 @@ class Engine:
                 f"it: this engine holds {self.context_length} tokens of a request."
             )
         self.adapter.check_ids(request.ids)
-        return self._queue(request, self._turn(request.knobs, prompt, request), deliver)
+        admitted = request.knobs
+        plan = admitted.plan if admitted is not None and any(admitted.keys) else None
+        weights = {} if admitted is None else admitted.deltas
+        return self._queue(request, Turned(plan, prompt, weights, request.projections), deliver)
 
     def _queue(self, request: Request, turned: Turned, deliver: Deliver) -> str:
         if not self.alive:
             raise EngineError("The engine has stopped.")
         name = f"request-{next(self._numbers)}"
-        self._live[name] = _Live(request, turned, Draw(request.sampling), deliver)
+        with self._lock:
+            self._live[name] = _Live(request, turned, Draw(request.sampling), deliver)
+            # A knob that was taken away since the request was admitted is needed once more.
+            self._stale |= not turned.weights.keys() <= self._held
         try:
             self._batching.add(name, request.ids, request.max_new_tokens, sorted(request.ends))
         except BaseException:
-            del self._live[name]
+            self._live.pop(name, None)
             raise
         return name
 
-    def _turn(self, admitted: Admitted | None, prompt: int, request: Request) -> Turned:
-        if admitted is None:
-            return Turned(None, prompt, {}, request.projections)
-        with self._lock:
-            weights = {
-                knob: alpha
-                for digest, alpha in admitted.weights.items()
-                if isinstance(knob := self._by_digest[digest], DeltaKnob)
-            }
-            if admitted.keys not in self._plans:
-                turned = {
-                    digest: (knob, strength)
-                    for digest, strength in admitted.turned.items()
-                    if isinstance(knob := self._by_digest[digest], Knob)
-                }
-                if len(self._plans) >= 1024:
-                    self._plans.clear()
-                self._plans[admitted.keys] = plan_request(turned, self.adapter.dtype)
-            plan = self._plans[admitted.keys]
-        return Turned(plan if any(plan.keys) else None, prompt, weights, request.projections)
-
     def cancel(self, name: str) -> None:
-        """Give up a request: nothing more is delivered, and its place is free from the next step on."""
+        """Give up a request: its place is free from the next step on, and one step may still be on its way."""
         if self._live.pop(name, None) is not None:
             self._batching.cancel(name)
 
@@ -221,10 +208,12 @@ class Engine:
 
     def close(self) -> None:
         """Stop; requests that are not over end with an error."""
-        self._batching.stop()
-        for name in list(self._live):
-            self._fail(name, "The engine was closed.")
-        self._steering.close()
+        try:
+            self._batching.stop()
+        finally:
+            for name in list(self._live):
+                self._fail(name, "The engine was closed.")
+            self._steering.close()
 
     def __enter__(self) -> Self:
         return self
@@ -238,8 +227,10 @@ class Engine:
         if self._stale:
             with self._lock:
                 self._stale = False
-                kept = [knob for live in list(self._live.values()) for knob in live.turned.weights]
-                self._steering.set_knobs(dict(self.admission.knobs), kept)
+                knobs = dict(self.admission.knobs)
+                kept = [knob for live in self._live.values() for knob in live.turned.weights]
+                self._held = {*kept, *(knob for knob in knobs.values() if isinstance(knob, DeltaKnob))}
+            self._steering.set_knobs(knobs, kept)
         live = self._live
         self._steering.prepare(step, {part.id: live[part.id].turned for part in step if part.id in live})
         self._asked = [part.id for part in step if part.predicts]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -149,8 +150,19 @@ class _Share:
 
 
 def check_place(adapter: Adapter, knob: DeltaKnob) -> None:
-    """Raise `KnobError` for a matrix that sees some tokens of a step only, as those of experts do."""
+    """Raise `KnobError` for a weight that cannot differ from token to token.
+
+    Such are those of no linear layer, and matrices that see some tokens of a step only: of experts, and of the output
+    head, which is asked for the tokens that predict.
+    """
+    row_addends(adapter.model, [{knob: 1.0}])
+    head = cast(Any, adapter.model).get_output_embeddings()
     for name in knob.parts:
+        if head is not None and adapter.model.get_submodule(name.rpartition(".")[0]) is head:
+            raise KnobError(
+                f"Knob {knob.name!r} changes {name!r}, the output head, which sees some tokens of a step only. Turn it "
+                "by trimtab.generate, or merge it into a checkpoint."
+            )
         inside = name.removeprefix(f"{adapter.path}.").partition(".")[2]  # behind the block's number
         if name.startswith(f"{adapter.path}.") and any(part.isdigit() for part in inside.split(".")):
             raise KnobError(

@@ -97,7 +97,10 @@ def compare(
             raise _differs(adapter, math.inf) from None
     for one, box in zip(expected, steps, strict=True):
         for token, logprob, lead in zip(one.tokens, one.logprobs, one.leads, strict=True):
-            made = box.get(timeout=seconds).token
+            try:
+                made = box.get(timeout=seconds).token
+            except queue.Empty:
+                raise _differs(adapter, math.inf) from None
             off = math.inf if made is None or made.logprob is None else abs(made.logprob - logprob)
             if off <= close and made is not None and made.id != token and lead <= close:
                 break  # two tokens as likely as each other: from here on the texts differ by rights
