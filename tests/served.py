@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,14 +60,13 @@ class Served:
 
 
 @contextmanager
-def served(*words: str, python: str = sys.executable, command: Sequence[str] = ()) -> Iterator[Served]:
+def served(*words: str, python: str = sys.executable, command: Sequence[str] = ()) -> Generator[Served]:
     """Run `trimtab serve` with these words on a free port, or another command that says where it listens."""
     whole = command or [python, "-m", "trimtab", "serve", *words, "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace"
-    )
-    with process:  # which closes its pipe
+    ) as process:
         try:
             yield Served(process)
         finally:

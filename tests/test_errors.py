@@ -26,6 +26,7 @@ TREE = {
     "SandboxError": RuntimeError,
     "JudgeError": RuntimeError,
     "HubError": RuntimeError,
+    "EngineError": RuntimeError,
     "MissingDependency": ImportError,
 }
 

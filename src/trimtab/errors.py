@@ -12,8 +12,8 @@ TrimtabError
 ├── TrainError         (RuntimeError)  training came to nothing that could be used
 ├── SandboxError       (RuntimeError)  the sandbox could not run model-written code
 ├── JudgeError         (RuntimeError)  the endpoint of a judge refuses, or cannot be reached
-├── EngineError        (RuntimeError)  an engine that serves requests has stopped, or cannot run this model
 ├── HubError           (RuntimeError)  a hub of models refuses, cannot be reached, or has no such knob
+├── EngineError        (RuntimeError)  an engine that serves requests has stopped, or cannot run this model
 └── MissingDependency  (ImportError)   an optional package is not installed
 
 TrimtabWarning         (UserWarning)   the result stands, but may not mean what it seems to
@@ -78,12 +78,12 @@ class JudgeError(TrimtabError, RuntimeError):
     """The endpoint of a judge refuses, cannot be reached, or does not speak the protocol."""
 
 
-class EngineError(TrimtabError, RuntimeError):
-    """An engine that serves requests has stopped, or cannot run this model."""
-
-
 class HubError(TrimtabError, RuntimeError):
     """A hub of models refuses, cannot be reached, or does not have what was asked for."""
+
+
+class EngineError(TrimtabError, RuntimeError):
+    """An engine that serves requests has stopped, or cannot run this model."""
 
 
 class MissingDependency(TrimtabError, ImportError):

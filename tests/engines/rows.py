@@ -180,7 +180,7 @@ def served(folder: Path, row: Row, *more: str) -> Iterator[str]:
         for node in range(row.nodes):
             own: dict[str, Any] = {"node_rank": node, **({"headless": True} if node else {})} if row.nodes > 1 else {}
             words = [sys.executable, "-m", "trimtab", "serve", str(folder / "model"), "--engine", "vllm"]
-            words += ["--port", str(port), *more]
+            words += ["--dose", "free", "--port", str(port), *more]
             for name, path in knobs.items():
                 words += ["--knob", f"{name}={path}"]
             for name, value in {**shared, **own}.items():

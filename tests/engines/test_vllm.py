@@ -360,7 +360,7 @@ if __name__ == "__main__":
                 print("REFUSED", error)
         sampled = {"knobs": "m=0.5", "temperature": 0.8, "top_p": 0.9, "seed": 3, "max_new_tokens": 9}
         made = [engine.generate(["Hi"] * 2, **sampled) for _ in range(2)]
-        pico.knob(1, name="n", width=192).save("n.knob.safetensors")
+        pico.knob(1, name="n", width=192).with_(tuning={"safe_range": [-1, 1]}).save("n.knob.safetensors")
         engine.load("n", "n.knob.safetensors")
         print("LOADED", engine.knobs, engine.generate(["Hi"], knobs={"n": 0.5}, max_new_tokens=2)[0].knobs)
         print("SAMPLED", made[0] == made[1], [answer.tokens <= 9 for answer in made[0]])

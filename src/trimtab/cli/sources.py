@@ -151,7 +151,6 @@ def load_offer(entries: Sequence[str]) -> Offer:
         name, path = named_file(entry)
         if path.suffix != ".json":
             added = load_knobs([entry], None).rack
-            shared = set(added) & set(knobs)
         else:
             added, setting = load_panel(path)
             label = name or path.stem
@@ -162,10 +161,10 @@ def load_offer(entries: Sequence[str]) -> Offer:
                     f"A panel is asked for as MODEL:NAME, which {label!r} cannot spell. Name it: NAME={path}."
                 )
             panels[label] = setting
-            shared = {key for key in added if key in knobs and engine_digest(knobs[key]) != engine_digest(added[key])}
-        if shared:
-            raise two_named(min(shared))
-        knobs |= {key: knob for key, knob in added.items() if key not in knobs}
+        for key, knob in added.items():
+            held = knobs.setdefault(key, knob)
+            if (engine_digest(held), held.safe_range) != (engine_digest(knob), knob.safe_range):
+                raise two_named(key)
     return Offer(Rack(**knobs), panels)
 
 

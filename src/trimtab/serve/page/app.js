@@ -1,7 +1,7 @@
 // The playground: asks the server twice, with all knobs off and with the strengths of the sliders, and shows both.
 
-import { answerColumn, rescale, showDifference } from "./answers.js";
-import { byId, el } from "./dom.js";
+import { answerColumn, rescale, showDifference, showStrips } from "./answers.js";
+import { byId, el, number } from "./dom.js";
 import { POLICIES, knobCard, panelButtons } from "./knobs.js";
 import { COMPLETIONS, ServerError, get, stream } from "./server.js";
 import { asCurl, asPython, difference } from "./texts.js";
@@ -13,10 +13,11 @@ let cards = [];
 let markPanel = () => {};
 let sent = null; // what both answers answer: a request without knobs
 let pause = 0;
+let loading = 0; // counts the times that everything was loaded
 
 const columns = {};
 for (const [name, title] of [["base", "Base"], ["steered", "Steered"]]) {
-  columns[name] = answerColumn(name, title, () => rescale(Object.values(columns)));
+  columns[name] = answerColumn(name, title, () => cards.map((card) => card.name), showProjections);
   document.querySelector("#answers .pair").append(columns[name].root);
 }
 const running = { base: null, steered: null };
@@ -28,15 +29,20 @@ const turned = () => Object.fromEntries(Object.entries(strengths()).filter(([, s
 // Loading: what the server has
 
 async function load() {
+  const [mine, given] = [++loading, key()];
+  const fetched = (path) => get(path, given, (seconds) => (byId("dose-note").textContent = `Loading, ${busy(seconds)}.`));
   for (const place of ["load", "key"]) complain(place, "");
   try {
-    const [models, knobs, panels] = await Promise.all(["v1/models", "v1/knobs", "v1/panels"].map((path) => get(path, key())));
-    const whole = await Promise.all(knobs.data.map(({ id }) => get(`v1/knobs/${encodeURIComponent(id)}`, key())));
+    const [models, knobs, panels] = await Promise.all(["v1/models", "v1/knobs", "v1/panels"].map(fetched));
+    const whole = await Promise.all(knobs.data.map(({ id }) => fetched(`v1/knobs/${encodeURIComponent(id)}`)));
+    if (mine !== loading) return; // another key was given meanwhile
     showModels(models.data.filter(({ panel }) => !panel));
     showKnobs(whole, knobs.dose);
     markPanel = panelButtons(byId("panels"), panels.data, choosePanel);
     markPanel(strengths());
   } catch (error) {
+    if (mine !== loading) return;
+    byId("dose-note").textContent = "";
     complain(error.place === "key" ? "key" : "load", plain(error));
   }
 }
@@ -61,8 +67,15 @@ function showKnobs(knobs, dose) {
 
 function choosePanel(panel) {
   for (const card of cards) card.turn(panel.knobs[card.name] ?? 0);
-  const missing = Object.keys(panel.knobs).filter((name) => !cards.some((card) => card.name === name && card.enabled));
-  byId("panel-note").textContent = missing.length ? `${panel.id} also turns ${missing.join(", ")}, which cannot be turned here.` : "";
+  const reached = strengths();
+  const [missing, short] = [[], []];
+  for (const [name, strength] of Object.entries(panel.knobs)) {
+    if (!cards.some((card) => card.name === name && card.enabled)) missing.push(name);
+    else if (reached[name] !== strength) short.push(`${name} to ${number(strength)}`);
+  }
+  const beyond = short.length ? `${panel.id} turns ${short.join(", ")}, farther than can be set here.` : "";
+  const absent = missing.length ? `${panel.id} also turns ${missing.join(", ")}, which cannot be turned here.` : "";
+  byId("panel-note").textContent = `${beyond} ${absent}`.trim();
   knobTurned();
 }
 
@@ -70,6 +83,13 @@ function knobTurned() {
   markPanel(strengths());
   clearTimeout(pause);
   if (sent && byId("rerun").checked) pause = setTimeout(() => ask(["steered"]), PAUSE);
+}
+
+function showProjections() {
+  showStrips(Object.values(columns), strengths());
+  rescale(Object.values(columns));
+  const { started, text } = columns.steered.answer();
+  if (started) byId("peek").textContent = text;
 }
 
 // Asking
@@ -105,10 +125,10 @@ async function write(name, body) {
   running[name]?.abort();
   running[name] = control;
   showRunning();
-  column.begin();
+  column.begin(body.knobs);
   const current = () => running[name] === control;
   try {
-    for await (const chunk of stream(body, key(), control.signal)) {
+    for await (const chunk of stream(body, key(), control.signal, (seconds) => column.say(`waiting, ${busy(seconds)}`))) {
       if (!current()) return;
       column.add(chunk);
     }
@@ -118,6 +138,7 @@ async function write(name, body) {
     if (error.name === "AbortError") return column.finish("stopped");
     const place = { prompt: "ask", knobs: "knobs", key: "key" }[error.place];
     column.fail(place ? "" : plain(error));
+    if (name === "steered") byId("peek").textContent = "";
     if (place) complain(place, plain(error));
   } finally {
     if (current()) running[name] = null;
@@ -127,7 +148,7 @@ async function write(name, body) {
 
 function compare(names) {
   const [base, steered] = [columns.base.answer(), columns.steered.answer()];
-  rescale(Object.values(columns));
+  showProjections();
   if (!base.done || !steered.done) {
     byId("difference").hidden = true;
     return;
@@ -136,6 +157,8 @@ function compare(names) {
   const which = names.length > 1 ? "Both answers are" : "The steered answer is";
   byId("announce").textContent = `${which} complete. ${sentence}`;
 }
+
+const busy = (seconds) => `the server is busy: next try in ${seconds} s`;
 
 function showRunning() {
   byId("stop").setAttribute("aria-disabled", String(!Object.values(running).some(Boolean)));

@@ -8,7 +8,7 @@ const RIGHT = 72;
 const TOP = 20;
 const BOTTOM = 20;
 const HEIGHT = 156;
-const RAILS = 3; // looks of guardrails, see the stylesheet
+const RAILS = 4; // looks of guardrails, see the stylesheet
 
 // The lines of a dose-response: [{name, kind, values}]; of what was never measured there is none.
 export function linesOf(curve) {
@@ -112,6 +112,7 @@ const MARKS = {
   "guardrail rail-0": "m-3-3h6v6h-6z",
   "guardrail rail-1": "m-3-3l6 6m0-6l-6 6",
   "guardrail rail-2": "m-4-3h8l-4 7z",
+  "guardrail rail-3": "m-4 0h8m-4-4v8",
   broken: "m0-4l4 7h-8z",
   kl: "m0-4l4 4l-4 4l-4-4z",
 };
@@ -131,7 +132,6 @@ function roundUp(value) {
 function ticks(low, high, width) {
   const room = Math.max(2, Math.floor(width / 34));
   const step = [0.1, 0.25, 0.5, 1, 2, 5, 10, 25, 50, 100].find((size) => (high - low) / size <= room) ?? high - low;
-  const found = [];
-  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + 1e-9; value += step) found.push(value);
-  return found;
+  const [first, last] = [Math.ceil(low / step - 1e-9), Math.floor(high / step + 1e-9)];
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step); // whole multiples, so that 0 is exact
 }

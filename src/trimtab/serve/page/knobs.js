@@ -1,7 +1,7 @@
 // The knobs: a slider for each, limited to its safe range unless the server leaves doses free, over its dose-response.
 
 import { chartText, curveTable, drawChart, legendEntry, linesOf, valueAt } from "./chart.js";
-import { el, fromTemplate, number, setting } from "./dom.js";
+import { el, fromTemplate, number, scroll, setting } from "./dom.js";
 
 const STEP = 0.05;
 const BEYOND = 2; // how far a slider goes where nothing limits it
@@ -15,8 +15,9 @@ export const POLICIES = {
 };
 
 // The strengths from and to which a knob can be turned, or null where it cannot be.
-export function limitsOf({ safe_range: safe }, dose) {
-  if (dose === "free") return [Math.min(-BEYOND, safe?.[0] ?? 0), Math.max(BEYOND, safe?.[1] ?? 0)];
+export function limitsOf({ safe_range: safe, dose_response: curve }, dose) {
+  const known = [...(safe ?? []), ...(curve?.strengths ?? [])];
+  if (dose === "free") return [Math.min(-BEYOND, ...known), Math.max(BEYOND, ...known)];
   return safe && [Math.min(safe[0], 0), Math.max(safe[1], 0)]; // off is always possible
 }
 
@@ -50,7 +51,7 @@ export function knobCard(knob, dose, index, turned) {
     part(".dose").open = !matchMedia(SMALL).matches;
   } else for (const details of root.querySelectorAll(".dose, .numbers")) details.remove();
   part(".card p").textContent = describe(knob);
-  if (knob.card) part(".card").append(el("pre", { tabindex: "0", "aria-label": `About ${knob.id}`, role: "group" }, knob.card));
+  if (knob.card) part(".card").append(cardTable(`About ${knob.id}`, knob.card));
 
   function show() {
     slider.value = strength;
@@ -82,9 +83,19 @@ export function panelButtons(root, panels, choose) {
     return button;
   });
   root.replaceChildren(...buttons);
+  const sorted = (knobs) => setting(Object.fromEntries(Object.entries(knobs).sort()));
   return (strengths) => {
-    all.forEach((panel, i) => buttons[i].setAttribute("aria-pressed", String(setting(panel.knobs) === setting(strengths))));
+    all.forEach(({ knobs }, i) => buttons[i].setAttribute("aria-pressed", String(sorted(knobs) === sorted(strengths))));
   };
+}
+
+// The lines of a card, most of them a term, spaces, and what is said of it, as a table that finds room on any screen.
+function cardTable(label, card) {
+  const rows = card.split("\n").map((line) => {
+    const [, term, said] = line.match(/^(\S.*?) {2,}(.*)$/) ?? [];
+    return term ? [el("th", { scope: "row" }, term), el("td", {}, said)] : [el("td", { colspan: 2 }, line)];
+  });
+  return scroll(label, el("table", {}, el("tbody", {}, ...rows.map((cells) => el("tr", {}, ...cells)))));
 }
 
 function describe({ kind, method, layers, layer, where }) {

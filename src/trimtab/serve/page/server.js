@@ -22,8 +22,11 @@ const PLACES = {
   seed: "prompt",
 };
 
-export async function get(path, key) {
-  const response = await request(path, { headers: headers(key) });
+const PATIENCE = 60; // seconds for which a busy server is asked again
+
+// `busy` is called with the seconds until a busy server is asked again.
+export async function get(path, key, busy) {
+  const response = await request(path, { headers: headers(key) }, busy);
   try {
     return await response.json();
   } catch {
@@ -32,13 +35,14 @@ export async function get(path, key) {
 }
 
 // Yield the chunks of an answer while they come.
-export async function* stream(body, key, signal) {
-  const response = await request(COMPLETIONS, {
+export async function* stream(body, key, signal, busy) {
+  const options = {
     method: "POST",
     headers: { ...headers(key), "Content-Type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, projections: true }),
     signal,
-  });
+  };
+  const response = await request(COMPLETIONS, options, busy);
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
@@ -50,25 +54,41 @@ export async function* stream(body, key, signal) {
 
 const headers = (key) => (key ? { Authorization: `Bearer ${key}` } : {});
 
-async function request(path, options) {
-  let response;
+async function request(path, options, busy) {
+  for (let waited = 0; ; ) {
+    const response = await ask(path, options);
+    if (response.ok) return response;
+    const wait = Math.max(1, Number(response.headers.get("Retry-After") ?? NaN));
+    waited += wait;
+    if (response.status !== 429 || !(waited <= PATIENCE)) throw await refusal(response, options.headers);
+    response.body.cancel().catch(() => {});
+    busy(wait);
+    await rest(1000 * wait, options.signal);
+  }
+}
+
+async function ask(path, options) {
   try {
-    response = await fetch(new URL(path, document.baseURI), options);
+    return await fetch(new URL(path, document.baseURI), options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server cannot be reached. Is it still running?");
   }
-  if (!response.ok) throw await refusal(response);
-  return response;
 }
 
-async function refusal(response) {
+const rest = (milliseconds, signal) =>
+  new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)));
+  });
+
+async function refusal(response, sent) {
   const status = response.status;
   const error = (await response.json().catch(() => ({}))).error ?? {};
   const said = error.message ?? `The server answered with status ${status}.`;
   const wait = response.headers.get("Retry-After");
   const later = /^\d+$/.test(wait ?? "") ? `in ${wait} s` : "later";
-  if (status === 401 || status === 403) return new ServerError(`The server wants a valid API key. ${said}`, "key");
+  if (status === 401) return new ServerError(`This server ${sent.Authorization ? "does not know this key" : "wants an API key"}.`, "key");
   if (status === 429) return new ServerError(`The server is busy: try again ${later}. ${said}`, "prompt");
   if (status === 503) return new ServerError(`The server takes no requests now: try again ${later}. ${said}`, "prompt");
   return new ServerError(said, PLACES[error.param]);
