@@ -507,7 +507,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a.jsonl", b"PAR1\x00\x00", "a.jsonl: The file is not text"),
         ("a.jsonl", b'{"prompt": "caf\xe9"}', "a.jsonl: Line 1 is not UTF-8: byte 16 of the line is 0xe9."),
         ("a.jsonl", '{"question": "a", "answer": "b"}', "Rename 'question' to 'prompt' and 'answer' to 'chosen'."),
-        ("a.jsonl", '{"a":' * 100_000, "a.jsonl: Line 1 cannot be read: it is nested too deeply."),
+        ("a.jsonl", '{"a":' * 100_000, "a.jsonl: Line 1 cannot be read: it is nested too deeply: more than 100"),
         ("a.csv", "prompt;chosen;rejected\na;b;c\n", "a.csv: Line 1 has one column"),
         ("a.parquet", "hello", "a.parquet: The file cannot be read as Parquet"),
         ("a.jsonl", jsonl({**GOOD, "prompt": "w" * 300}), "Leave long pairs out"),
