@@ -811,6 +811,13 @@ def test_guessing_keys_is_limited_by_address() -> None:
     assert ask(guard, headers=[bearer(ANA)]).status == 200
 
 
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_guessing_the_admin_key_is_limited_too_where_nobody_else_needs_one(method: str) -> None:
+    guard = guarded(rate=2, keys=Keys.of((), ("the-admin-key-0123456789",)))
+    guesses = [ask(guard, method, "/v1/knobs/x", headers=[bearer(f"guess-0123456789-{n}")]).status for n in range(4)]
+    assert guesses == [403, 403, 429, 429]
+
+
 def test_requests_at_a_time_are_limited_until_they_end_however_they_do() -> None:
     behind = Behind()
     guard = guarded(behind, concurrency=2)
