@@ -449,6 +449,11 @@ def test_models_that_cannot_be_batched_so_are_refused_at_the_start(architecture:
     assert not any(module._forward_hooks for module in lm.modules())
 
 
+def test_a_cache_that_no_memory_could_hold_is_an_option_out_of_range() -> None:
+    with pytest.raises(OptionError, match="Give fewer"):
+        engine(pico.model(), cache_tokens=10**12)
+
+
 def wrong_rows(slots: Any, *_: object) -> None:
     slots.rows.zero_()
 

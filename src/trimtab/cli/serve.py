@@ -8,13 +8,18 @@ NAME=VALUE of --engine-option are its options, as in --engine-option max_model_l
 
 from __future__ import annotations
 
+import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trimtab.cli import options
-from trimtab.cli.sources import load_knobs, load_offer, named_file, open_model, vllm_options
+from trimtab.cli.sources import Offer, load_knobs, load_offer, named_file, open_model, vllm_options
 from trimtab.cli.terminal import Terminal
-from trimtab.errors import OptionError
+from trimtab.errors import OptionError, TrimtabError, TrimtabWarning
+
+if TYPE_CHECKING:
+    from trimtab.engines.admission import Admission
 
 OWN: dict[str, tuple[str, ...]] = {
     "vllm": ("layers", "allow_loading", "engine_option"),
@@ -57,7 +62,9 @@ def add_options(parser: ArgumentParser) -> None:
         "taken as they are, which knobs that were never tuned need (default strict)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 is any free one (default 8000)")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port; 0 is any free one, for transformers (default 8000)"
+    )
     options.add_engine(parser, ("transformers", "vllm"))
     _add_transformers(parser)
     vllm = parser.add_argument_group("options of the engine vllm")
@@ -72,7 +79,10 @@ def _add_transformers(parser: ArgumentParser) -> None:
     group.add_argument("--requests", type=int, metavar="N", help="answers that are made at once (default 64)")
     group.add_argument("--queue", type=int, metavar="N", help="answers that may wait; others get 429 (default 256)")
     group.add_argument(
-        "--cache-tokens", type=int, metavar="N", help="tokens that the KV cache holds (default by memory)"
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that the KV cache holds, which bounds the longest request too (default by memory)",
     )
     group.add_argument("--timeout", type=float, metavar="S", help="seconds for a request (default 600)")
     group.add_argument(
@@ -117,6 +127,9 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
         rate=args.rate,
         concurrency=args.concurrency,
     )
+    drain = options.given(args, "drain")
+    if not 0 <= drain.get("drain", 0.0) < float("inf"):
+        raise OptionError(f"--drain is a number of seconds, 0 or more; got {args.drain:g}.")
     check_exposure(guard, open=args.open)
     with bind(args.host, args.port) as bound:
         with terminal.working("Preparing"):
@@ -132,9 +145,26 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
                 loaded.model, loaded.tokenizer, offer.rack, dose=args.dose, strict=not args.no_strict, **sizes
             )
         with engine:
+            _warn_of_useless(engine.admission, offer)
             app = create_app(engine, model=args.model, panels=offer.panels, room=room)
-            drain = options.given(args, "drain")
             return serve(app, guard, bound, dead=lambda: not engine.alive, **drain)
+
+
+def _warn_of_useless(admission: Admission, offer: Offer) -> None:
+    """Say before anybody asks which knobs and panels the dose policy lets nobody turn."""
+    untuned = [name for name, knob in offer.rack.items() if knob.safe_range is None]
+    if untuned and admission.dose != "free":
+        warnings.warn(
+            f"Never tuned, so that --dose {admission.dose} lets nobody turn them: {', '.join(sorted(untuned))}. Tune "
+            "them (trimtab tune), or pass --dose free.",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+    for name, setting in offer.panels.items():
+        try:
+            admission.admit(setting)
+        except TrimtabError as error:
+            warnings.warn(f"Panel {name!r} will be refused as it stands: {error}", TrimtabWarning, stacklevel=2)
 
 
 def _serve_vllm(args: Namespace, terminal: Terminal) -> int:

@@ -210,7 +210,7 @@ class Admission:
                 strength = min(max(strength, bounds[0]), bounds[1])
             elif not bounds[0] <= strength <= bounds[1]:
                 raise OptionError(
-                    f"Strength {strength:g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
+                    f"Strength {strength:.12g} of {name!r} lies outside its safe range, {bounds[0]:g} to {bounds[1]:g}."
                 )
         return strength
 
@@ -219,7 +219,10 @@ class Admission:
         alpha = self.knobs[name].alpha(strength)
         peak = self._peaks.get(self.digests[name], 0.0)
         if not abs(alpha) <= ALPHAS or not abs(alpha) * peak <= torch.finfo(self.dtype).max:
-            raise OptionError(f"Strength {strength:g} of {name!r} is too large: alpha is {alpha:g}.")
+            raise OptionError(
+                f"Strength {strength:g} of {name!r} is too large: alpha is {alpha:g}, and the most that is taken is "
+                f"{ALPHAS:g}, or what {self.dtype} can hold."
+            )
 
     def _check_rank(self, names: set[str]) -> None:
         rank = sum(top_rank(knob) for name in names if isinstance(knob := self.knobs[name], DeltaKnob))

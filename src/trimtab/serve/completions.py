@@ -121,7 +121,7 @@ def _longest(body: ChatRequest | TextRequest, prompt: int, context: int) -> int:
         raise Refusal(
             400,
             f"The prompt has {prompt} tokens when rendered, and an answer of up to {longest} does not fit behind it: "
-            f"this model's context holds {context}. Please {advice}.",
+            f"a request here has room for {context}. Please {advice}.",
             param=body.PROMPT,
             code="context_length_exceeded",
         )

@@ -56,6 +56,10 @@ class Neutral:
         return value
 
 
+Label = Annotated[str, StringConstraints(max_length=512)]
+"""What a client calls something."""
+
+
 class Strict(BaseModel):
     """A part of a body: fields of the types that they are said to have, and no others."""
 
@@ -172,8 +176,13 @@ class Common(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=8)] | None = None
-    user: Annotated[str, StringConstraints(max_length=512)] | None = None
-    """Not used."""
+    user: Label | None = None
+    """Not used; nor are the three that follow, by which clients label their requests."""
+    metadata: Annotated[dict[str, Annotated[str, StringConstraints(max_length=512)]], Field(max_length=16)] | None = (
+        None
+    )
+    safety_identifier: Annotated[str, StringConstraints(max_length=512)] | None = None
+    prompt_cache_key: Label | None = None
     knobs: Strengths | None = None
     """Strengths of knobs by name; knobs that are not named are off."""
     panel: Annotated[str, StringConstraints(min_length=1, max_length=400)] | None = None
@@ -236,10 +245,7 @@ class ChatRequest(Common):
     verbosity: Annotated[Any, Neutral()] = None
     web_search_options: Annotated[Any, Neutral()] = None
     store: Annotated[Any, Neutral(False)] = None
-    metadata: Annotated[Any, Neutral({})] = None
     service_tier: Annotated[Any, Neutral("auto")] = None
-    prompt_cache_key: Annotated[Any, Neutral()] = None
-    safety_identifier: Annotated[Any, Neutral()] = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

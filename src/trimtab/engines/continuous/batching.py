@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from trimtab.errors import AdapterError, EngineError
+from trimtab.errors import AdapterError, EngineError, OptionError
 
 PLACE = "transformers.generation.continuous_batching"
 SEAMS = {
@@ -100,6 +100,8 @@ class Batching:
             ios.prepare_batch_tensors = self._prepare_step
             runner._sample = self._choose
             _ = self.running  # what it looks at is there
+        except MemoryError as error:
+            raise OptionError(f"A KV cache of {cache_tokens} tokens does not fit: {error}. Give fewer.") from None
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise AdapterError(
                 f"transformers' continuous batching does not run a {type(model).__name__}: {error}"
@@ -188,8 +190,14 @@ def check_seams() -> None:
 
 
 def cache_bytes(model: PreTrainedModel) -> int:
-    """Return how many bytes a token takes in the KV cache, at most."""
+    """Return how many bytes a token takes in the KV cache, at most; raises `AdapterError` for a model without heads."""
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = getattr(config, "num_attention_heads", None)
+    if not queries:
+        raise AdapterError(
+            f"transformers' continuous batching does not run a {type(model).__name__}: its configuration tells of no "
+            "attention heads. Use trimtab.generate, or the engine 'vllm'."
+        )
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     return 2 * config.num_hidden_layers * heads * width * torch.finfo(model.dtype).bits // 8
