@@ -432,7 +432,7 @@ def test_an_answer_that_is_dropped_says_no_more(page: Page) -> None:
 def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(page: Page) -> None:
     page.get_by_label("Prompt").fill("pens " * 2000)
     send(page)
-    expect(page.locator("#ask-error")).to_contain_text("context")
+    expect(page.locator("#ask-error")).to_contain_text("room for 1024")
     expect(page.locator("#steered .meta")).to_have_text("no answer")
     page.get_by_label("Prompt").fill("How many pens?")
     answered(page)
