@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import pico
 from trimtab.adapter import Adapter
-from trimtab.capture import Evidence, capture
+from trimtab.capture import Evidence, capture, running
+from trimtab.capture.batches import group, make_batches
+from trimtab.capture.running import Runner
 from trimtab.errors import AdapterError, OptionError, PairsError, UnknownName
 from trimtab.methods.palrs import palrs_layer
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.texts import Format, _other_questions, expand_positions
+from trimtab.texts import Format, _other_questions, expand_positions, render_pairs
 from trimtab.types import Message, Pair, Site
 
 QUESTION: tuple[str, ...] = ("response_end", "last", "response_mean", "demonstrated")
@@ -114,7 +116,7 @@ def test_palrs_layer_is_the_input_of_the_block_bit_for_bit(
     # Layer 2 is read too, so that block 2 runs and shows its input.
     found = capture(
         model, tokenizer, data, positions=["post_instruction[-1]"], format="response_as_user", layers=[1, 2],
-        token_budget=1,
+        token_budget=1, share=False,
     )  # fmt: skip
     hook.remove()
     ids = [Renderer(tokenizer).as_user(answer).ids for answer in (data[0].chosen, data[0].rejected)]
@@ -166,10 +168,11 @@ def test_blocks_above_the_highest_layer_and_the_head_never_run(tokenizer: PreTra
     assert set(runs) == {0, 1}
 
 
+@pytest.mark.parametrize("share", [False, True])
 def test_batch_that_does_not_fit_is_halved_until_it_does(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, share: bool
 ) -> None:
-    whole = capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response")
+    whole = capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response", share=False)
     sizes: list[int] = []
     run_to = Adapter.run_to
 
@@ -180,30 +183,32 @@ def test_batch_that_does_not_fit_is_halved_until_it_does(
         run_to(self, layer, **inputs)
 
     monkeypatch.setattr(Adapter, "run_to", small)
-    halved = capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response")
-    assert sizes[0] == 20
+    halved = capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response", share=share)
+    assert max(sizes) > 3
     assert min(sizes) <= 3
     torch.testing.assert_close(halved.chosen, whole.chosen, atol=2e-5, rtol=1e-4)
     assert halved.norms == pytest.approx(whole.norms)
 
     monkeypatch.setattr(Adapter, "run_to", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
-        capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response")
+        capture(model, tokenizer, pairs(5), positions=QUESTION, format="question_response", share=share)
 
 
+@pytest.mark.parametrize("share", [False, True])
 def test_no_batch_exceeds_the_token_budget(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, share: bool
 ) -> None:
     shapes: list[tuple[int, ...]] = []
     run_to = Adapter.run_to
 
     def watched(self: Adapter, layer: int, **inputs: Tensor) -> None:
-        shapes.append(tuple(inputs["input_ids"].shape))
+        shapes.append(tuple(inputs["attention_mask"].shape))  # as wide as the cache and the new tokens together
         run_to(self, layer, **inputs)
 
     monkeypatch.setattr(Adapter, "run_to", watched)
-    capture(model, tokenizer, pairs(8), positions=["last"], format="question_response", token_budget=150)
-    assert sum(rows for rows, _ in shapes) == 16
+    monkeypatch.setattr(Runner, "can_share", lambda own, groups: True)
+    capture(model, tokenizer, pairs(8), positions=["last"], format="question_response", token_budget=150, share=share)
+    assert sum(rows for rows, _ in shapes) == (24 if share else 16)
     assert all(rows * width <= 150 for rows, width in shapes)
     assert max(rows for rows, _ in shapes) > 2
 
@@ -316,6 +321,108 @@ def test_layers_count_from_the_end_and_come_in_order(
 def test_a_model_that_puts_tokens_of_its_own_before_the_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(AdapterError, match=r"The blocks hold 6 rows of \d+ tokens where the texts have 6 of 23"):
         capture(pico.model("cpmant"), tokenizer, pairs(), positions=["last"], format="question_response")
+
+
+# Prompts that are run once
+
+
+@pytest.mark.parametrize("name", [*pico.ARCHITECTURES, *pico.VISION])
+def test_prompts_that_are_run_once_leave_the_same_evidence(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = pico.vision_language_model(name) if name in pico.VISION else pico.model(name)
+    texts = render_pairs(Renderer(tokenizer), pairs(4), QUESTION[1:], "question_response")
+    shares = Runner(Adapter(model), Renderer(tokenizer), [0], "right").can_share(group(texts))
+    assert shares is (name not in STATES)
+    options: dict[str, Any] = {"positions": QUESTION, "format": "question_response"}
+    whole = capture(model, tokenizer, pairs(4), **options, share=False, token_budget=1)
+    for budget in (40, 200, 8192):
+        found = capture(model, tokenizer, pairs(4), **options, token_budget=budget)
+        torch.testing.assert_close(found.chosen, whole.chosen, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(found.rejected, whole.rejected, atol=5e-5, rtol=1e-4)
+        assert found.norms == pytest.approx(whole.norms, rel=1e-5)
+
+
+STATES = (*pico.PURE_STATES, "jamba", "falcon_h1", "qwen3_next")
+"""Architectures whose cache is not of keys and values alone."""
+
+
+def test_a_prompt_of_many_answers_is_run_once(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, tokens = (Message("user", "what is the capital of this place?"),), list[int]()
+    data = Pairs(Pair(asked, f"yes{i}", f"no{i}") for i in range(9))
+    run_to = Adapter.run_to
+
+    def counted(self: Adapter, layer: int, **inputs: Tensor) -> None:
+        tokens.append(inputs["input_ids"].numel())
+        run_to(self, layer, **inputs)
+
+    monkeypatch.setattr(Adapter, "run_to", counted)
+    counts = []
+    for share in (False, True):
+        capture(model, tokenizer, data, positions=["last"], format="question_response", share=share)
+        counts.append(sum(tokens))
+        tokens.clear()
+    prompt = len(Renderer(tokenizer).prompt_ids(asked))
+    trial = 2 * counts[0] // 18  # two short groups, run both ways, cost less than two texts
+    assert counts[0] - 17 * prompt <= counts[1] <= counts[0] - 17 * prompt + trial
+
+
+def test_a_model_that_reads_otherwise_behind_a_cache_runs_every_text_whole(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pico.model()
+    options: dict[str, Any] = {"positions": ["last"], "format": "question_response"}
+    whole = capture(model, tokenizer, pairs(), **options, share=False)
+    copied = running.copied_rows
+    monkeypatch.setattr(running, "copied_rows", lambda cache, rows: copied(cache, rows.flip(0)))
+    assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
+    monkeypatch.setattr(running, "copied_rows", lambda cache, rows: rows)
+    assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
+
+
+@pytest.mark.quick
+def test_texts_are_grouped_by_what_they_begin_with_where_that_saves_something() -> None:
+    r = Renderer(pico.tokenizer())
+    long = Pairs(Pair((Message("user", "q" * 30),), answer, "no") for answer in ("yes", "aye", "sure"))
+    texts = render_pairs(r, long, ["last"], "question_response")
+    (together,) = group(texts)
+    assert together.head == len(r.prompt_ids(long[0].prompt))
+    assert len(together.texts) == 6
+    sizes = [len(batch[0].texts) for batch in make_batches([together], 12)]
+    assert sizes == [2, 2, 2]  # of tails of five or six tokens
+    short = Pairs(Pair((Message("user", "q"),), "yes" * 60, "no" * 60) for _ in range(3))
+    assert {g.head for g in group(render_pairs(r, short, ["last"], "question_response"))} == {0}
+
+
+@pytest.mark.quick
+def test_a_head_ends_where_reading_begins() -> None:
+    r = Renderer(pico.tokenizer())
+    data = Pairs([Pair((Message("user", "q"),), "same start, one end", "same start, other end")])
+    texts = render_pairs(r, data + pairs(1), ["last", "demonstrated"], "question_response")[:4]
+    prompt, common = len(r.prompt_ids(data[0].prompt)), len("same start, o")
+    assert [text.head for text in texts] == [prompt, prompt, prompt + common, prompt + common]
+
+
+# Memory
+
+
+def test_few_pairs_are_kept_and_the_means_are_of_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options: dict[str, Any] = {"positions": QUESTION, "format": "question_response", "token_budget": 300}
+    whole = capture(model, tokenizer, pairs(9), **options)
+    assert whole.kept.tolist() == list(range(9))
+    few = capture(model, tokenizer, pairs(9), **options, keep=4)
+    assert few.kept.tolist() == [0, 2, 4, 6]
+    assert torch.equal(few.chosen, whole.chosen[few.kept])
+    assert torch.equal(few.rejected, whole.rejected[few.kept])
+    for found in (whole, few):
+        expected = torch.stack([whole.chosen, whole.rejected]).double().mean(dim=1)
+        torch.testing.assert_close(found.means, expected, atol=1e-12, rtol=1e-12)
+    assert few.lengths.shape == (9, 2)
+    assert few.norms == whole.norms
+    with pytest.raises(OptionError, match="got keep=0"):
+        capture(model, tokenizer, pairs(9), **options, keep=0)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ import pico
 from trimtab import learn as exported
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.capture import Evidence
+from trimtab.capture import Evidence, capture
 from trimtab.errors import AdapterError, KnobError, OptionError, PairsError, TrimtabWarning, UnknownName
 from trimtab.learn import learn
 from trimtab.ops import alpha_from_palrs, cosine, describe_site
@@ -54,7 +54,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, chosen: Tensor, rejected: Tensor, sit
     """Make learning read these activations `[N, S, D]` instead of the model's."""
     norms = {site.layer: 10.0 for site in sites}
     lengths = more.pop("lengths", torch.full((len(chosen), 2), 7))
-    evidence = Evidence(tuple(sites), chosen, rejected, norms, lengths, "response_as_user", 99)
+    means, kept = torch.stack([chosen, rejected]).double().mean(1), torch.arange(len(chosen))
+    evidence = Evidence(tuple(sites), chosen, rejected, norms, lengths, "response_as_user", 99, means, kept)
     monkeypatch.setattr(inspect.getmodule(learn), "capture", lambda *_, **__: evidence)
 
 
@@ -433,6 +434,48 @@ EXERCISED: dict[str, Any] = {
     "token_budget": 1,
     "licence": "CC0",
 }
+
+
+@pytest.mark.parametrize("method", ["palrs", "diffmean", "random"])
+def test_methods_of_means_keep_few_pairs_and_learn_from_all(
+    method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = learn(model, tokenizer, pairs(), method=method)
+    read, kept = capture, list[int | None]()
+
+    def counted(*args: Any, keep: int | None = None, **options: Any) -> Evidence:
+        kept.append(keep)
+        return read(*args, keep=keep, **options)
+
+    monkeypatch.setattr(inspect.getmodule(learn), "capture", counted)
+    monkeypatch.setattr(inspect.getmodule(learn), "KEPT", 4)
+    few = learn(model, tokenizer, pairs(), method=method)
+    assert kept == [4]
+    assert few.site == whole.site
+    for site, vector in whole.vectors.items():
+        torch.testing.assert_close(few.vectors[site], vector, rtol=1e-5, atol=1e-7)
+        for name in ("r_norm", "mu_plus_norm", "cos_r_mu", "relative_norm"):
+            found, expected = (knob.diagnostics["sites"][str(site)][name] for knob in (few, whole))
+            assert found == pytest.approx(expected, rel=1e-5)
+    assert few.norms == whole.norms
+
+
+def test_methods_of_single_pairs_keep_them_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[dict[str, Any]] = [
+        {"method": "pca"},
+        {"method": "icv"},
+        {"method": "diffmean", "options": {"equal_weight": True}},
+        {"method": "diffmean", "length_match": "regress"},
+    ]
+    whole = [learn(model, tokenizer, pairs(), **way) for way in ways]
+    monkeypatch.setattr(inspect.getmodule(learn), "KEPT", 4)
+    for way, knob in zip(ways, whole, strict=True):
+        again = learn(model, tokenizer, pairs(), **way)
+        assert all(torch.equal(again.vectors[site], vector) for site, vector in knob.vectors.items())
+
+
 APART = (
     "model",
     "tokenizer",
@@ -445,7 +488,7 @@ APART = (
 
 def test_progress_reaches_the_number_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     seen: list[tuple[int, int]] = []
-    learn(model, tokenizer, pairs(), token_budget=200, progress=lambda done, total: seen.append((done, total)))
+    learn(model, tokenizer, pairs(), token_budget=100, progress=lambda done, total: seen.append((done, total)))
     assert len(seen) > 1
     assert seen == sorted(seen)
     assert seen[-1] == (seen[0][1], seen[0][1])

@@ -15,7 +15,7 @@ import torch
 import pico
 from trimtab.artifact import AnyKnob, Knob, LowRank, load_knob
 from trimtab.capture import capture
-from trimtab.capture.activations import _Run
+from trimtab.capture.running import Runner
 from trimtab.cli import main
 from trimtab.errors import OptionError
 from trimtab.learn import learn
@@ -135,8 +135,8 @@ def test_one_process_and_two_learn_the_same_knobs(folder: Path) -> None:
 def test_a_process_that_is_one_of_two_runs_every_second_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load("model")
     pairs, ran = Pairs.load("pairs.jsonl"), list[int]()
-    forward = _Run.forward
-    monkeypatch.setattr(_Run, "forward", lambda run, batch: (ran.append(len(batch)), forward(run, batch))[1])
+    run = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda own, batch, budget: (ran.append(len(batch)), run(own, batch, budget))[1])
     monkeypatch.setattr(Team, "add", lambda self, part: part)
     monkeypatch.setattr(Team, "collect", lambda self, part: [part])
 
@@ -155,21 +155,21 @@ def test_a_process_that_is_one_of_two_runs_every_second_batch(folder: Path, monk
 COUNTING = """
 import os, sys
 from pathlib import Path
-import trimtab.capture.activations as reading
+from trimtab.capture.running import Runner
 from trimtab.cli import main
 
 rank, last = os.environ["RANK"], int(os.environ["LAST"])
-forward, count = reading._Run.forward, 0
+run, count = Runner.run, 0
 
-def counted(self, batch):
+def counted(self, batch, budget):
     global count
     if rank == "1" and count == last:
         os.kill(os.getpid(), 9)
     count += 1
     Path(f"ran.{rank}").write_text(str(count))
-    return forward(self, batch)
+    return run(self, batch, budget)
 
-reading._Run.forward = counted
+Runner.run = counted
 sys.exit(main(sys.argv[1:]))
 """
 """Counts the batches that each process runs, and kills the second one before it runs more than `LAST`."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Scale = Literal["raw", "mean_chosen_norm", "mean_residual_norm"]
 LengthMatch = Literal["off", "bucket", "regress"]
 
+KEPT = 256
+"""Pairs whose activations are kept, where a method needs the means of all and only the diagnostics look at pairs."""
 STEP = 0.2
 """Alpha at strength 1 of a gradient before tuning: how long a gradient is depends on the loss's scale."""
 
@@ -66,7 +68,9 @@ def learn(
 
     Every candidate site (layers x positions) is read, described in `knob.diagnostics["sites"]` (by the pairs' plain
     differences, whatever the method makes of them) and stored; tuning chooses among them on validation data, which is
-    better than any rule that sees these pairs only. None stands for what the method's paper does.
+    better than any rule that sees these pairs only. None stands for what the method's paper does. Methods of means
+    (palrs, diffmean without `equal_weight`, random) keep `KEPT` pairs' activations at most, so that memory does not
+    grow with the number of pairs; diagnostics of single pairs are of those.
 
     `format`, `positions`, `token_budget`, `checkpoint`: see `trimtab.capture.capture`. Without a chat template the
     answers are read after their prompts, with a warning. Methods whose evidence is gradients read those of `loss`, by
@@ -176,12 +180,20 @@ def _from_activations(
     seed: int,
     reading: Mapping[str, Any],
 ) -> Found:
-    evidence = capture(model, tokenizer, pairs, positions=plan.positions, format=plan.format, **reading)
+    means_do = plan.method.of_means and not own.get("equal_weight") and length_match != "regress"
+    keep = KEPT if means_do else None
+    evidence = capture(model, tokenizer, pairs, positions=plan.positions, format=plan.format, keep=keep, **reading)
     chosen, rejected = evidence.chosen, evidence.rejected  # [N, S, D]
     if length_match == "regress":
         chosen, rejected = regress_out_lengths(chosen, rejected, evidence.lengths)
-    vectors = dict(zip(evidence.sites, plan.method.run(chosen, rejected, own), strict=True))
-    statistics = {s: describe_site(chosen[:, i], rejected[:, i], seed=seed) for i, s in enumerate(evidence.sites)}
+    sampled = len(chosen) < len(pairs)
+    # Of means alone, one pair that stands for all makes what all of them make.
+    whole = (evidence.means[0][None], evidence.means[1][None]) if sampled else (chosen, rejected)
+    vectors = dict(zip(evidence.sites, plan.method.run(*whole, own), strict=True))
+    statistics = {
+        s: describe_site(chosen[:, i], rejected[:, i], seed=seed, means=evidence.means[:, i] if sampled else None)
+        for i, s in enumerate(evidence.sites)
+    }
     return evidence, vectors, statistics, None
 
 
@@ -198,7 +210,9 @@ def _from_gradients(
     """Describe the sites by minus the pairs' gradients, in place of differences; lengths and norms are as ever."""
     found = capture_gradients(model, tokenizer, pairs, loss=loss, positions=plan.positions, **reading)
     again = {name: reading[name] for name in ("layers", "token_budget", "team")}
-    evidence = capture(model, tokenizer, pairs, positions=("response_mean",), format="question_response", **again)
+    evidence = capture(
+        model, tokenizer, pairs, positions=("response_mean",), format="question_response", keep=1, **again
+    )
     vectors = dict(zip(found.sites, plan.method.run(found.gradients, found.activations, own), strict=True))
     none = torch.zeros_like(found.gradients[:, 0])
     statistics: dict[Site, dict[str, float | None]] = {}

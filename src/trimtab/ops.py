@@ -268,8 +268,12 @@ def _vote(plus: Tensor, minus: Tensor) -> Tensor:
     return unit(difference) * (difference.norm(dim=-1) > TINY * longer)[:, None]
 
 
-def describe_site(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> dict[str, float | None]:
+def describe_site(
+    chosen: Tensor, rejected: Tensor, *, seed: int = 0, means: Tensor | None = None
+) -> dict[str, float | None]:
     """Return the diagnostics of the pairs' activations `[N, D]` at one site, computed in float64.
+
+    `means` `[2, D]` are those of more pairs than are given here, and replace those of the given ones.
 
     `cos_r_mu` is Eq. 3 of PaLRS (arXiv:2509.23982) as we read it, None where the difference is rounding. With theta the
     angle between the means it is sin(theta/2) when the means are equally long, and tends to 1 when `mu-` is only a
@@ -277,7 +281,10 @@ def describe_site(chosen: Tensor, rejected: Tensor, *, seed: int = 0) -> dict[st
     """
     plus, minus = chosen.double(), rejected.double()
     differences = plus - minus
-    mu_plus, mu_minus, r = plus.mean(dim=0), minus.mean(dim=0), differences.mean(dim=0)
+    if means is None:
+        mu_plus, mu_minus, r = plus.mean(dim=0), minus.mean(dim=0), differences.mean(dim=0)
+    else:
+        mu_plus, mu_minus, r = means[0], means[1], means[0] - means[1]
     norm_plus, norm_minus, norm_r = (float(v.norm()) for v in (mu_plus, mu_minus, r))
     theta = angle(mu_plus, mu_minus)
     signal = norm_r > TINY * max(norm_plus, norm_minus)

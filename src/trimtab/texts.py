@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Literal, NamedTuple, get_args
 
 from trimtab.errors import OptionError, PairsError, unknown_name
@@ -77,9 +79,10 @@ class Text(NamedTuple):
 
     side: int  # 0 chosen, 1 rejected
     pair: int
-    ids: list[int]
+    ids: Sequence[int]
     reads: dict[int, slice]  # index of a position: the tokens whose mean is kept
     norms: slice = slice(0, 0)  # the tokens whose norms count; never the first of a sequence, which is a prompt's
+    head: int = 0  # the tokens before anything that is read which the pair's other answer has too
 
 
 def render_pairs(renderer: Renderer, pairs: Pairs, names: Sequence[str], format: Format) -> list[Text]:
@@ -87,18 +90,30 @@ def render_pairs(renderer: Renderer, pairs: Pairs, names: Sequence[str], format:
     texts: list[Text] = []
     questions = _other_questions(pairs) if "demonstrated" in names else []
     for n, pair in enumerate(pairs):
+        sides: list[list[Text]] = []
         for side, answer in enumerate((pair.chosen, pair.rejected)):
             full = renderer.full(pair.prompt, answer)
             span = slice(full.response_start, full.response_end)
             reads = _reads(full, names) if format == "question_response" else {}
-            texts.append(Text(side, n, full.ids, reads, span))
+            own = [Text(side, n, array("i", full.ids), reads, span)]
             if format == "response_as_user" and set(names) != {"demonstrated"}:
                 alone = renderer.as_user(answer)
-                texts.append(Text(side, n, alone.ids, _reads(alone, names)))
+                own.append(Text(side, n, array("i", alone.ids), _reads(alone, names)))
             if questions:
-                ids = renderer.demonstrated(pair.prompt, answer, questions[n])
-                texts.append(Text(side, n, ids, {names.index("demonstrated"): slice(len(ids) - 1, len(ids))}))
+                ids = array("i", renderer.demonstrated(pair.prompt, answer, questions[n]))
+                own.append(Text(side, n, ids, {names.index("demonstrated"): slice(len(ids) - 1, len(ids))}))
+            sides.append(own)
+        for chosen, rejected in zip(*sides, strict=True):
+            head = _head(chosen, rejected)
+            texts += [chosen._replace(head=head), rejected._replace(head=head)]
     return texts
+
+
+def _head(one: Text, other: Text) -> int:
+    """Count the tokens that two texts begin with alike, up to the first that is read in either."""
+    starts = [s.start for text in (one, other) for s in (*text.reads.values(), text.norms) if s.stop]
+    alike = takewhile(lambda ids: ids[0] == ids[1], zip(one.ids, other.ids, strict=False))
+    return min(*starts, sum(1 for _ in alike))
 
 
 def _reads(text: Rendered, names: Sequence[str]) -> dict[int, slice]:

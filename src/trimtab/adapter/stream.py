@@ -172,15 +172,17 @@ class Adapter:
             )
 
     @contextmanager
-    def read(self, layers: Iterable[int]) -> Generator[Reading]:
+    def read(self, layers: Iterable[int], look: Callable[[int, Tensor], None] | None = None) -> Generator[Reading]:
         """Record the outputs of some blocks; sees what `write` left there, in whatever order the two are entered.
 
-        Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before.
+        Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before. With
+        `look` no output is kept: it gets a layer and its output `[B, T, D]` when the block has run.
         """
         reading = Reading()
+        keep = reading.acts.__setitem__ if look is None else look
         with ExitStack() as exits, _compiled_code_sees_hooks():
             for layer in {self.layer(index) for index in layers}:
-                hook = partial(_record, aside_of(self.blocks[0]), reading.acts, layer)
+                hook = partial(_record, aside_of(self.blocks[0]), keep, layer)
                 exits.callback(self.blocks[layer].register_forward_hook(hook).remove)
             yield reading
 
@@ -315,9 +317,11 @@ def _hand_over(aside: Aside, after: Callable[[object], None], module: nn.Module,
         after(cache)
 
 
-def _record(aside: Aside, acts: dict[int, Tensor], layer: int, module: nn.Module, args: object, output: object) -> None:
+def _record(
+    aside: Aside, keep: Callable[[int, Tensor], None], layer: int, module: nn.Module, args: object, output: object
+) -> None:
     if not aside.on:
-        acts[layer] = hidden_of(output).detach()
+        keep(layer, hidden_of(output).detach())
 
 
 def _replace(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
+from trimtab.capture.batches import Group, group, make_batches
+from trimtab.capture.running import Read, Runner
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
-from trimtab.errors import AdapterError, OptionError, PairsError
+from trimtab.errors import OptionError, PairsError
 from trimtab.ops import Moments, Side
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -39,10 +41,14 @@ class Evidence:
     norms: dict[int, float]
     """Mean residual norm per layer over the answers' tokens as the assistant's turn, a sequence's first left out."""
     lengths: Tensor
-    """Tokens of the chosen and the rejected answer, `[N, 2]` int64."""
+    """Tokens of the chosen and the rejected answer, of all pairs: `[pairs, 2]` int64."""
     format: Format
     norm_tokens: int
     """Number of tokens behind each of `norms`."""
+    means: Tensor
+    """`[2, S, D]` float64 of the chosen and the rejected answers, over all pairs."""
+    kept: Tensor
+    """Numbers of the pairs whose activations are in `chosen` and `rejected`, in order, `[N]` int64."""
 
 
 def capture(
@@ -58,6 +64,8 @@ def capture(
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     team: Team = ALONE,
+    share: bool = True,
+    keep: int | None = None,
 ) -> Evidence:
     """Read the residual stream of every pair's answers at every candidate site, layers x positions.
 
@@ -70,6 +78,13 @@ def capture(
     Batches hold at most `token_budget` tokens, padding included, and are halved when memory runs out. Blocks above the
     highest layer and the LM head are not run. No gradients; dropout is off; the model is left as it was. `progress` is
     called with the number of texts that are done and that of all.
+
+    Where it saves something, tokens that answers have in common, their prompt above all, are run once, and each answer
+    goes on from a copy of their KV cache. Models whose cache is of another kind, or which read otherwise behind one,
+    run every text whole, as `share=False` does; the two agree up to rounding.
+
+    `keep`: at most so many pairs, spread evenly, are in `chosen` and `rejected`, so that memory does not grow with the
+    number of pairs; `means`, `norms` and `lengths` are of all. None keeps all.
 
     `checkpoint` is a folder that keeps finished batches: the same call takes them from there after it was stopped or
     killed, bit for bit, so the result is that of a run in one go. It is left in place; see `trimtab.checkpoint`.
@@ -89,9 +104,16 @@ def capture(
     for text in texts:
         adapter.check_ids(text.ids)
     check_context(adapter.context_length, texts)
-    store = torch.zeros(2, len(pairs), len(wanted), len(names), adapter.hidden_size)
-    norms = {layer: Moments() for layer in wanted}
-    run = _Run(adapter, renderer, wanted, padding, store, norms)
+    if keep is not None and keep < 1:
+        raise OptionError(f"At least 1 pair is kept; got keep={keep}.")
+    runner = Runner(adapter, renderer, wanted, padding)
+    groups = group(texts)
+    with torch.no_grad(), evaluating(model):
+        shared = share and runner.can_share(groups)
+    if not shared:
+        groups = [Group(0, [text]) for text in texts]
+    kept_pairs = _spread(len(pairs), keep)
+    evidence = _Gathered(kept_pairs, len(wanted), len(names), adapter.hidden_size)
     job = {
         "work": "reading pairs",
         "pairs": pairs.hash(),
@@ -100,147 +122,88 @@ def capture(
         "layers": wanted,
         "token budget": token_budget,
         "padding": padding,
+        "shared heads": shared,
         "tokens": fingerprint(texts),
     }
     kept = team.first(lambda: Checkpoint(checkpoint, lambda: {**job, **describe_model(model, tokenizer)}))
     done = 0
     with torch.no_grad(), evaluating(model):
-        for number, batch in enumerate(_batches(texts, token_budget)):
+        for number, batch in enumerate(make_batches(groups, token_budget)):
+            own = [text for one in batch for text in one.texts]
             if team.takes(number):
-                run.keep(batch, kept.tensors(f"batch {number}", partial(run.forward, batch)))
-            done += len(batch)
+                evidence.add(own, Read(**kept.tensors(f"batch {number}", partial(_read, runner, batch, token_budget))))
+            done += len(own)
             progress(done, len(texts))
-    team.add(store)
-    norms = _merged(team.collect(norms))
+    evidence.meet(team)
     answers = {(text.side, text.pair): text.norms.stop - text.norms.start for text in texts if text.norms.stop}
     return Evidence(
         sites=tuple(Site(layer, name) for layer in wanted for name in names),
-        chosen=store[0].flatten(1, 2),
-        rejected=store[1].flatten(1, 2),
-        norms={layer: float(moments.mean) for layer, moments in norms.items()},
+        chosen=evidence.store[0].flatten(1, 2),
+        rejected=evidence.store[1].flatten(1, 2),
+        norms=dict(zip(wanted, evidence.norms.mean.tolist(), strict=True)),
         lengths=torch.tensor([[answers[side, n] for side in (0, 1)] for n in range(len(pairs))]),
         format=format,
-        norm_tokens=norms[wanted[0]].count,
+        norm_tokens=evidence.norms.count,
+        means=evidence.means().flatten(1, 2),
+        kept=kept_pairs,
     )
 
 
-def _merged(parts: Sequence[dict[int, Moments]]) -> dict[int, Moments]:
-    """Merge the moments of several processes, layer by layer; those of one are as they were."""
-    first, *others = parts
-    for other in others:
-        for layer, moments in first.items():
-            moments.merge(other[layer])
-    return first
+def _read(runner: Runner, batch: list[Group], budget: int) -> dict[str, Tensor]:
+    return runner.run(batch, budget)._asdict()
 
 
-# Running
+def _spread(count: int, most: int | None) -> Tensor:
+    """Return at most `most` numbers below `count`, evenly spread and in order.
 
-
-def _batches(texts: Iterable[Text], budget: int) -> list[list[Text]]:
-    """Group texts of like length: at most `budget` tokens with padding, or one text; the longest come first."""
-    batches: list[list[Text]] = []
-    width = 0
-    for text in sorted(texts, key=lambda text: -len(text.ids)):
-        if batches and (len(batches[-1]) + 1) * width <= budget:
-            batches[-1].append(text)
-        else:
-            batches.append([text])
-            width = len(text.ids)
-    return batches
-
-
-class _Kept(NamedTuple):
-    """Positions of a batch that are kept: rows, and the tokens `[R, T]` bool whose mean each one is."""
-
-    rows: Tensor  # [R] int64
-    tokens: Tensor  # [R, T] bool
-
-
-@dataclass
-class _Run:
-    adapter: Adapter
-    renderer: Renderer
-    layers: list[int]
-    padding: Side
-    store: Tensor  # [2, N, L, P, D]
-    norms: dict[int, Moments] = field(default_factory=dict[int, Moments])
-
-    def forward(self, batch: list[Text]) -> dict[str, Tensor]:
-        """Run a batch, in halves when memory runs out; return what `keep` takes.
-
-        `means` `[L, R, D]` float32 of what the texts read, in their order; `norms` `[L, tokens]` float32.
-        """
-        try:
-            return self._forward(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        # outside the handler, whose traceback would keep the failed batch alive
-        torch.cuda.empty_cache()
-        halves = [self.forward(batch[: len(batch) // 2]), self.forward(batch[len(batch) // 2 :])]
-        return {name: torch.cat([half[name] for half in halves], dim=1) for name in halves[0]}
-
-    def keep(self, batch: list[Text], found: dict[str, Tensor]) -> None:
-        """Put a batch's share of the evidence where it belongs."""
-        spots = [(text.side, text.pair, p) for text in batch for p in text.reads]
-        for (side, pair, p), mean in zip(spots, found["means"].unbind(1), strict=True):
-            self.store[side, pair, :, p] = mean
-        for layer, norms in zip(self.layers, found["norms"], strict=True):
-            self.norms[layer].add(norms)
-
-    def _forward(self, batch: list[Text]) -> dict[str, Tensor]:
-        padded = self.renderer.pad([text.ids for text in batch], side=self.padding)
-        device = self.adapter.input_device
-        inputs = {name: value.to(device) for name, value in padded._asdict().items()}
-        with self.adapter.read(self.layers) as reading:
-            self.adapter.run_to(max(self.layers), **inputs)
-        width = padded.input_ids.shape[1]
-        check_blocks(tuple(reading.acts[self.layers[0]].shape[:2]), len(batch), width)
-        offsets = [width - len(text.ids) if self.padding == "left" else 0 for text in batch]
-        reads = [(b, _shift(span, offsets[b])) for b, text in enumerate(batch) for span in text.reads.values()]
-        kept = _kept(reads, width)
-        counted = _kept([(b, _shift(text.norms, offsets[b])) for b, text in enumerate(batch)], width)
-        return {
-            "means": torch.stack([_means(reading.acts[layer], kept) for layer in self.layers]),
-            "norms": torch.stack([_norms(reading.acts[layer], counted) for layer in self.layers]),
-        }
-
-
-def check_blocks(held: tuple[int, ...], rows: int, tokens: int) -> None:
-    """Raise `AdapterError` where a model holds other rows or tokens than it was given."""
-    if held != (rows, tokens):
-        raise AdapterError(
-            f"The blocks hold {held[0]} rows of {held[1]} tokens where the texts have {rows} of {tokens}, so "
-            "that positions are not known: this model adds tokens of its own, or turns rows into columns."
-        )
-
-
-def _kept(spans: Sequence[tuple[int, slice]], width: int) -> _Kept:
-    tokens = torch.zeros(len(spans), width, dtype=torch.bool)
-    for row, (_, span) in enumerate(spans):
-        tokens[row, span] = True
-    return _Kept(torch.tensor([b for b, _ in spans], dtype=torch.long), tokens)
-
-
-def _means(acts: Tensor, kept: _Kept) -> Tensor:
-    """Return the mean of `acts [B, T, D]` over the kept tokens of each row, `[R, D]` float32 on the CPU.
-
-    Only kept tokens are touched, so that nothing in the padding, not even NaN, reaches a mean; one token is copied.
+    >>> _spread(7, 3).tolist()
+    [0, 2, 4]
     """
-    tokens = kept.tokens.to(acts.device)
-    owner, column = tokens.nonzero(as_tuple=True)
-    values = acts[kept.rows.to(acts.device)[owner], column].float()  # [sum of tokens, D]
-    sums = torch.zeros(len(tokens), acts.shape[-1], device=acts.device).index_add_(0, owner, values)
-    return (sums / tokens.sum(dim=1, keepdim=True)).cpu()
+    if most is None or count <= most:
+        return torch.arange(count)
+    return torch.arange(most) * count // most
 
 
-def _norms(acts: Tensor, kept: _Kept) -> Tensor:
-    owner, column = kept.tokens.to(acts.device).nonzero(as_tuple=True)
-    return acts[owner, column].float().norm(dim=-1).cpu()  # rows of `kept` are rows of the batch
+def _merged(parts: Sequence[Moments]) -> Moments:
+    """Merge the moments of several processes, in one order for all; those of one are as they were."""
+    whole = Moments()
+    for part in parts:
+        whole.merge(part)
+    return whole
 
 
-def _shift(span: slice, by: int) -> slice:
-    return slice(span.start + by, span.stop + by)
+class _Gathered:
+    """What was read so far: some pairs' activations, and the moments of all."""
+
+    def __init__(self, pairs: Tensor, layers: int, positions: int, width: int) -> None:
+        self.store = torch.zeros(2, len(pairs), layers, positions, width)
+        self.norms = Moments()  # of [L]
+        self._moments = {(side, p): Moments() for side in (0, 1) for p in range(positions)}  # of [L, D] each
+        self._places = {pair: place for place, pair in enumerate(pairs.tolist())}
+
+    def add(self, texts: Sequence[Text], found: Read) -> None:
+        """Take in a batch."""
+        self.norms.add(found.norms)
+        spots = [(text.side, text.pair, p) for text in texts for p in text.reads]
+        for side, position in sorted({(side, p) for side, _, p in spots}):
+            rows = [row for row, (own, _, p) in enumerate(spots) if (own, p) == (side, position)]
+            self._moments[side, position].add(found.means[rows])
+            for row in rows:
+                place = self._places.get(spots[row][1])
+                if place is not None:
+                    self.store[side, place, :, position] = found.means[row]
+
+    def meet(self, team: Team) -> None:
+        """Put together what the processes of a team have read; all of them hold the whole then."""
+        team.add(self.store)
+        parts = team.collect((self.norms, self._moments))
+        self.norms = _merged([norms for norms, _ in parts])
+        self._moments = {key: _merged([moments[key] for _, moments in parts]) for key in self._moments}
+
+    def means(self) -> Tensor:
+        """Return the means of chosen and rejected answers, `[2, L, P, D]` float64."""
+        flat = torch.stack([moments.mean for moments in self._moments.values()], dim=1)  # [L, 2 P, D]
+        return flat.unflatten(1, (2, -1)).transpose(0, 1)
 
 
 @contextmanager

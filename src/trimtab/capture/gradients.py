@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.capture.activations import capture, check_blocks, evaluating
+from trimtab.capture.activations import capture, evaluating
+from trimtab.capture.running import check_blocks
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
 from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.losses import IGNORED, Loss, LossFn, read_loss
@@ -208,6 +209,7 @@ def residual_norms(
         format="question_response",
         token_budget=token_budget,
         team=team,
+        keep=1,
     )
     return found.norms
 

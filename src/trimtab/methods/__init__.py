@@ -37,6 +37,8 @@ class Method:
     """Position that is read; "" leaves it to the format and the template."""
     selection: str
     evidence: Literal["activations", "gradients"] = "activations"
+    of_means: bool = False
+    """Whether the function looks at nothing but the pairs' means; `equal_weight` makes it look at every pair."""
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -77,6 +79,7 @@ METHODS: dict[str, Method] = {
         "response_as_user",
         "",
         "eq3_cosine",
+        of_means=True,
     ),
     "diffmean": Method(
         "diffmean",
@@ -86,6 +89,7 @@ METHODS: dict[str, Method] = {
         "question_response",
         "last",
         "max_relative_norm",
+        of_means=True,
     ),
     "pca": Method(
         "pca",
@@ -123,6 +127,7 @@ METHODS: dict[str, Method] = {
         "response_as_user",
         "",
         "eq3_cosine",
+        of_means=True,
     ),
 }
 TRAINED = {"preference-vector": "arXiv:2504.20106", "alignment-vector": "arXiv:2410.19206"}

@@ -55,6 +55,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._token_texts: dict[int, str] = {}
+        self._latest: tuple[tuple[Message, ...], str, list[int]] | None = None
 
     @property
     def has_template(self) -> bool:
@@ -63,17 +64,14 @@ class Renderer:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the conversation so far, up to where the assistant starts to answer."""
-        ids = self._encode(self._prompt_text(messages))
-        if not ids:
-            raise RenderError(f"The prompt has no tokens; its turns are {_roles(messages)}.")
-        return ids
+        return self._prompt(messages)[1]
 
     def full(self, messages: Sequence[Message], response: str) -> Rendered:
         """Render the conversation with `response` as the assistant's turn, closing tokens included.
 
         Without a template there are no closing tokens, and the response follows the prompt without a separator.
         """
-        ids, head = self.prompt_ids(messages), self._prompt_text(messages)
+        head, ids = self._prompt(messages)
         start = len(ids)
         around = self._around_answer
         shown = around.gap + (response.strip() if around.strips else response)
@@ -167,6 +165,17 @@ class Renderer:
         return pad if isinstance(pad, int) else eos if isinstance(eos, int) else 0
 
     # Text
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """Return the text and the ids of a prompt; the latest is kept, since a pair renders its own twice."""
+        turns = tuple(messages)
+        if self._latest is None or self._latest[0] != turns:
+            text = self._prompt_text(turns)
+            ids = self._encode(text)
+            if not ids:
+                raise RenderError(f"The prompt has no tokens; its turns are {_roles(turns)}.")
+            self._latest = turns, text, ids
+        return self._latest[1], list(self._latest[2])
 
     def _prompt_text(self, messages: Sequence[Message]) -> str:
         if not messages:
