@@ -1,4 +1,4 @@
-"""What MkDocs cannot know by itself: pages that lie outside docs/, links that lead out of it, lists taken from the code.
+"""What MkDocs cannot know by itself: pages outside docs/, links that lead out of it, and lists taken from the code.
 
 A hook of `mkdocs.yml`. Nothing that it makes is committed, so nothing can be out of date. A page asks for a list by a
 comment on a line of its own, `<!-- list: errors -->`.
@@ -82,7 +82,8 @@ def list_errors() -> str:
     for kind in kinds:
         what, _, then = inspect.cleandoc(kind.__doc__ or "").partition("\n\n")
         standard = kind.__bases__[-1].__name__
-        sections.append(f"## {kind.__name__}\n\nAlso a `{standard}`. {what}\n\n**What to do:** {' '.join(then.split())}")
+        said = f"{what} Standard type: `{standard}`.\n\n**What to do:** {' '.join(then.split())}"
+        sections.append(f"## {kind.__name__}\n\n{said}")
     return "\n\n".join(sections)
 
 
@@ -98,7 +99,7 @@ def verb_section(parser: Parser) -> str:
     actions = [action for action in parser._actions if action.help is not SUPPRESS]
     needed = [action for action in actions if not action.option_strings or action.required]
     called = " ".join([parser.prog, *(usage(action, formatter) for action in needed), "[OPTIONS]"])
-    parts = [f"## {parser.prog}", plain(f"{parser.description}."), f"```text\n{called}\n```"]
+    parts = [f"## {parser.prog}", plain(f"{(parser.description or '').removesuffix('.')}."), f"```text\n{called}\n```"]
     if parser.epilog:
         parts.append(plain(parser.epilog))
     for group in parser._action_groups:
@@ -129,12 +130,15 @@ def definition(action: Action, formatter: HelpFormatter) -> str:
     if isinstance(action, argparse._AppendAction) and "repeat" not in text:
         notes.append("may be repeated")
     said = "; ".join(filter(None, [plain(text), plain(", ".join(notes))]))
-    return f"`{formatter._format_action_invocation(action)}`\n:   {said[:1].upper()}{said[1:]}."
+    return f"`{formatter._format_action_invocation(action)}`\n:   {said}"
 
 
 def plain(text: str) -> str:
-    """Return text as Markdown that shows it as it is."""
-    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", text)
+    """Return text as Markdown that shows it as it is, with options and what stands in backquotes as code."""
+    parts = re.split(r"(`[^`]+`|(?<![\w-])--[a-z][\w-]*)", text)
+    parts[::2] = [re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"`{part.strip('`')}`" for part in parts[1::2]]
+    return "".join(parts)
 
 
 LISTS: dict[str, Callable[[], str]] = {"errors": list_errors, "verbs": list_verbs}
