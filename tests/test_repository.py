@@ -19,6 +19,7 @@ import pytest
 from pytest_socket import SocketConnectBlockedError
 
 import trimtab
+from trimtab.cli import parsers
 from trimtab.errors import MissingDependency
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Packages behind an extra: imported in one place, when used.
 SERVING = {"fastapi", "uvicorn", "prometheus_client", "httpx"}
+DOCUMENTING = {"mkdocs_material", "mkdocstrings"}  # of the site, which the package knows nothing of
 OPTIONAL = {"trl", "datasets", "peft", "vllm", "gguf", "lm_eval", "pyarrow", "optuna"} | SERVING
 
 # A plug-in is loaded by those who have its host, and a class needs its base when it is made.
@@ -226,7 +228,8 @@ def test_optional_packages_are_the_extras_and_not_base_dependencies() -> None:
         return {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
 
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert set().union(*(names(extra) for key, extra in extras.items() if key != "dev")) == OPTIONAL
+    assert set().union(*(names(extra) for key, extra in extras.items() if key != "dev")) == OPTIONAL | DOCUMENTING
+    assert names(extras["docs"]) == DOCUMENTING <= names(extras["dev"])
     assert not names(PYPROJECT["project"]["dependencies"]) & OPTIONAL
 
 
@@ -242,14 +245,32 @@ def test_readme_and_docs_blocks_run(document: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.quick
-def test_readme_commands_use_verbs_and_options_that_exist() -> None:
-    lines = "\n".join(block.replace("\\\n", " ") for block in blocks(ROOT / "README.md", "sh", "console")).splitlines()
-    commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "trimtab " in line]
-    commands = [words for words in commands if words and words[0] == "trimtab"]
-    assert commands
-    for verb in {words[1] for words in commands}:
-        done = subprocess.run(trimtab_command(verb, "--help"), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        known = set(re.findall(r"--[\w-]+", done.stdout))
-        used = {word.partition("=")[0] for words in commands if words[1] == verb for word in words if word[:2] == "--"}
-        assert used <= known, f"trimtab {verb}: {sorted(used - known)} are not options"
+def test_commands_in_documents_use_verbs_and_options_that_exist() -> None:
+    by_verb, _ = parsers()
+    seen: set[Path] = set()
+    for document in DOCUMENTS:
+        lines = "\n".join(block.replace("\\\n", " ") for block in blocks(document, "sh", "console")).splitlines()
+        for line in lines:
+            if not re.match(r"(\$ )?trimtab [a-z]", line):
+                continue
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            assert words[1] in by_verb, f"{document.name}: {words[1]} is no verb"
+            used = {word.partition("=")[0] for word in words if word[:2] == "--"}
+            unknown = used - set(by_verb[words[1]].long_options())
+            assert not unknown, f"{document.name}: {sorted(unknown)} are no options of trimtab {words[1]}"
+            seen.add(document)
+    assert ROOT / "README.md" in seen
+
+
+def test_the_five_minute_start_runs(tmp_path: Path) -> None:
+    script = tmp_path / "bin" / "trimtab"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(trimtab_command())} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}"}
+    commands = "\n".join(blocks(ROOT / "docs" / "start.md", "sh"))
+    done = subprocess.run(
+        ["sh", "-eu", "-c", commands], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 * 8 = 24. 24 - 15 = 9. The answer is 9." in done.stdout

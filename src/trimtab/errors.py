@@ -27,35 +27,59 @@ from collections.abc import Iterable
 
 
 class TrimtabError(Exception):
-    """Base of every error that Trimtab raises on purpose."""
+    """Base of every error that Trimtab raises on purpose.
+
+    Catch it to catch them all. The message says what is wrong, what we got, and what would work.
+    """
 
 
 class PairsError(TrimtabError, ValueError):
-    """Preference pairs are missing fields, empty, duplicated or contradictory."""
+    """Preference pairs are missing fields, empty, duplicated or contradictory.
+
+    Mend the record that the message names; its fields are those of TRL's preference format.
+    """
 
 
 class RenderError(TrimtabError, ValueError):
-    """The chat template or tokenizer cannot express what was asked."""
+    """The chat template or tokenizer cannot express what was asked.
+
+    Take the tokenizer that belongs to the model, and texts that its template shows.
+    """
 
 
 class AdapterError(TrimtabError, ValueError):
-    """The decoder blocks were not found, or a layer does not exist."""
+    """The decoder blocks were not found, or a layer does not exist.
+
+    Take a layer that the message lists, or look at the model with `trimtab check MODEL`.
+    """
 
 
 class KnobError(TrimtabError, ValueError):
-    """A knob file is damaged, or the knob does not fit this model."""
+    """A knob file is damaged, or the knob does not fit this model.
+
+    Get the file again, or learn the knob on this model. `trimtab inspect FILE` says what it was learned on.
+    """
 
 
 class CacheError(TrimtabError, ValueError):
-    """A KV cache was made under other knobs, or cannot be followed from call to call."""
+    """A KV cache was made under other knobs, or cannot be followed from call to call.
+
+    Pass the whole prompt with an empty cache, or call with `use_cache=False`.
+    """
 
 
 class OptionError(TrimtabError, ValueError):
-    """An option has a value outside its range."""
+    """An option has a value outside its range.
+
+    Pass a value that the message allows.
+    """
 
 
 class UnknownName(TrimtabError, KeyError):
-    """A name is not in the list of known names."""
+    """A name is not in the list of known names.
+
+    Take one of the names that the message lists.
+    """
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message, quotes and escapes included.
@@ -63,35 +87,59 @@ class UnknownName(TrimtabError, KeyError):
 
 
 class TuneError(TrimtabError, RuntimeError):
-    """No setting of the knob (site, tokens, gain), or of several knobs (strengths), keeps the budgets."""
+    """No setting of the knob (site, tokens, gain), or of several knobs (strengths), keeps the budgets.
+
+    Look at the labels of the pairs, loosen the budget or a guardrail, or try smaller doses.
+    """
 
 
 class TrainError(TrimtabError, RuntimeError):
-    """Training came to nothing that could be used."""
+    """Training came to nothing that could be used.
+
+    Take a smaller learning rate, or check the pairs.
+    """
 
 
 class SandboxError(TrimtabError, RuntimeError):
-    """The sandbox itself failed; the judged program is not to blame."""
+    """The sandbox itself failed; the judged program is not to blame.
+
+    Run it again; if it fails again, the message holds what the sandbox's helper complained of.
+    """
 
 
 class JudgeError(TrimtabError, RuntimeError):
-    """The endpoint of a judge refuses, cannot be reached, or does not speak the protocol."""
+    """The endpoint of a judge refuses, cannot be reached, or does not speak the protocol.
+
+    Check the address, the name of the model and the key, then run the command again.
+    """
 
 
 class HubError(TrimtabError, RuntimeError):
-    """A hub of models refuses, cannot be reached, or does not have what was asked for."""
+    """A hub of models refuses, cannot be reached, or does not have what was asked for.
+
+    Check the name, the key and the network, then run the command again.
+    """
 
 
 class EngineError(TrimtabError, RuntimeError):
-    """An engine that serves requests has stopped, or cannot run this model."""
+    """An engine that serves requests has stopped, or cannot run this model.
+
+    Start the engine again; its own log says why it stopped. Use transformers for a model that it cannot run.
+    """
 
 
 class MissingDependency(TrimtabError, ImportError):
-    """An optional package is not installed."""
+    """An optional package is not installed.
+
+    Run the install command that the message prints.
+    """
 
 
 class TrimtabWarning(UserWarning):
-    """The result stands, but may not mean what it seems to."""
+    """The result stands, but may not mean what it seems to.
+
+    Read it before the figures; `knob.diagnostics["warnings"]` keeps those of learning.
+    """
 
 
 def unknown_name(what: str, got: str, known: Iterable[str]) -> UnknownName:

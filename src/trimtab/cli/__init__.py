@@ -104,7 +104,7 @@ def _open_closed_streams() -> None:
 
 
 def _run(words: list[str]) -> int:
-    parsers, top = _parsers()
+    by_verb, top = parsers()
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb.startswith("-"):
         top.parse_args(words)  # ends with the help or the version, or raises
@@ -114,15 +114,16 @@ def _run(words: list[str]) -> int:
         raise OptionError(f"Pass a verb: {', '.join(VERBS)}.")
     if verb not in VERBS:
         raise unknown_name("verb", verb, VERBS)
-    parsers[verb].refuse_repeated(rest)
+    by_verb[verb].refuse_repeated(rest)
     # Intermixed, so that prompts may stand behind options; argparse cannot do that below its own sub-parsers.
-    args, extra = parsers[verb].parse_known_intermixed_args(rest)
+    args, extra = by_verb[verb].parse_known_intermixed_args(rest)
     if extra:
-        _refuse(parsers[verb], extra[0])
+        _refuse(by_verb[verb], extra[0])
     return VERBS[verb].run(args, Terminal(json=args.json)) or 0
 
 
-def _parsers() -> tuple[dict[str, Parser], Parser]:
+def parsers() -> tuple[dict[str, Parser], Parser]:
+    """Return the parser of each verb, and the one above them, which knows the help and the version."""
     top = Parser(
         prog="trimtab",
         description="Learn a preference from a few pairs of answers, and turn it like a knob at inference.",
@@ -130,13 +131,13 @@ def _parsers() -> tuple[dict[str, Parser], Parser]:
     )
     top.add_argument("--version", action="version", version=f"trimtab {_version()}")
     verbs = top.add_subparsers(metavar="VERB", title="verbs")
-    parsers: dict[str, Parser] = {}
+    by_verb: dict[str, Parser] = {}
     for name, module in VERBS.items():
         summary, _, rest = (module.__doc__ or "").partition("\n")
-        parsers[name] = verbs.add_parser(name, help=summary, description=summary, epilog=rest.strip() or None)
-        module.add_options(parsers[name])
-        parsers[name].add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
-    return parsers, top
+        by_verb[name] = verbs.add_parser(name, help=summary, description=summary, epilog=rest.strip() or None)
+        module.add_options(by_verb[name])
+        by_verb[name].add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    return by_verb, top
 
 
 def _refuse(parser: Parser, word: str) -> NoReturn:
