@@ -245,8 +245,9 @@ def test_readme_and_docs_blocks_run(document: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.quick
-def test_readme_commands_use_verbs_and_options_that_exist() -> None:
-    lines = "\n".join(block.replace("\\\n", " ") for block in blocks(ROOT / "README.md", "sh", "console")).splitlines()
+def test_commands_in_documents_use_verbs_and_options_that_exist() -> None:
+    found = [block for document in DOCUMENTS for block in blocks(document, "sh", "console")]
+    lines = "\n".join(block.replace("\\\n", " ") for block in found).splitlines()
     commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "trimtab " in line]
     commands = [words for words in commands if words and words[0] == "trimtab"]
     assert commands
