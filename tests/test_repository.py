@@ -233,7 +233,10 @@ def test_optional_packages_are_the_extras_and_not_base_dependencies() -> None:
     assert not names(PYPROJECT["project"]["dependencies"]) & OPTIONAL
 
 
-@pytest.mark.parametrize("document", [pytest.param(path, id=path.name) for path in DOCUMENTS if blocks(path, "python")])
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in DOCUMENTS if blocks(path, "python")],
+)
 def test_readme_and_docs_blocks_run(document: Path, tmp_path: Path) -> None:
     # One process and one namespace per document, in order, as a reader who follows it would.
     program = "\n\n".join(blocks(document, "python"))
