@@ -1,4 +1,4 @@
-"""The cases: what is measured, at which sizes, and which goals are set."""
+"""The cases: what is measured, and at which sizes."""
 
 from __future__ import annotations
 
@@ -39,35 +39,14 @@ class Case:
         return {"kind": self.kind, "options": dict(self.options), "ways": [*self.ways]}
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a case is to reach."""
-
-    case: str
-    about: str
-    way: str
-    most: float
-    by: Literal["median", "high"] = "median"
-    """Which figure is judged: the median, or the upper end of its interval."""
-    of: Literal["ratio", "seconds", "peak"] = "ratio"
-    against: str = ""
-    """A way of the peers whose own ratio ours is divided by; for peaks another case."""
-
-
 BOTH: tuple[Side, ...] = (OURS, THEIRS)
-SHARES = {0.0: 1.03, 0.5: 0.80, 0.8: 0.66}
-"""Share of the prompt in a side's tokens: the most that capture may take of the bare forward pass.
-
-Read once for both answers, prompts leave (2 - share) / 2 of the tokens: .75 and .60.
-"""
-PEERS = ("repeng", "steering-vectors")
+SHARES = (0.0, 0.5, 0.8)
+"""Of the prompt in a side's tokens."""
 BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 3.0, 4: 2.0, 16: 2.0, 64: 1.0}
 """More rounds where each is short."""
-WITHIN = {"scaled": 1.1, "exact": 1.25}
-"""How many times what the formula says a step may take."""
 MEMORY = (100, 1000, 10_000)
-FLAT = 1.1
+SHALLOW = "; width 1024, two layers"
 WIDE_LAYERS, SITES = 10, (4, 7)
 
 
@@ -76,9 +55,9 @@ def capturing() -> list[Case]:
     small = {"shape": "small", "tokens": 96}
     cases = [
         Case(
-            f"capture-{pairs}-share-{share:.0%}".replace("%", ""),
+            f"capture-{pairs}-share-{100 * share:.0f}",
             "Reading pairs",
-            f"{pairs:,} pairs of 72 to 120 tokens a side, {share:.0%} of them the prompt's; all layers, last token",
+            f"{pairs:,} pairs of 72 to 120 tokens a side, {100 * share:.0f} % the prompt's; all layers, last token",
             "capture",
             {**small, "pairs": pairs, "share": share},
             BOTH,
@@ -220,7 +199,8 @@ def weighing() -> list[Case]:
             f"low-rank-{'decode' if new else 'prefill'}-{rows}",
             "Low-rank weight knobs",
             (f"16 tokens after 4, batch {rows}" if new else f"a prompt of 32 tokens, batch {rows}")
-            + "; width 1024, two layers; another mixture in every row",
+            + "; another mixture in every row"
+            + SHALLOW,
             "low-rank",
             {"shape": "wide", "layers": 2, "rows": rows, "prompt": 4 if new else 32, "new": new},
             once=True,
@@ -287,19 +267,23 @@ def all_cases() -> list[Case]:
 
 def on_accelerator(cases: Sequence[Case], shape: str, device: str, dtype: str) -> list[Case]:
     """Return the cases that an accelerator is asked for too, with a model as large as those in use."""
-    where = {"device": device, "dtype": dtype, "shape": shape}
-    dropped = ("layers",)  # of a model that was made shallow
-    return [
-        replace(case, options={n: v for n, v in {**case.options, **where}.items() if n not in dropped}, once=False)
-        for case in cases
-        if case.accelerator
-    ]
+    found: list[Case] = []
+    for case in cases:
+        if case.accelerator:
+            options = {**case.options, "device": device, "dtype": dtype, "shape": shape}
+            options.pop("layers", None)  # of a model that was made shallow
+            found.append(replace(case, options=options, about=case.about.removesuffix(SHALLOW)))
+    return found
 
 
 def quick(case: Case) -> Case:
     """Make a case small enough for a smoke run."""
     most = {"pairs": 12, "tokens": 24, "rows": 4, "prompt": 16, "new": 8, "vocabulary": 8000, "knobs": 8}
     options = {n: min(v, most[n]) if n in most else v for n, v in case.options.items()}
+    if case.curve == "pairs":
+        options["pairs"] = case.options["pairs"] // 25  # so that there is a curve
+    elif case.curve == "batch":
+        options["rows"] = min(case.options["rows"], 16)
     if "shape" in options:
         options |= {"shape": "tiny"} | ({"layers": 2} if "layers" in options else {})
     if "sites" in options:
@@ -309,54 +293,3 @@ def quick(case: Case) -> Case:
     if case.kind == "learn":
         options |= {"steps": 2}
     return replace(case, options=options, rounds=1.0)
-
-
-def goals() -> list[Goal]:
-    """Return what is to be reached on a processor."""
-    found = [
-        Goal(
-            f"capture-{pairs}-share-{100 * share:.0f}", f"reading {pairs:,} pairs, {share:.0%} prompt", "trimtab", most
-        )
-        for pairs in (100, 1000)
-        for share, most in SHARES.items()
-    ]
-    read = [f"capture-{pairs}-share-{100 * share:.0f}" for pairs in (100, 1000) for share in SHARES]
-    found += [
-        Goal(case, f"{case}, beside {peer}", "trimtab", 1.0, by="high", against=peer)
-        for case in [*read, "capture-vocabulary-150k"]
-        for peer in PEERS
-    ]
-    found.append(
-        Goal(
-            f"memory-{MEMORY[-1]}",
-            f"most memory, {MEMORY[-1]:,} pairs beside {MEMORY[0]}",
-            "trimtab",
-            FLAT,
-            of="peak",
-            against=f"memory-{MEMORY[0]}",
-        )
-    )
-    ways = ("trimtab", "trimtab, a setting per row", "trimtab, baked")
-    found += [
-        Goal(f"generate-{rows}", f"generating at batch {rows}: {way}", way, 1.02, by="high")
-        for rows in (1, 16)
-        for way in ways
-    ]
-    found += [
-        Goal(f"dense-float32-float32-{memory}", f"dense knob, {memory} memory", "put in and taken out", 2.0)
-        for memory in ("fresh", "used")
-    ]
-    found += [
-        Goal(
-            f"lookahead-{work}",
-            f"lookahead, {work}, {backend} up to layer {site}",
-            f"{backend}, layer {site}, rank 16",
-            (1 + (1 if backend == "scaled" else 2) * (site + 1) / WIDE_LAYERS) * within,
-        )
-        for work in ("decode-1", "decode-4", "prefill-1")
-        for site in SITES
-        for backend, within in WITHIN.items()
-    ]
-    found.append(Goal("start", "`trimtab --help`, seconds", "trimtab --help", 0.3, of="seconds"))
-    found.append(Goal("load", "loading a knob, seconds", "load_knob", 0.05, of="seconds"))
-    return found

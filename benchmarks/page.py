@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import OURS, THEIRS, Goal, goals
+from benchmarks.cases import OURS, THEIRS, all_cases
+from benchmarks.goals import Goal, goals
 from benchmarks.plots import draw
 from benchmarks.ratios import Spread, beside, ratios, seconds, spread
 from benchmarks.state import State
@@ -15,15 +16,16 @@ from benchmarks.state import State
 HEAD = """# Benchmarks
 
 Written by `make bench` (`benchmarks/`). Every way of a case is run once in each round, one after another, forwards and
-backwards in turn, and only ratios within a round are compared. Ways of the peers are divided by the bare way *of their own
-environment*, which has an older transformers. A ratio is the median over rounds, with its 95 % interval by bootstrap
-over rounds, and the quartiles. With one thread seconds are those of the processor, which other programs disturb least;
-with several threads, and on accelerators, those of the clock on the wall. Models are random Llamas, and a token is a
-character of the text.
+backwards in turn, and only ratios within a round are compared. Ways of the peers are divided by the bare way *of their
+own environment*, which has an older transformers. A ratio is the median over rounds, with its 95 % interval by
+bootstrap over rounds, and the quartiles. With one thread seconds are those of the processor, which other programs
+disturb least; with several threads, on accelerators, and of what is waited for, those of the clock on the wall.
+Models are random Llamas: of 27 million parameters (width 512, eight layers) where nothing else is said. A token is a
+character.
 
-- **bare** is the decoder on the same texts, rendered beforehand, sorted by length, at most 8,192 tokens a batch, without LM
-  head, KV cache or anything kept. **trimtab** is the whole call of `capture`, rendering included. The peers' calls, at
-  their defaults, also make vectors of what they read.
+- **bare** is the decoder on the same texts, rendered beforehand, sorted by length, at most 8,192 tokens a batch,
+  without LM head, KV cache or anything kept. **trimtab** is the whole call of `capture`, rendering included. The
+  peers' calls, at their defaults, also make vectors of what they read.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way.
 - **out** has the same letter where ways came to the same tokens.
 """
@@ -61,8 +63,10 @@ def write_page(records: Sequence[Mapping[str, Any]], folder: Path) -> Path:
 def about(record: Mapping[str, Any], states: Sequence[State]) -> str:
     """Say what was measured where, and with what."""
     machine, device = record["machine"], record["device"]
+    model = "" if device["model"] == "small" else f", a model of {device['model']} in {record['arguments']['dtype']}"
     lines = [
-        f"## {device['name']}",
+        f"## {device['name']}{model}",
+        *(["**A smoke run on tiny models: no figure here says anything.**"] if record["arguments"]["quick"] else []),
         f"{record['date']}; {machine['processor']}, {machine['cores']} cores, {machine['memory, GB']} GB, "
         f"{machine['system']}. Processes that wanted to run before a round: {loads(states)}.",
     ]
@@ -151,9 +155,7 @@ def tables(states: Sequence[State]) -> Iterator[str]:
 
 
 def in_order(states: Sequence[State]) -> list[State]:
-    """Sort states as the cases are, and those of this version's cases before all others."""
-    from benchmarks.cases import all_cases
-
+    """Sort states as the cases are; those that are cases no more come last."""
     order = {case.name: number for number, case in enumerate(all_cases())}
     return sorted(states, key=lambda state: (order.get(state.case, len(order)), state.threads))
 

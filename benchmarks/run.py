@@ -46,7 +46,8 @@ def main() -> None:
     if args.profile:
         print(profile(args, next(case for case in cases if case.name == args.profile)))
         return
-    folder = BUILD / ("quick" if args.quick else "full") / (args.device if args.device == "cpu" else args.model_size)
+    device = f"{args.device}-{args.model_size}" if args.accelerator else args.device
+    folder = BUILD / ("quick" if args.quick else "full") / device
     if args.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     for threads in args.threads:
@@ -72,12 +73,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", help="their Python")
     parser.add_argument("--device", default="cpu", help="cpu, or an accelerator such as cuda")
     parser.add_argument("--dtype", default="bfloat16", help="of the model on an accelerator")
-    parser.add_argument("--model-size", default="1b", help="of the model on an accelerator: 1b, 3b, 7b; tiny and small")
+    parser.add_argument("--model-size", help="of the model on an accelerator: 1b (the default), 3b, 7b; tiny, small")
     args = parser.parse_args()
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else 9)
     wanted = args.threads or ("1" if args.quick else "1,2")
     args.threads = [count for count in map(int, wanted.split(",")) if count <= machine.facts()["cores"]]
-    args.accelerator = args.device != "cpu" or args.model_size != parser.get_default("model_size")
+    # A CPU takes an accelerator's cases too, where a size is named: that shows that they run.
+    args.accelerator = args.device != "cpu" or args.model_size is not None
+    args.model_size = args.model_size or "1b"
     return args
 
 
@@ -86,7 +89,7 @@ def chosen(args: argparse.Namespace) -> list[Case]:
     cases = all_cases()
     if args.quick:
         cases = [quick(case) for case in cases]
-    if args.accelerator:  # a CPU takes these too, which shows that they run
+    if args.accelerator:
         cases = on_accelerator(cases, args.model_size, args.device, args.dtype)
         args.threads = args.threads[:1]
     patterns = [args.profile] if args.profile else args.only.split(",")

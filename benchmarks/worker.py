@@ -8,6 +8,7 @@ Lines that come in: `{"do": "open", "kind": ..., "options": {...}}`, `{"do": "ru
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -77,6 +78,9 @@ class Worker:
 
     def _open(self, request: Mapping[str, Any]) -> dict[str, Any]:
         self._ways = {}  # what was open before is let go first
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         options = request["options"]
         self._device = options["device"]
         self._ways = self._kinds[request["kind"]](options)

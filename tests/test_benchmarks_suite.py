@@ -67,7 +67,8 @@ def test_the_interval_covers_the_median_about_as_often_as_it_says() -> None:
 
 @pytest.mark.quick
 def test_every_goal_names_a_case_and_names_are_unique() -> None:
-    from benchmarks.cases import all_cases, goals, on_accelerator, quick
+    from benchmarks.cases import all_cases, on_accelerator, quick
+    from benchmarks.goals import goals
 
     cases = all_cases()
     names = [case.name for case in cases]

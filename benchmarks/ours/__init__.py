@@ -1,4 +1,4 @@
-"""The ways of Trimtab, by kind of case: each kind takes a case's options and gives ways, of which the first is the base."""
+"""The ways of Trimtab, by kind of case: a function from a case's options to ways, of which the first is the base."""
 
 from __future__ import annotations
 
