@@ -78,12 +78,15 @@ class Worker:
 
     def _open(self, request: Mapping[str, Any]) -> dict[str, Any]:
         self._ways = {}  # what was open before is let go first
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         options = request["options"]
         self._device = options["device"]
         self._ways = self._kinds[request["kind"]](options)
+        gc.collect()
+        gc.freeze()  # what the imports brought is not looked through again before every run
         return {"ways": [*self._ways], "peak_mb": peak_mb()}
 
     def _run(self, request: Mapping[str, Any]) -> dict[str, Any]:
