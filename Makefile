@@ -6,6 +6,7 @@
 # make test-engines: the plugin inside vLLM (in .venv-engines). make engines: compares the engines, writes docs/engines.md.
 # make test-llama-cpp: exports in a llama.cpp that is built once, into .wheels (in .venv-llama; building takes ten to twenty minutes).
 # make serving: the server under load, beside transformers' own, writes docs/serving.md.
+# make bench: what everything costs, beside the bare forward pass and the peers (in .venv-peers); writes docs/benchmarks.md (hours).
 # make exchange: one knob in every home there is an environment for, writes docs/exchange.md.
 PYTHON ?= python3
 VENV := .venv
@@ -89,8 +90,8 @@ check: $(VENV)/.dev
 	$(BIN)/python scripts/scorecard.py --check
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.runtime
-	@set -e; for script in $(sort $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(VENV)/.dev $(PEERS)/.peers
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py

@@ -1,0 +1,33 @@
+"""Reading pairs: the whole call, rendering included, beside the bare forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import bare
+from benchmarks.models import model_of, tokenizer
+from benchmarks.ways import Way, directly
+from trimtab.capture import capture
+from trimtab.pairs import Pairs
+
+
+def capturing(options: dict[str, Any]) -> dict[str, Way]:
+    """Read the last token of both answers, at all layers or at the upper `read` ones."""
+    model = model_of(options)
+    depth = model.config.num_hidden_layers
+    layers = range(depth - options.get("read", depth), depth)
+    pairs = Pairs.from_records([text._asdict() for text in bare.texts_of(options)], duplicates="keep")
+
+    def run() -> None:
+        capture(
+            model,
+            tokenizer(),
+            pairs,
+            positions=("last",),
+            layers=layers,
+            format="question_response",
+            token_budget=bare.BUDGET,
+        )
+
+    less = bare.reading(options, even=True)
+    return {"bare": bare.reading(options), "trimtab": directly(run), "bare, less padding": less}
