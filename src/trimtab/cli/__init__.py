@@ -104,7 +104,7 @@ def _open_closed_streams() -> None:
 
 
 def _run(words: list[str]) -> int:
-    parsers, top = _parsers()
+    parsers, top = parsers_of_verbs()
     verb, rest = (words[0], words[1:]) if words else ("", [])
     if verb.startswith("-"):
         top.parse_args(words)  # ends with the help or the version, or raises
@@ -122,7 +122,8 @@ def _run(words: list[str]) -> int:
     return VERBS[verb].run(args, Terminal(json=args.json)) or 0
 
 
-def _parsers() -> tuple[dict[str, Parser], Parser]:
+def parsers_of_verbs() -> tuple[dict[str, Parser], Parser]:
+    """Return the parser of each verb, and the one above them."""
     top = Parser(
         prog="trimtab",
         description="Learn a preference from a few pairs of answers, and turn it like a knob at inference.",
