@@ -11,11 +11,11 @@ model, tokenizer = trimtab.load("prefworld")
 knob = trimtab.learn(model, tokenizer, world.pairs("math"), positions="demonstrated", layers=[4])
 turns = [{"role": "user", "content": world.items("math", "test", 1)[0].prompt}]
 inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-with torch.no_grad(), trimtab.steer(model, {knob: 0.8}):
+with torch.no_grad(), trimtab.steer(model, {knob: 1.0}):
     wanted = model(**inputs).logits
 
 # A vector becomes a bias of the adapter, a low-rank knob of weights its matrices; the export checks itself.
-written = export({knob: 0.8}, model, tokenizer, to="peft", out="math-adapter")
+written = export({knob: 1.0}, model, tokenizer, to="peft", out="math-adapter")
 print("written:", ", ".join(sorted(path.name for path in written.path.iterdir())))
 
 plain, _ = trimtab.load("prefworld")

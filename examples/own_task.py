@@ -7,11 +7,8 @@ from trimtab.evals.tasks import Task, run_task
 from trimtab.prefworld import world
 
 THINGS = ("pens", "cups", "maps", "keys")
-prompts = tuple(
-    f"Ana has {a} {thing} and buys {a + 7} more. How many {thing} does Ana have?"
-    for a in range(20, 30)
-    for thing in THINGS
-)
+QUESTION = "Ana has {a} {thing} and buys {b} more. How many {thing} does Ana have?"
+prompts = tuple(QUESTION.format(a=a, b=a + 7, thing=thing) for a in range(20, 30) for thing in THINGS)
 
 
 def shows_its_work(answers: Sequence[str]) -> list[float]:

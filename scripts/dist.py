@@ -2,9 +2,9 @@
 
     python scripts/dist.py [--demo]
 
-The wheel must hold the package's files and nothing else, come out the same from the sdist as from the tree, and work from
-a folder that is not the repository: import, help, an answer under a knob, what to install where an extra is missing, and
-with --demo the whole demo. Needs the packages build and twine; the environment is build/dist/env.
+The wheel must hold the package's files and nothing else, come out the same from the sdist as from the tree, and work
+from a folder that is not the repository: import, help, an answer under a knob, what to install where an extra is
+missing, and with --demo the whole demo. Needs the packages build and twine; the environment is build/dist/env.
 """
 
 from __future__ import annotations

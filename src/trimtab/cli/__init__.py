@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -136,7 +137,10 @@ def parsers_of_verbs() -> tuple[dict[str, Parser], Parser]:
         summary, _, rest = (module.__doc__ or "").partition("\n")
         parsers[name] = verbs.add_parser(name, help=summary, description=summary, epilog=rest.strip() or None)
         module.add_options(parsers[name])
-        parsers[name].add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+        told = (
+            argparse.SUPPRESS if module is serve else "print JSON, and nothing else, on stdout"
+        )  # a server refuses it
+        parsers[name].add_argument("--json", action="store_true", help=told)
     return parsers, top
 
 
