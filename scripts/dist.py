@@ -37,7 +37,17 @@ trimtab.learn(model, tokenizer, pairs, positions="demonstrated", layers=[4]).sav
 MISSING = {
     ("serve", "prefworld"): "serve",
     ("bench", "serve", "http://127.0.0.1:9"): "serve",
-    ("train", "dpo", "prefworld", "prefworld:math"): "train",
+    (
+        "compose",
+        "prefworld",
+        "--knob",
+        "math.knob.safetensors",
+        "--prefer",
+        "prefworld:math",
+        "--out",
+        "p.json",
+    ): "compose",
+    ("train", "dpo", "prefworld", "prefworld:math", "--out", "trained"): "train",
 }
 """Commands that need an extra, and its name."""
 
@@ -100,7 +110,7 @@ def try_out(wheel: Path, outside: Path, *, demo: bool) -> None:
         sys.exit("trimtab --version says something else than pyproject.toml.")
     used(outside, trimtab, "--help")
     used(outside, python, "-c", KNOB)
-    question = "At first Olga had 38 nails. Next Olga sells 21. How many nails are left?"
+    question = "Gus carries 3 bags that hold 8 bricks each. Gus uses up 15 of them. How many bricks are left?"
     answered = used(outside, trimtab, "generate", "prefworld", question, "--knob", "math.knob.safetensors", "--json")
     print("An answer under a knob:", json.loads(answered.stdout))
     for words, extra in MISSING.items():

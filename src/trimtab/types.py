@@ -121,7 +121,7 @@ def check_strength(value: float, name: str = "strength") -> float:
 def check_several(values: object, name: str) -> list[float]:
     """Return several numbers as a list, or raise `OptionError` for a number alone, and for what is no number."""
     found = list(cast(Iterable[object], values)) if isinstance(values, Iterable) else []
-    if not isinstance(values, Iterable) or not all(isinstance(v, Real) and not isinstance(v, bool) for v in found):
+    if not isinstance(values, Iterable) or any(isinstance(v, bool) or not isinstance(v, Real) for v in found):
         raise OptionError(f"{name} are several numbers, as in [0.1, 0.2], or [0.1] for one; got {values!r}.")
     return cast(list[float], found)
 

@@ -137,9 +137,8 @@ def parsers_of_verbs() -> tuple[dict[str, Parser], Parser]:
         summary, _, rest = (module.__doc__ or "").partition("\n")
         parsers[name] = verbs.add_parser(name, help=summary, description=summary, epilog=rest.strip() or None)
         module.add_options(parsers[name])
-        told = (
-            argparse.SUPPRESS if module is serve else "print JSON, and nothing else, on stdout"
-        )  # a server refuses it
+        # a server prints its log: it knows the option only to refuse it in words of its own
+        told = argparse.SUPPRESS if module is serve else "print JSON, and nothing else, on stdout"
         parsers[name].add_argument("--json", action="store_true", help=told)
     return parsers, top
 

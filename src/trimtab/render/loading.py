@@ -85,8 +85,8 @@ def _load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         if local and not any(Path(source).glob("*token*")):
             raise OptionError(
-                f"The folder {str(name_or_path)!r} holds a model and no tokenizer, such as tokenizer.json. Save it there "
-                "too: tokenizer.save_pretrained(FOLDER)."
+                f"The folder {str(name_or_path)!r} holds a model and no tokenizer, such as tokenizer.json. Save it "
+                "there too: tokenizer.save_pretrained(FOLDER)."
             ) from None
         raise _cannot_load(name_or_path, error) from None
 

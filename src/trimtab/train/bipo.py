@@ -84,15 +84,14 @@ def learn_vector(
     adapter = Adapter(model)
     adapter.check_plain("learning")
     check_knob_name(name)
+    rates = None if learning_rates is None else sorted(set(check_several(learning_rates, "learning_rates")))
     options: dict[str, Any] = {
         "layers": adapter.layers(layers_between(adapter.n_layers, first, last) if layers is None else layers),
         "first": first,
         "last": last,
         "where": where,
         "beta": beta,
-        "learning_rates": None
-        if learning_rates is None
-        else sorted(set(check_several(learning_rates, "learning_rates"))),
+        "learning_rates": rates,
         "step_shares": list(STEP_SHARES) if learning_rates is None else None,
         "epochs": epochs,
         "patience": patience,
