@@ -1131,3 +1131,34 @@ def test_torch_threads_and_random_state_are_left_alone(run: Run, model: Path, fi
     run("generate", model, "Hi", "--temperature", 1, "--max-new-tokens", 2)
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.quick
+def test_an_interrupt_while_the_command_line_is_loaded_ends_without_a_traceback() -> None:
+    code = """
+import sys
+class Impatient:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'trimtab.cli.learn':
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Impatient())
+from trimtab.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ntrimtab: interrupted\n")
+
+
+@pytest.mark.quick
+def test_the_help_of_a_server_lists_no_json_which_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    assert "--json" not in capsys.readouterr().out
+    assert main(["serve", "prefworld", "--json"]) == 2
+    assert "A server prints its log, and no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", ["--rate", "--concurrency"])
+def test_a_limit_of_nothing_is_refused_by_its_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "prefworld", option, "0"]) == 2
+    assert f"{option} is a number above 0; got 0. Leave it out" in capsys.readouterr().err

@@ -803,7 +803,9 @@ def test_a_knob_is_put_in_and_taken_out(tmp_path: Path) -> None:
     asked = client()
     response = asked.ask("PUT", "/v1/knobs/new", content=stored(tuned(), tmp_path))
     assert response.status_code == 200, response.text
-    assert response.json() == asked.ask("GET", "/v1/knobs/new").json()
+    assert response.json() == {**asked.ask("GET", "/v1/knobs/new").json(), "replaced": False}
+    again = asked.ask("PUT", "/v1/knobs/new", content=stored(tuned(), tmp_path))
+    assert again.json() == {**response.json(), "replaced": True}
     assert response.json()["safe_range"] == [-0.5, 1.5]
     assert asked.chat(knobs={"new": 1})["knobs"] == {"new": 1.0}
     assert asked.ask("DELETE", "/v1/knobs/new").json() == {"id": "new", "object": "knob", "deleted": True}

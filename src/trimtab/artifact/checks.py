@@ -63,9 +63,7 @@ def safe_range_of(tuning: Mapping[str, Any] | None) -> tuple[float, float] | Non
 def check_gain(gain: object) -> None:
     """Raise `KnobError` for a gain that is no number, not finite, or negative."""
     if isinstance(gain, bool) or not isinstance(gain, Real) or not 0 <= float(gain) < math.inf:
-        raise KnobError(
-            f"The gain must be a number, finite and not negative; got {brief(gain)}. Turn a knob around with -knob."
-        )
+        raise KnobError(f"The gain must be finite and not negative; got {brief(gain)}. Turn a knob around with -knob.")
 
 
 def check_knob_name(name: str) -> None:
