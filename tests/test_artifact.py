@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import struct
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import hostile
 import pico
-from trimtab.artifact import FORMAT_VERSION, Knob, Rack, file, load_panel, model_identity, save_panel
+from trimtab.artifact import FORMAT_VERSION, DeltaKnob, Knob, Rack, file, load_panel, model_identity, save_panel
 from trimtab.artifact.card import describe_safe_range
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.types import Site
@@ -142,6 +143,8 @@ def test_knobs_are_told_apart_by_identity_and_share_no_memory_with_their_source(
         ({"name": ""}, "1 to 100 printable"),
         ({"name": "\x1b[2J"}, "1 to 100 printable"),
         ({"gain": math.inf}, "gain must be finite"),
+        ({"gain": "x"}, "gain must be finite and not negative; got 'x'"),
+        ({"gain": True}, "gain must be finite and not negative; got True"),
         ({"gain": -1.0}, "Turn a knob around with -knob"),
         ({"site": Site(5, "last")}, "active site 5/last has no vector"),
         ({"vectors": {A: vector(1), B: vector(2, 5)}}, r"site 2/post_instruction\[-1\] has \[5\], not \[32\]"),
@@ -341,7 +344,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", r"not a whole safetensors file \(it is empty\)"),
     "text": (b"hello, this is no knob", "A knob is a file that learn or Knob.save wrote"),
     "cut in the header": (hostile.VALID[:100], "it has 100 bytes, and its header alone would have 640"),
-    "cut in the vectors": (hostile.VALID[:-5], "checksum differs"),
+    "cut in the vectors": (hostile.VALID[:-5], "it is cut short: [0-9]+ of its [0-9]+ bytes are there"),
     "huge header length": (struct.pack("<Q", 2**62) + hostile.VALID[8:], "not a whole safetensors file"),
     "flipped bit": (hostile.VALID[:-1] + bytes([hostile.VALID[-1] ^ 1]), "checksum differs"),
     "edited header": (hostile.VALID.replace(b"completion", b"prompt    "), "checksum differs"),
@@ -631,3 +634,13 @@ def test_bad_panel_is_an_error_that_names_the_problem(tmp_path: Path, text: str,
     (tmp_path / "panel.json").write_text(text)
     with pytest.raises(KnobError, match=message):
         load_panel(tmp_path / "panel.json")
+
+
+def test_arithmetic_across_kinds_says_what_to_do_instead() -> None:
+    steering, delta = knob(), DeltaKnob("w", "delta", {"m.weight": torch.ones(2, 3)})
+    for one, other in ((steering, delta), (delta, steering)):
+        for combine in (operator.add, operator.sub):
+            with pytest.raises(KnobError, match=r"Arithmetic is within a kind of knob: .* Steer with both at once"):
+                combine(one, other)
+    with pytest.raises(TypeError):
+        _ = steering + 1

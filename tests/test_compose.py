@@ -570,7 +570,7 @@ def test_without_optuna_a_grid_works_and_the_rest_says_how_to_install_it(
     planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(import_module("trimtab.compose.search"), "find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r'pip install .* "\.\[compose\]"'):
+    with pytest.raises(MissingDependency, match=r'pip install "trimtab\[compose\]"'):
         composed(planted)
     assert composed(planted, search="grid", grid=[0.0, 1.0]).panel.setting["yes"] == 1.0
 

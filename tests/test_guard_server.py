@@ -535,7 +535,7 @@ def test_serving_without_the_extra_names_the_command_that_installs_it_before_any
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert "needs fastapi, uvicorn, prometheus_client. Install" in done.stderr
-    assert 'pip install -c constraints.txt -e ".[serve]"' in done.stderr
+    assert 'pip install "trimtab[serve]"' in done.stderr
     assert done.stderr.count("\n") == 1
 
 

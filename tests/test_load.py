@@ -565,3 +565,13 @@ def test_the_verb_fails_where_requests_did_and_says_how(fake: Fake, capsys: pyte
 def test_the_verb_refuses_what_cannot_be(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *words.split()]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_warm_up_that_is_refused_as_a_whole_ends_it(fake: Fake) -> None:
+    unknown = (400, {}, '{"error": {"message": "Unknown knob \'wat\'. Known: math"}}')
+    fake.refusals = [unknown] * 3
+    with pytest.raises(OptionError, match=r"answers none of the 3 requests of the warm-up .*Unknown knob 'wat'"):
+        ask(fake, warmup=3, requests=50)
+    assert len(fake.bodies) == 3
+    fake.refusals = [unknown] * 2  # one that is answered is enough
+    assert ask(fake, warmup=3, requests=5).answered == 5

@@ -831,6 +831,8 @@ def test_pruning_keeps_what_the_active_layer_needs(model: PreTrainedModel, knob:
         ({"step": 0.0}, "step of a lookahead is above 0"),
         ({"layers": ()}, "Active layers are of"),
         ({"layers": (3,)}, "Active layers are of"),
+        ({"layers": 3}, r"Active layers are several numbers, as in \(3,\) or \(3, 4\); got 3"),
+        ({"gain": "x"}, "gain must be finite and not negative; got 'x'"),
         ({"scales": {0: 1.0}}, "knows norms of layers"),
         ({"norms": {0: 0.0, 1: 1.0, 2: 1.0}}, "Layer 0 needs a positive norm"),
         ({"scales": {0: 1.0, 1: math.inf, 2: 1.0}}, "Layer 1 needs a positive scale"),

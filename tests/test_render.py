@@ -260,6 +260,16 @@ def test_file_and_folder_without_config_are_named_for_what_they_are(folder: Path
         render.load(tmp_path)
 
 
+def test_a_model_without_a_tokenizer_and_a_name_that_is_no_folder_are_told_apart(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    for loading in (render.load, render.load_empty):
+        with pytest.raises(OptionError, match=r"holds a model and no tokenizer, such as tokenizer\.json"):
+            loading(folder)
+    with pytest.raises(OptionError, match="There is no such folder here, so it was taken for a name on the hub"):
+        render.load("nobody/nothing")
+
+
 def test_pickled_weights_are_never_read(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(pico.model().state_dict(), folder / "pytorch_model.bin")

@@ -333,7 +333,7 @@ def test_a_pair_beyond_the_context_is_refused_by_its_number() -> None:
 
 def test_a_missing_package_prints_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops_module, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r'pip install -c constraints.txt -e "\.\[train\]"'):
+    with pytest.raises(MissingDependency, match=r'pip install "trimtab\[train\]"'):
         train(model(), tokenizer(), PAIRS, validation=HELD)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from trimtab.errors import OptionError
-from trimtab.types import WHERE, Message, Pair, Site, check_strength, format_setting, parse_setting
+from trimtab.types import WHERE, Message, Pair, Site, check_several, check_strength, format_setting, parse_setting
 
 pytestmark = pytest.mark.quick
 
@@ -113,3 +113,10 @@ def test_a_strength_that_is_no_number_is_an_error_with_its_name() -> None:
         check_strength(None, "gain")  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="strength must be a number; got True"):
         check_strength(True)
+
+
+@pytest.mark.parametrize("values", [0.01, "0.1", None, ["0.01"], [True]])
+def test_one_number_where_several_are_asked_for_is_an_error_that_shows_the_list(values: object) -> None:
+    with pytest.raises(OptionError, match=r"learning_rates are several numbers, as in \[0\.1, 0\.2\]"):
+        check_several(values, "learning_rates")
+    assert check_several((0.1, 2), "gains") == [0.1, 2]

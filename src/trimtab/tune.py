@@ -24,7 +24,7 @@ from trimtab.pairs import Pairs, prompt_hash
 from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import Dose
-from trimtab.types import THOUGHTS, WHERE, Site, Where, check_strength, check_where
+from trimtab.types import THOUGHTS, WHERE, Site, Where, check_several, check_strength, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -328,11 +328,12 @@ def _check(
     """Raise `OptionError` or `PairsError` for what no search can work with."""
     if not len(pairs):
         raise PairsError("There are no pairs to tune on.")
+    gains = check_several(gains, "gains")
     if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
     if not all(np.isfinite(budget) and budget >= 0 for budget in budgets):
         raise OptionError(f"Budgets are finite and not negative; got {budgets[0]:g} and {budgets[1]:g}.")
-    for strength in strengths:
+    for strength in check_several(strengths, "strengths"):
         check_strength(strength)
     names = [rail.name for rail in guardrails]
     if len(set(names)) < len(names):

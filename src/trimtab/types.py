@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Real
+from typing import Literal, cast
 
 from trimtab.errors import OptionError, unknown_name
 
@@ -115,6 +116,14 @@ def check_strength(value: float, name: str = "strength") -> float:
     if not math.isfinite(number):
         raise OptionError(f"The {name} must be finite; got {value!r}.")
     return number
+
+
+def check_several(values: object, name: str) -> list[float]:
+    """Return several numbers as a list, or raise `OptionError` for a number alone, and for what is no number."""
+    found = list(cast(Iterable[object], values)) if isinstance(values, Iterable) else []
+    if not isinstance(values, Iterable) or any(isinstance(v, bool) or not isinstance(v, Real) for v in found):
+        raise OptionError(f"{name} are several numbers, as in [0.1, 0.2], or [0.1] for one; got {values!r}.")
+    return cast(list[float], found)
 
 
 def check_seed(value: object) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
-from trimtab.artifact.checks import check_knob_name, safe_range_of
+from trimtab.artifact.checks import check_gain, check_knob_name, safe_range_of
 from trimtab.artifact.file import number, object_field, text_field
 from trimtab.artifact.identity import compare_identity
 from trimtab.artifact.large import LargeFile, entries_of, write_large
@@ -44,8 +43,7 @@ class PartsKnob:
         check_knob_name(self.name)
         if not self.parts:
             raise KnobError(f"Knob {self.name!r} holds no {what}: nothing would change at any strength.")
-        if not math.isfinite(self.gain) or self.gain < 0:
-            raise KnobError(f"The gain must be finite and not negative; got {self.gain!r}. Turn a knob with -knob.")
+        check_gain(self.gain)
         object.__setattr__(self, "parts", dict(sorted(self.parts.items())))
         for name, part in self.parts.items():
             check_part(name, part)

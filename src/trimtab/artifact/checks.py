@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Operation = Literal["add", "ablate", "piecewise", "kernel"]
 OPERATIONS: tuple[Operation, ...] = ("add", "ablate", "piecewise", "kernel")
+KINDS = ("steering", "delta", "lookahead")
 _LAYER = r"0|[1-9][0-9]{0,3}"
 _SITE = rf"({_LAYER})/[A-Za-z0-9_-]{{1,60}}(\[-?[0-9]{{1,6}}\])?"
 
@@ -58,6 +60,12 @@ def safe_range_of(tuning: Mapping[str, Any] | None) -> tuple[float, float] | Non
     return low, high
 
 
+def check_gain(gain: object) -> None:
+    """Raise `KnobError` for a gain that is no number, not finite, or negative."""
+    if isinstance(gain, bool) or not isinstance(gain, Real) or not 0 <= float(gain) < math.inf:
+        raise KnobError(f"The gain must be finite and not negative; got {brief(gain)}. Turn a knob around with -knob.")
+
+
 def check_knob_name(name: str) -> None:
     """Raise `KnobError` for a name that a setting could not spell or a terminal not show."""
     if not is_knob_name(name):
@@ -76,8 +84,7 @@ def check_fields(knob: Knob) -> None:
         raise unknown_name("kind of knob", str(knob.kind), ("steering",))
     if knob.operation not in OPERATIONS:
         raise unknown_name("operation", str(knob.operation), OPERATIONS)
-    if not math.isfinite(knob.gain) or knob.gain < 0:
-        raise KnobError(f"The gain must be finite and not negative; got {knob.gain!r}. Turn a knob around with -knob.")
+    check_gain(knob.gain)
     if (knob.operation == "kernel") != (knob.kernel is not None):
         has = "none" if knob.kernel is None else f"a {knob.kernel}"
         raise KnobError(
@@ -140,6 +147,16 @@ def check_vectors(knob: Knob) -> None:
         )
     if not all(bool(addend.isfinite().all()) for addend in knob.addends(1.0).values()):
         raise KnobError(f"Strength 1 of {knob.name!r} would add values that float32 cannot hold.")
+
+
+def refuse_other_kind(knob: Any, other: object) -> None:
+    """Raise `KnobError` for a knob of another kind, with which there is no arithmetic; anything else is let pass."""
+    kind = getattr(other, "kind", None)
+    if isinstance(kind, str) and kind in KINDS and kind != knob.kind:
+        raise KnobError(
+            f"Arithmetic is within a kind of knob: {knob.name!r} is of kind {knob.kind!r}, and the other of kind "
+            f"{kind!r}. Steer with both at once: steer(model, {{a: 1, b: 1}})."
+        )
 
 
 def check_alike(a: Knob, b: Knob) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.artifact.base import PartsKnob
 from trimtab.artifact.card import describe_delta
+from trimtab.artifact.checks import refuse_other_kind
 from trimtab.artifact.parts import LowRank, Part, joined, labelled, norm, scaled
 from trimtab.errors import KnobError
 from trimtab.types import Where, check_strength
@@ -120,6 +121,7 @@ class DeltaKnob(PartsKnob):
         the b's apart, as PEFT's combination "linear" does, is another matrix.)
         """
         if not isinstance(other, DeltaKnob):  # pyright: ignore[reportUnnecessaryIsInstance]
+            refuse_other_kind(self, other)
             return NotImplemented
         parts: dict[str, Part] = {}
         for name in {**self.parts, **other.parts}:

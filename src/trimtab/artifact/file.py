@@ -161,10 +161,20 @@ def read_header(start: bytes, size: int) -> tuple[dict[str, Any], dict[str, Any]
     if not isinstance(text, str):
         raise KnobError("it is a safetensors file without Trimtab's header, so not a knob.")
     header = _header(text)
+    whole = 8 + int.from_bytes(start[:8], "little") + max(map(_end_of, entries.values()), default=0)
+    if size < whole:
+        raise KnobError(f"it is cut short: {size} of its {whole} bytes are there. Get the file again.")
     said = text_field(header, "sha256")
     if len(said) != len(BLANK):
         raise KnobError("it is not as it was saved (the checksum differs). Get the file again.")
     return entries, header, said
+
+
+def _end_of(entry: object) -> int:
+    """Return where a tensor ends among the tensors; 0 for an entry that does not say, which reading it explains."""
+    offsets: object = cast(Mapping[str, object], entry).get("data_offsets") if isinstance(entry, Mapping) else None
+    end: object = cast(list[object], offsets)[-1] if isinstance(offsets, list) and offsets else 0
+    return end if type(end) is int else 0
 
 
 def _safetensors_header(data: bytes, size: int) -> dict[str, Any]:

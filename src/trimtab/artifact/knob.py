@@ -18,6 +18,7 @@ from trimtab.artifact.checks import (
     check_vectors,
     norms_of,
     parse_site,
+    refuse_other_kind,
     safe_range_of,
     sites_of,
 )
@@ -213,6 +214,7 @@ class Knob:
     def __add__(self, other: Knob) -> Knob:
         """Return the knob whose strength 1 is strength 1 of both; they must act on the same tokens and layers."""
         if not isinstance(other, Knob):  # pyright: ignore[reportUnnecessaryIsInstance]
+            refuse_other_kind(self, other)
             return NotImplemented
         check_alike(self, other)
         ours, theirs = self.addends(1.0), other.addends(1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -68,6 +68,8 @@ class LookaheadKnob(PartsKnob):
             raise KnobError(f"per_token of a lookahead is true or false; got {self.per_token!r}.")
         if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
             raise KnobError(f"The step of a lookahead is above 0; got {self.step!r}.")
+        if isinstance(self.layers, str) or not isinstance(self.layers, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise KnobError(f"Active layers are several numbers, as in (3,) or (3, 4); got {brief(self.layers)}.")
         object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         if self.norms.keys() != self.scales.keys():
             raise KnobError(f"Knob {self.name!r} knows norms of layers {[*self.norms]} and scales of {[*self.scales]}.")

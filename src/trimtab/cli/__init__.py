@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -136,7 +137,9 @@ def parsers() -> tuple[dict[str, Parser], Parser]:
         summary, _, rest = (module.__doc__ or "").partition("\n")
         by_verb[name] = verbs.add_parser(name, help=summary, description=summary, epilog=rest.strip() or None)
         module.add_options(by_verb[name])
-        by_verb[name].add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+        # a server prints its log: it knows the option only to refuse it in words of its own
+        told = argparse.SUPPRESS if module is serve else "print JSON, and nothing else, on stdout"
+        by_verb[name].add_argument("--json", action="store_true", help=told)
     return by_verb, top
 
 

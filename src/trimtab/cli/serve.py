@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.cli import options
-from trimtab.cli.sources import Offer, load_knobs, load_offer, named_file, open_model, vllm_options
+from trimtab.cli.offer import Offer, load_offer
+from trimtab.cli.sources import load_knobs, named_file, open_model, vllm_options
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, TrimtabError, TrimtabWarning
 
@@ -119,6 +120,10 @@ def _serve_transformers(args: Namespace, terminal: Terminal) -> int:
     from trimtab.serve.run import bind, check_exposure, check_installed, serve
 
     check_installed()
+    for name in ("rate", "concurrency"):
+        limit: float | None = getattr(args, name)
+        if limit is not None and not 0 < limit < float("inf"):
+            raise OptionError(f"--{name} is a number above 0; got {limit:g}. Leave it out to have no such limit.")
     guard = GuardSettings(
         host=args.host,
         keys=load_keys(args.keys, args.admin_keys),

@@ -16,7 +16,7 @@ from trimtab.cli.options import assignments, input_file
 from trimtab.cli.quiet import quiet_transformers
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import OptionError, PairsError, TrimtabError, TrimtabWarning, unknown_name
-from trimtab.types import Setting, check_strength, check_where, is_knob_name, parse_setting
+from trimtab.types import Setting, check_strength, check_where, parse_setting
 
 if TYPE_CHECKING:
     from trimtab.artifact import AnyKnob, Panel, Rack
@@ -131,41 +131,6 @@ def load_knobs(entries: Sequence[str], where: str | None) -> Panel:
             knobs[key] = knob if isinstance(knob, DeltaKnob) or not tokens else knob.with_(where=tokens)
             setting[key] = strength
     return Panel(Rack(**knobs), setting)
-
-
-class Offer(NamedTuple):
-    """What a server offers: a rack, and settings of its knobs by the names of panels."""
-
-    rack: Rack
-    panels: dict[str, dict[str, float]]
-
-
-def load_offer(entries: Sequence[str]) -> Offer:
-    """Load knobs and panels from `FILE` or `NAME=FILE`; panels may share knobs that do the same."""
-    from trimtab.artifact import Rack, load_panel
-    from trimtab.engines.admission import engine_digest
-
-    knobs: dict[str, AnyKnob] = {}
-    panels: dict[str, dict[str, float]] = {}
-    for entry in entries:
-        name, path = named_file(entry)
-        if path.suffix != ".json":
-            added = load_knobs([entry], None).rack
-        else:
-            added, setting = load_panel(path)
-            label = name or path.stem
-            if label in panels:
-                raise OptionError(f"Two panels are named {label!r}. Name them yourself: --knob NAME={path}.")
-            if not is_knob_name(label) or ":" in label:
-                raise OptionError(
-                    f"A panel is asked for as MODEL:NAME, which {label!r} cannot spell. Name it: NAME={path}."
-                )
-            panels[label] = setting
-        for key, knob in added.items():
-            held = knobs.setdefault(key, knob)
-            if (engine_digest(held), held.safe_range) != (engine_digest(knob), knob.safe_range):
-                raise two_named(key)
-    return Offer(Rack(**knobs), panels)
 
 
 def named_file(entry: str) -> tuple[str, Path]:

@@ -15,7 +15,7 @@ from trimtab.errors import MissingDependency, OptionError, unknown_name
 from trimtab.types import check_strength
 
 Search = Literal["tpe", "nsga2", "grid"]
-INSTALL = 'This search needs Optuna. Install it with: pip install -c constraints.txt -e ".[compose]"'
+INSTALL = 'This search needs Optuna. Install it with: pip install "trimtab[compose]"'
 UNTUNED = (-1.0, 1.5)
 """Bounds of a knob that was not tuned: around strength 1, which is the dose its method or its training gave it."""
 GRID = (-1.0, -0.5, 0.0, 0.5, 1.0)

@@ -46,10 +46,8 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
     if device == "auto" and find_spec("accelerate") is None:
         raise MissingDependency("device='auto' needs accelerate. Install it with: pip install accelerate")
     _check_device(device)
-    from transformers import AutoTokenizer
-
+    tokenizer = _load_tokenizer(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
         model = model_class(config).from_pretrained(
             source,
             dtype=DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
@@ -70,18 +68,27 @@ def load(name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device:
 def load_empty(name_or_path: str | Path) -> Loaded:
     """Load a model without its weights (on torch's device "meta"), and its tokenizer; see `load`."""
     config = load_config(name_or_path)
-    source, local = locate(name_or_path)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(name_or_path, error) from None
+    tokenizer = _load_tokenizer(name_or_path)
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     if str(name_or_path) == BUNDLED:
         model.config.name_or_path = BUNDLED
     return Loaded(model.eval(), tokenizer)
+
+
+def _load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    source, local = locate(name_or_path)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if local and not any(Path(source).glob("*token*")):
+            raise OptionError(
+                f"The folder {str(name_or_path)!r} holds a model and no tokenizer, such as tokenizer.json. Save it "
+                "there too: tokenizer.save_pretrained(FOLDER)."
+            ) from None
+        raise _cannot_load(name_or_path, error) from None
 
 
 def _check_device(device: str | None) -> None:
@@ -127,6 +134,8 @@ def _cannot_load(name_or_path: str | Path, error: Exception) -> OptionError:
     reason = str(error).strip().split("\n")[0]
     near = difflib.get_close_matches(str(name_or_path), [BUNDLED], n=1)
     hint = f" Did you mean {BUNDLED!r}, the bundled model?" if near else ""
+    if not locate(name_or_path).is_local:
+        hint += " There is no such folder here, so it was taken for a name on the hub."
     return OptionError(f"Cannot load a model from {str(name_or_path)!r}: {reason}{hint}")
 
 

@@ -25,6 +25,7 @@ from trimtab.serve.replies import (
     ModelList,
     PanelEntry,
     PanelList,
+    Put,
     reply,
 )
 from trimtab.serve.server import Here
@@ -74,12 +75,14 @@ async def get_knob(id: str, here: Here) -> Response:
     return reply(_card(here.engine, id, _known(here.engine, id)))
 
 
-@router.put("/v1/knobs/{id:path}", response_model=KnobCard, responses=ADMIN, openapi_extra=BYTES)
+@router.put("/v1/knobs/{id:path}", response_model=Put, responses=ADMIN, openapi_extra=BYTES)
 async def put_knob(id: str, request: Request, here: Here) -> Response:
-    """Load a knob file, which is the body, under a name; requests in flight keep what had it."""
+    """Load a knob file, which is the body, under a name; `replaced` tells whether a knob had it, which requests in
+    flight keep."""
     async with here.loading:
+        replaced = id in here.engine.admission.knobs
         knob = await run_in_threadpool(_load, here.engine, id, await request.body())
-    return reply(_card(here.engine, id, knob))
+    return reply(Put(**_card(here.engine, id, knob).model_dump(), replaced=replaced))
 
 
 @router.delete("/v1/knobs/{id:path}", response_model=Deleted, responses=ADMIN)

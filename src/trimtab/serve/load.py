@@ -26,7 +26,7 @@ from trimtab.types import Setting, check_seed
 if TYPE_CHECKING:
     from httpx import AsyncClient
 
-INSTALL = 'Measuring a server needs httpx. Install it with: pip install -c constraints.txt -e ".[serve]"'
+INSTALL = 'Measuring a server needs httpx. Install it with: pip install "trimtab[serve]"'
 STAY = 8
 """Pieces of text within which those who leave have left."""
 EXAMPLE = "http://127.0.0.1:8000"
@@ -133,8 +133,8 @@ def made_up(count: int, *, seed: int = 0, words: int | None = None) -> list[Prom
 async def measure(load: Load, *, progress: Progress = lambda done, total: None) -> Figures:
     """Send the requests of a load, and return what came of them.
 
-    Raises `OptionError` where nothing of the kind answers at the URL, and `MissingDependency` without httpx. Requests
-    that fail later are counted, and do not stop the others.
+    Raises `OptionError` where nothing of the kind answers at the URL, or no request of the warm-up is answered, and
+    `MissingDependency` without httpx. Requests that fail later are counted, and do not stop the others.
     """
     if find_spec("httpx") is None:
         raise MissingDependency(INSTALL)
@@ -147,7 +147,7 @@ async def measure(load: Load, *, progress: Progress = lambda done, total: None) 
         model = await _model(client, load)
         warmups, counted = planned(load, model)
         if warmups:
-            await _send(client, load, warmups, rate=None, progress=lambda done, total: None)
+            _refuse_hopeless(await _send(client, load, warmups, rate=None, progress=lambda done, total: None), load)
         clock = asyncio.get_running_loop().time
         start = clock()
         outcomes = await _send(client, load, counted, rate=load.rate, progress=progress)
@@ -222,6 +222,16 @@ async def _send(
                 await asyncio.sleep(max(0.0, start + request.due - clock()))
                 group.create_task(one(request, start + request.due))
     return outcomes
+
+
+def _refuse_hopeless(warmups: Sequence[Outcome], load: Load) -> None:
+    """Raise `OptionError` where every request of the warm-up failed, as all others would."""
+    if all(outcome.error is not None for outcome in warmups):
+        first = warmups[0]
+        raise OptionError(
+            f"{load.url} answers none of the {len(warmups)} requests of the warm-up ({first.error}: {first.said}). "
+            "Nothing else was sent."
+        )
 
 
 def _key(load: Load) -> dict[str, str]:

@@ -209,6 +209,12 @@ class KnobCard(KnobEntry):
     dose_response: DoseResponse | None
 
 
+class Put(KnobCard):
+    """The answer to `PUT /v1/knobs/{id}`: the knob, and whether another had the name."""
+
+    replaced: bool
+
+
 class Deleted(Reply):
     """The answer to `DELETE /v1/knobs/{id}`."""
 

@@ -26,7 +26,7 @@ else:
 
 STANDS_ON = ("fastapi", "uvicorn", "prometheus_client")
 """Packages that are not installed with Trimtab."""
-INSTALL = 'Install what it stands on with: pip install -c constraints.txt -e ".[serve]"'
+INSTALL = 'Install what it stands on with: pip install "trimtab[serve]"'
 _LINGER = 0.5
 """Seconds for which connections stay open when the server ends, so that requests already on their way are answered."""
 _CUT = 1

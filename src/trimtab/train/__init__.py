@@ -20,7 +20,7 @@ from trimtab.pairs import Pairs
 from trimtab.train.bench import Bench
 from trimtab.train.labels import relabel
 from trimtab.train.loops import Loss, load_trainers
-from trimtab.types import check_seed
+from trimtab.types import check_seed, check_several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -226,8 +226,8 @@ def _grid(
 ) -> list[tuple[float, float]]:
     if loss not in GRIDS:
         raise unknown_name("loss", str(loss), get_args(Loss))
-    rates = sorted(set(GRIDS[loss][0] if learning_rates is None else learning_rates))
-    strengths = sorted(set(GRIDS[loss][1] if betas is None else betas), reverse=True)
+    rates = sorted(set(GRIDS[loss][0] if learning_rates is None else check_several(learning_rates, "learning_rates")))
+    strengths = sorted(set(GRIDS[loss][1] if betas is None else check_several(betas, "betas")), reverse=True)
     if loss == "sft":
         if betas:
             raise OptionError(f"SFT has no beta; got {list(betas)}.")

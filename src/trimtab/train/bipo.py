@@ -23,7 +23,7 @@ from trimtab.pairs import Pairs
 from trimtab.selection import layers_between
 from trimtab.train import split_pairs
 from trimtab.train.steered import START, STEP_SHARES, SteeredPairs, Training, best_row, frozen
-from trimtab.types import THOUGHTS, Site, Where, check_seed, check_where
+from trimtab.types import THOUGHTS, Site, Where, check_seed, check_several, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,13 +84,14 @@ def learn_vector(
     adapter = Adapter(model)
     adapter.check_plain("learning")
     check_knob_name(name)
+    rates = None if learning_rates is None else sorted(set(check_several(learning_rates, "learning_rates")))
     options: dict[str, Any] = {
         "layers": adapter.layers(layers_between(adapter.n_layers, first, last) if layers is None else layers),
         "first": first,
         "last": last,
         "where": where,
         "beta": beta,
-        "learning_rates": None if learning_rates is None else sorted(set(learning_rates)),
+        "learning_rates": rates,
         "step_shares": list(STEP_SHARES) if learning_rates is None else None,
         "epochs": epochs,
         "patience": patience,

@@ -32,7 +32,7 @@ EVALUATED_EVERY = 16
 """Steps between two looks at the validation loss where an epoch has more: a thousand pairs need no whole epoch."""
 WARM_UP = 5
 """Steps over which the rate rises from 0, which the first step has, where that is at most a tenth of all steps."""
-INSTALL = 'Training needs TRL. Install it with: pip install -c constraints.txt -e ".[train]"'
+INSTALL = 'Training needs TRL. Install it with: pip install "trimtab[train]"'
 
 
 @dataclass(frozen=True)

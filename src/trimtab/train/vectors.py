@@ -19,7 +19,7 @@ from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.methods import TRAINED
 from trimtab.pairs import Pairs
 from trimtab.train import GRIDS, Trained, train
-from trimtab.types import check_seed
+from trimtab.types import check_seed, check_several
 from trimtab.weights.delta import STORED, difference
 
 if TYPE_CHECKING:
@@ -90,12 +90,13 @@ def learn_weights(
     if dtype not in STORED:
         raise unknown_name("dtype", str(dtype), STORED)
     rates = (GRIDS["dpo"][0] if lora_rank is None else LEARNING_RATES) if learning_rates is None else learning_rates
+    rates = check_several(rates, "learning_rates")
     run: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "patience": patience, "batch_size": batch_size}
     run["seed"] = check_seed(seed)
     options: dict[str, Any] = {
         "lora_rank": lora_rank,
-        "learning_rates": list(rates),
-        "betas": list(BETAS if betas is None else betas),
+        "learning_rates": rates,
+        "betas": check_several(BETAS if betas is None else betas, "betas"),
         **run,
         "dtype": dtype,
         **({} if anchors is None else {"anchors": {"count": len(anchors), "hash": anchors.hash()}}),
