@@ -109,7 +109,7 @@ def capture(
     runner = Runner(adapter, renderer, wanted, padding)
     groups = group(texts)
     with torch.no_grad(), evaluating(model):
-        shared = share and runner.can_share(groups)
+        shared = share and all(team.collect(runner.can_share(groups)))  # a team cuts its batches alike
     if not shared:
         groups = [Group(0, [text]) for text in texts]
     kept_pairs = _spread(len(pairs), keep)
