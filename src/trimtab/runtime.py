@@ -158,8 +158,11 @@ class Steering:
         self._match_rows(call.batch)
         masks = follower.masks(call)
         self._call, self._unmasked = (call.batch, call.tokens), masks == EVERY_TOKEN
-        dtype = self._adapter.dtype
-        self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
+        if self._unmasked:  # a decode step computes nothing that it need not
+            self._masks = masks
+        else:
+            dtype = self._adapter.dtype
+            self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
         # Past the prompt a knob that steers it is done with; others have to follow every token from the first on.
         gone = {knob for knob in self._streams if knob.where in ("prompt", "context") and knob.where not in masks}
         self._moving = {knob: stream for knob, stream in self._streams.items() if knob not in gone}
