@@ -21,13 +21,18 @@ def processor() -> str:
 
 def facts() -> dict[str, Any]:
     """Return processor, cores, memory and system."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "processor": processor(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": os.cpu_count() or 1,
         "memory, GB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def slug(name: str) -> str:

@@ -24,8 +24,9 @@ Models are random Llamas: of 27 million parameters (width 512, eight layers) whe
 character.
 
 - **bare** is the decoder on the same texts, rendered beforehand, sorted by length, at most 8,192 tokens a batch,
-  without LM head, KV cache or anything kept. **trimtab** is the whole call of `capture`, rendering included. The
-  peers' calls, at their defaults, also make vectors of what they read.
+  without LM head, KV cache or anything kept; **bare, less padding** is the same in batches cut as `capture` cuts them.
+  **trimtab** is the whole call of `capture`, rendering included, which runs a prompt once for both answers. The peers'
+  calls, at their defaults, also make vectors of what they read.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way.
 - **out** has the same letter where ways came to the same tokens.
 """

@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else 9)
     wanted = args.threads or ("1" if args.quick else "1,2")
-    args.threads = [count for count in map(int, wanted.split(",")) if count <= machine.facts()["cores"]]
+    args.threads = [count for count in map(int, wanted.split(",")) if count <= machine.usable_cores()]
     # A CPU takes an accelerator's cases too, where a size is named: that shows that they run.
     args.accelerator = args.device != "cpu" or args.model_size is not None
     args.model_size = args.model_size or "1b"
