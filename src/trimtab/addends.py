@@ -257,7 +257,7 @@ def named(row: Dose) -> dict[str, float]:
 
 def _fitting_layer(adapter: Adapter, knob: Knob, site: Site) -> int:
     """Return the layer a knob writes to at a site, after checking that its vectors have the model's width."""
-    width = int(knob.direction.shape[-1])
+    width = knob.width
     if width != adapter.hidden_size:
         name = type(adapter.model).__name__
         raise KnobError(

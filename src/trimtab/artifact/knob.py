@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +91,11 @@ class Knob:
     @property
     def direction(self) -> Tensor:
         """Unit direction `[D]` float32 at the active site; zero if the vector is."""
-        return unit(self.vectors[self.site]).float()
+        return self._unit.float()
+
+    @cached_property
+    def _unit(self) -> Tensor:
+        return unit(self.vectors[self.site])  # float64; a batch asks for it row by row
 
     @property
     def width(self) -> int:
@@ -117,7 +122,7 @@ class Knob:
 
     def addend(self, strength: float) -> Tensor:
         """Return what `strength` of operation "add" adds to the residual stream at the active site, `[D]` float32."""
-        return (self.length(strength) * unit(self.vectors[self.site])).float()
+        return (self.length(strength) * self._unit).float()
 
     def addends(self, strength: float) -> dict[int, Tensor]:
         """Return what `strength` of operation "add" adds at every layer where it acts, `[D]` float32 by layer."""
