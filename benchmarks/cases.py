@@ -46,6 +46,8 @@ BATCHES = (1, 4, 16, 64)
 ROUNDS = {1: 3.0, 4: 2.0, 16: 2.0, 64: 1.0}
 """More rounds where each is short."""
 MEMORY = (100, 1000, 10_000)
+KEPT = 256
+"""Pairs whose activations are kept, as `trimtab.learn` does by methods of means."""
 SHALLOW = "; width 1024, two layers"
 WIDE_LAYERS, SITES = 10, (4, 7)
 
@@ -53,6 +55,7 @@ WIDE_LAYERS, SITES = 10, (4, 7)
 def capturing() -> list[Case]:
     """Return the cases of reading pairs."""
     small = {"shape": "small", "tokens": 96}
+    short = {"shape": "small", "tokens": 32, "share": 0.5}
     cases = [
         Case(
             f"capture-{pairs}-share-{100 * share:.0f}",
@@ -82,9 +85,10 @@ def capturing() -> list[Case]:
         Case(
             f"memory-{pairs}",
             "Memory of reading pairs",
-            f"{pairs:,} pairs as above, half of the tokens the prompt's; every run in a new process",
+            f"{pairs:,} pairs of 24 to 40 tokens a side, half of them the prompt's; the activations of at most {KEPT} are "
+            "kept; every run in a new process",
             "capture",
-            {**small, "pairs": pairs, "share": 0.5},
+            {**short, "pairs": pairs, "keep": KEPT},
             ways=("bare", "trimtab") if pairs < 10_000 else ("trimtab",),
             rounds=1 / 9,
             once=True,
@@ -92,7 +96,6 @@ def capturing() -> list[Case]:
         )
         for pairs in MEMORY
     ]
-    short = {"shape": "small", "tokens": 32, "share": 0.5}
     cases += [
         Case(
             f"pairs-{pairs}",

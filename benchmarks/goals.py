@@ -12,7 +12,7 @@ CAPTURE = {0.0: 1.03, 0.5: 0.80, 0.8: 0.66}
 
 Read once for both answers, prompts leave (2 - share) / 2 of the tokens: .75 and .60.
 """
-PEERS = ("repeng", "steering-vectors")
+PEERS = ("repeng", "steering-vectors", "steering-vectors, batch 32")
 WITHIN = {"scaled": 1.1, "exact": 1.25}
 """How many times what the formula says a step may take."""
 FLAT = 1.1
@@ -47,7 +47,7 @@ def goals() -> list[Goal]:
     names = {case: about for case, (about, _) in read.items()}
     names["capture-vocabulary-150k"] = "reading 25 pairs, vocabulary of 150,000"
     found += [
-        Goal(case, f"{about}, beside {peer}", "trimtab", 1.0, by="high", against=peer)
+        Goal(case, f"learning (pca), {about}, beside {peer}", "trimtab, learn", 1.0, by="high", against=peer)
         for case, about in names.items()
         for peer in PEERS
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,8 @@ character.
 
 - **bare** is the decoder on the same texts, rendered beforehand, sorted by length, at most 8,192 tokens a batch,
   without LM head, KV cache or anything kept; **bare, less padding** is the same in batches cut as `capture` cuts them.
-  **trimtab** is the whole call of `capture`, rendering included, which runs a prompt once for both answers. The peers'
-  calls, at their defaults, also make vectors of what they read.
+  **trimtab** is the whole call of `capture`, rendering included, which runs a prompt once for both answers; **trimtab,
+  learn** makes a knob of it too (by principal components), as the peers' calls, at their defaults, make vectors.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way.
 - **out** has the same letter where ways came to the same tokens.
 """
@@ -125,7 +126,8 @@ def found_for(goal: Goal, state: State, by_name: Mapping[str, Sequence[State]]) 
     if goal.of == "peak":
         others = by_name.get(goal.against, [])
         peaks = [seconds(one.rounds, OURS, goal.way, "peak_mb") for one in (state, *others[:1])]
-        return [peaks[0][0] / peaks[1][0]] if len(peaks) == 2 else []
+        found = peaks[0][0] / peaks[1][0] if len(peaks) == 2 else math.nan
+        return [found] if math.isfinite(found) else []
     base = state.bases.get(OURS)
     if base is None:
         return []

@@ -9,7 +9,7 @@ from trimtab.prefworld import world
 
 def median_difference(chosen: Tensor, rejected: Tensor, *, trim: float = 0.0) -> Tensor:
     """Return the median over pairs of `chosen - rejected`, `[S, D]`; values below `trim` become 0."""
-    median = (chosen - rejected).double().median(dim=0).values  # [N, S, D] -> [S, D]
+    median = (chosen - rejected).double().quantile(0.5, dim=0)  # [N, S, D] -> [S, D]
     return median * (median.abs() >= trim)
 
 

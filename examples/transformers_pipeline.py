@@ -15,10 +15,12 @@ with torch.no_grad():
     before = model(**inputs).logits
     with trimtab.steer(model, {knob: 1}) as steering:
         made = model.generate(**inputs, max_new_tokens=60)
-        print("generate:", tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        print(
+            "generate, strength 1:", tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
 
         steering.set({knob: -1})  # turn it without leaving
         write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-        print("pipeline:", write(turns, max_new_tokens=60)[0]["generated_text"][-1]["content"])
+        print("pipeline, strength -1:", write(turns, max_new_tokens=60)[0]["generated_text"][-1]["content"])
     after = model(**inputs).logits
 print("the bare model again, bit for bit:", torch.equal(before, after))

@@ -53,6 +53,7 @@ MISSING = {
 
 
 def main() -> None:
+    """Build both, and try the wheel; what was in dist/ is deleted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--demo", action="store_true", help="run the whole demo too, which takes minutes")
     args = parser.parse_args()
@@ -131,6 +132,7 @@ def used(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProc
 
 
 def run(words: list[str]) -> None:
+    """Run a command; its failure ends this one."""
     subprocess.run(words, check=True)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from trimtab.capture.batches import Group, make_batches
+from trimtab.texts import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,3 +196,15 @@ def test_a_worker_answers_line_by_line() -> None:
     assert (measured["cpu"], measured["wall"]) == (0.25, 0.25)
     assert worker.answer({"do": "run", "way": "b"}) == {"cannot": "RuntimeError: shape"}
     json.dumps(measured)
+
+
+@pytest.mark.quick
+def test_less_padding_is_what_capture_makes() -> None:
+    from benchmarks import bare
+
+    lengths = [20 + 37 * n % 60 for n in range(30)]
+    groups = [Group(0, [Text(0, n, array("i", [1] * length), {})]) for n, length in enumerate(lengths)]
+    ours = [(len(batch), batch[0].longest) for batch in make_batches(groups, 1000)]
+    theirs = bare.batches([[1] * length for length in lengths], 1000, even=True)
+    assert [tuple(ids.shape) for ids, _ in theirs] == ours
+    assert len(ours) > len(bare.batches([[1] * length for length in lengths], 1000))

@@ -14,6 +14,7 @@ import pico
 from trimtab.adapter import Adapter
 from trimtab.capture import Evidence, capture, running
 from trimtab.capture.batches import group, make_batches
+from trimtab.capture.gathered import PARTS
 from trimtab.capture.running import Runner
 from trimtab.errors import AdapterError, OptionError, PairsError, UnknownName
 from trimtab.methods.palrs import palrs_layer
@@ -380,6 +381,41 @@ def test_a_model_that_reads_otherwise_behind_a_cache_runs_every_text_whole(
     assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_length_of_a_call_are_run_whole(
+    kind: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 80}
+    model = pico.model("phi3" if kind == "longrope" else "llama", rope_parameters=rope)
+    asked = (Message("user", "q" * 55),)
+    data = Pairs(Pair(asked, "yes" * (i + 4), "no" * (i + 8)) for i in range(3))
+    options: dict[str, Any] = {"positions": ["last"], "format": "question_response", "token_budget": 1}
+    whole = capture(model, tokenizer, data, **options, share=False)
+    found = capture(model, tokenizer, data, **options)
+    assert not found.shared
+    assert torch.equal(found.chosen, whole.chosen)
+
+
+def test_a_text_that_fits_whole_is_read_where_nothing_fits_behind_a_cache(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"positions": ["last"], "format": "question_response"}
+    whole = capture(model, tokenizer, pairs(3), **options, share=False, token_budget=1)
+    monkeypatch.setattr(Runner, "can_share", lambda own, groups: True)
+    run_to = Adapter.run_to
+
+    def narrow(self: Adapter, layer: int, **inputs: Any) -> None:
+        if inputs.get("use_cache"):
+            raise torch.OutOfMemoryError("no")
+        run_to(self, layer, **inputs)
+
+    monkeypatch.setattr(Adapter, "run_to", narrow)
+    found = capture(model, tokenizer, pairs(3), **options)
+    torch.testing.assert_close(found.chosen, whole.chosen, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.quick
 def test_texts_are_grouped_by_what_they_begin_with_where_that_saves_something() -> None:
     r = Renderer(pico.tokenizer())
@@ -406,6 +442,13 @@ def test_a_head_ends_where_reading_begins() -> None:
 # Memory
 
 
+def assert_rows(found: Tensor, expected: Tensor) -> None:
+    """Compare rows `[N, S, D]` that may come in any order."""
+    nearest = torch.cdist(found.flatten(1), expected.flatten(1)).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(len(expected)))
+    torch.testing.assert_close(found, expected[nearest], atol=1e-12, rtol=1e-12)
+
+
 def test_few_pairs_are_kept_and_the_means_are_of_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -416,12 +459,17 @@ def test_few_pairs_are_kept_and_the_means_are_of_all(
     assert few.kept.tolist() == [0, 2, 4, 6]
     assert torch.equal(few.chosen, whole.chosen[few.kept])
     assert torch.equal(few.rejected, whole.rejected[few.kept])
+    both = torch.stack([whole.chosen, whole.rejected]).double()
     for found in (whole, few):
-        expected = torch.stack([whole.chosen, whole.rejected]).double().mean(dim=1)
-        torch.testing.assert_close(found.means, expected, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(found.means, both.mean(dim=1), atol=1e-12, rtol=1e-12)
+        assert found.parts.shape[1] == 9  # each pair is a part where there are so few
+        assert_rows(found.parts[0], both[0])
+    many = capture(model, tokenizer, pairs(35), positions=["last"], format="question_response", keep=1)
+    assert many.parts.shape[1] == PARTS
+    torch.testing.assert_close(many.parts.sum(1) * 2, many.means * 35, atol=1.0, rtol=0.2)  # of two pairs, or of three
     assert few.lengths.shape == (9, 2)
     assert few.norms == whole.norms
-    with pytest.raises(OptionError, match="got keep=0"):
+    with pytest.raises(OptionError, match="keep is a whole number, 1 or more; got 0"):
         capture(model, tokenizer, pairs(9), **options, keep=0)
 
 

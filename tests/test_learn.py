@@ -22,6 +22,7 @@ from trimtab.artifact import Knob
 from trimtab.capture import Evidence, capture
 from trimtab.errors import AdapterError, KnobError, OptionError, PairsError, TrimtabWarning, UnknownName
 from trimtab.learn import learn
+from trimtab.methods import METHODS
 from trimtab.ops import alpha_from_palrs, cosine, describe_site
 from trimtab.pairs import Pairs
 from trimtab.runtime import steer
@@ -54,8 +55,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, chosen: Tensor, rejected: Tensor, sit
     """Make learning read these activations `[N, S, D]` instead of the model's."""
     norms = {site.layer: 10.0 for site in sites}
     lengths = more.pop("lengths", torch.full((len(chosen), 2), 7))
-    means, kept = torch.stack([chosen, rejected]).double().mean(1), torch.arange(len(chosen))
-    evidence = Evidence(tuple(sites), chosen, rejected, norms, lengths, "response_as_user", 99, means, kept)
+    both, kept = torch.stack([chosen, rejected]).double(), torch.arange(len(chosen))
+    evidence = Evidence(
+        tuple(sites), chosen, rejected, norms, lengths, "response_as_user", 99, both.mean(1), both, kept, shared=False
+    )
     monkeypatch.setattr(inspect.getmodule(learn), "capture", lambda *_, **__: evidence)
 
 
@@ -436,7 +439,7 @@ EXERCISED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("method", ["palrs", "diffmean", "random"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.of_means])
 def test_methods_of_means_keep_few_pairs_and_learn_from_all(
     method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +461,7 @@ def test_methods_of_means_keep_few_pairs_and_learn_from_all(
             found, expected = (knob.diagnostics["sites"][str(site)][name] for knob in (few, whole))
             assert found == pytest.approx(expected, rel=1e-5)
     assert few.norms == whole.norms
+    assert (few.diagnostics["pairs_kept"], whole.diagnostics["pairs_kept"]) == (4, 8)
 
 
 def test_methods_of_single_pairs_keep_them_all(

@@ -162,3 +162,19 @@ def test_lengths_that_never_vary_leave_the_activations_alone() -> None:
     plus, minus = ops.regress_out_lengths(chosen, rejected, torch.tensor([[9, 4]] * 5))
     assert plus is chosen
     assert minus is rejected
+
+
+@pytest.mark.quick
+def test_halves_of_all_pairs_are_compared_where_few_are_described() -> None:
+    generator = torch.Generator().manual_seed(0)
+    minus = torch.randn(2048, 64, generator=generator)
+    plus = minus + 0.05 + torch.randn(2048, 64, generator=generator)
+    both = torch.stack([plus, minus]).double()
+    every = ops.describe_site(plus, minus)
+    parts = both.unflatten(1, (16, 128)).mean(2)
+    few = ops.describe_site(plus[:256], minus[:256], whole=(both.mean(1), parts))
+    assert few["r_norm"] == pytest.approx(every["r_norm"], rel=1e-9)
+    assert few["split_half_cosine"] == pytest.approx(every["split_half_cosine"], abs=0.05)
+    alone = ops.describe_site(plus[:256], minus[:256])["split_half_cosine"]
+    assert alone is not None
+    assert few["split_half_cosine"] > alone + 0.2

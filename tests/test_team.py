@@ -191,7 +191,7 @@ def test_a_killed_worker_loses_its_batch_and_nothing_else(folder: Path, capsys: 
     status, _, _ = torchrun_two(*call, LAST="2")
     assert status != 0
     assert not (folder / "k.safetensors").exists()
-    kept = len(list((folder / "kept").glob("step-*")))
+    kept = len(list((folder / "kept").glob("step-batch-*")))
     assert kept >= 2
     assert 0 <= ran(folder) - kept <= 1  # what the other process was at when it was ended
     status, said, error = torchrun_two(*call, LAST="99")

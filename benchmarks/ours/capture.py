@@ -1,4 +1,4 @@
-"""Reading pairs: the whole call, rendering included, beside the bare forward pass."""
+"""Reading pairs: the whole call, rendering included, and learning from them, beside the bare forward pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from benchmarks import bare
 from benchmarks.models import model_of, tokenizer
 from benchmarks.ways import Way, directly
 from trimtab.capture import capture
+from trimtab.learn import learn
 from trimtab.pairs import Pairs
 
 
@@ -27,7 +28,16 @@ def capturing(options: dict[str, Any]) -> dict[str, Way]:
             layers=layers,
             format="question_response",
             token_budget=bare.BUDGET,
+            keep=options.get("keep"),
         )
 
+    def learned() -> None:
+        learn(model, tokenizer(), pairs, method="pca", layers=layers, token_budget=bare.BUDGET)
+
     less = bare.reading(options, even=True)
-    return {"bare": bare.reading(options), "trimtab": directly(run), "bare, less padding": less}
+    return {
+        "bare": bare.reading(options),
+        "trimtab": directly(run),
+        "trimtab, learn": directly(learned),
+        "bare, less padding": less,
+    }

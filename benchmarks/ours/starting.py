@@ -13,7 +13,7 @@ import torch
 from benchmarks.ours.steering import knob_of
 from benchmarks.ways import Way, directly
 
-HELP = "import sys; from trimtab.cli import main; sys.exit(main())"
+HELP = "import sys; from trimtab.__main__ import main; sys.exit(main())"
 """What the installed command runs."""
 LOAD = """
 import sys, time

@@ -13,9 +13,9 @@ from trimtab.artifact import model_identity
 from trimtab.errors import OptionError, PairsError, RenderError, TrimtabWarning, brief, unknown_name
 from trimtab.generate import Generation, check_context, generate
 from trimtab.pairs import Pairs, check_prompt
-from trimtab.prompts import Lines, Prompt, check_count, check_decoding, check_sampling, read_lines, read_prompts
+from trimtab.prompts import Lines, Prompt, check_decoding, check_sampling, read_lines, read_prompts
 from trimtab.render import Renderer
-from trimtab.types import Message, Pair
+from trimtab.types import Message, Pair, check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

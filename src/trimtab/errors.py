@@ -142,7 +142,7 @@ class TrimtabWarning(UserWarning):
     """
 
 
-def unknown_name(what: str, got: str, known: Iterable[str]) -> UnknownName:
+def unknown_name(what: str, got: object, known: Iterable[str]) -> UnknownName:
     """Build the error for a name that is not known, with the nearest match.
 
     >>> print(unknown_name("method", "diffmeans", ["palrs", "diffmean"]))
@@ -150,7 +150,7 @@ def unknown_name(what: str, got: str, known: Iterable[str]) -> UnknownName:
     """
     names = sorted(known)
     message = f"Unknown {what} {got!r}. Known: {', '.join(names) or 'none'}."
-    near = difflib.get_close_matches(got, names, n=1)
+    near = difflib.get_close_matches(str(got), names, n=1)
     return UnknownName(message + (f" Did you mean {near[0]!r}?" if near else ""))
 
 

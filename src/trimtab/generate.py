@@ -21,7 +21,6 @@ from trimtab.ops import Batch
 from trimtab.prompts import (
     AnySetting,
     Prompt,
-    check_count,
     check_decoding,
     end_ids,
     names_of,
@@ -36,6 +35,7 @@ from trimtab.types import (
     Message,
     Setting,
     Where,
+    check_count,
     check_strength,
     check_where,
 )

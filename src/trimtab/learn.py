@@ -69,8 +69,9 @@ def learn(
     Every candidate site (layers x positions) is read, described in `knob.diagnostics["sites"]` (by the pairs' plain
     differences, whatever the method makes of them) and stored; tuning chooses among them on validation data, which is
     better than any rule that sees these pairs only. None stands for what the method's paper does. Methods of means
-    (palrs, diffmean without `equal_weight`, random) keep `KEPT` pairs' activations at most, so that memory does not
-    grow with the number of pairs; diagnostics of single pairs are of those.
+    (palrs, diffmean without `equal_weight`, random) keep the activations of `KEPT` pairs at most, spread evenly; of
+    the diagnostics `pairwise_cosine` and `probe_auc`, and so `selection="probe_auc"`, are of those, and all else is of
+    all pairs.
 
     `format`, `positions`, `token_budget`, `checkpoint`: see `trimtab.capture.capture`. Without a chat template the
     answers are read after their prompts, with a warning. Methods whose evidence is gradients read those of `loss`, by
@@ -158,6 +159,8 @@ def learn(
             },
             "mean_lengths": {"chosen": lengths[0], "rejected": lengths[1]},
             "norm_tokens": evidence.norm_tokens,
+            "pairs_kept": len(evidence.kept),
+            "prompts_run_once": evidence.shared,
             "pairs_left_out": len(pairs) - len(used),
             "warnings": notes,
         },
@@ -190,10 +193,10 @@ def _from_activations(
     # Of means alone, one pair that stands for all makes what all of them make.
     whole = (evidence.means[0][None], evidence.means[1][None]) if sampled else (chosen, rejected)
     vectors = dict(zip(evidence.sites, plan.method.run(*whole, own), strict=True))
-    statistics = {
-        s: describe_site(chosen[:, i], rejected[:, i], seed=seed, means=evidence.means[:, i] if sampled else None)
-        for i, s in enumerate(evidence.sites)
-    }
+    statistics: dict[Site, dict[str, float | None]] = {}
+    for i, site in enumerate(evidence.sites):
+        of_all = (evidence.means[:, i], evidence.parts[:, :, i]) if sampled else None
+        statistics[site] = describe_site(chosen[:, i], rejected[:, i], seed=seed, whole=of_all)
     return evidence, vectors, statistics, None
 
 

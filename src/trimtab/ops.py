@@ -269,11 +269,12 @@ def _vote(plus: Tensor, minus: Tensor) -> Tensor:
 
 
 def describe_site(
-    chosen: Tensor, rejected: Tensor, *, seed: int = 0, means: Tensor | None = None
+    chosen: Tensor, rejected: Tensor, *, seed: int = 0, whole: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, float | None]:
     """Return the diagnostics of the pairs' activations `[N, D]` at one site, computed in float64.
 
-    `means` `[2, D]` are those of more pairs than are given here, and replace those of the given ones.
+    `whole`: the means `[2, D]` of more pairs than are given here, and those of equal parts of them `[2, parts, D]`; all
+    that can be told from these is told of all those pairs.
 
     `cos_r_mu` is Eq. 3 of PaLRS (arXiv:2509.23982) as we read it, None where the difference is rounding. With theta the
     angle between the means it is sin(theta/2) when the means are equally long, and tends to 1 when `mu-` is only a
@@ -281,10 +282,10 @@ def describe_site(
     """
     plus, minus = chosen.double(), rejected.double()
     differences = plus - minus
-    if means is None:
-        mu_plus, mu_minus, r = plus.mean(dim=0), minus.mean(dim=0), differences.mean(dim=0)
-    else:
-        mu_plus, mu_minus, r = means[0], means[1], means[0] - means[1]
+    mu_plus, mu_minus, r, halved = plus.mean(dim=0), minus.mean(dim=0), differences.mean(dim=0), differences
+    if whole is not None:
+        (mu_plus, mu_minus), (parts_plus, parts_minus) = whole
+        r, halved = mu_plus - mu_minus, parts_plus - parts_minus
     norm_plus, norm_minus, norm_r = (float(v.norm()) for v in (mu_plus, mu_minus, r))
     theta = angle(mu_plus, mu_minus)
     signal = norm_r > TINY * max(norm_plus, norm_minus)
@@ -299,7 +300,7 @@ def describe_site(
         "norm_gap": None if cos is None else cos * abs(cos) - math.sin(math.radians(theta) / 2) ** 2,
         "top5_share": top_share(mu_plus),
         "pairwise_cosine": pairwise_cosine(differences) if signal else None,
-        "split_half_cosine": split_half_cosine(differences, seed=seed) if signal else None,
+        "split_half_cosine": split_half_cosine(halved, seed=seed) if signal else None,
         "probe_auc": probe_auc(plus, minus, seed=seed) if signal else None,
     }
 

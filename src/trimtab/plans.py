@@ -12,7 +12,7 @@ from trimtab.errors import OptionError, unknown_name
 from trimtab.methods import ELSEWHERE, METHODS, TRAINED, Method
 from trimtab.render import Renderer
 from trimtab.selection import layers_between
-from trimtab.texts import FORMATS, Format, expand_positions
+from trimtab.texts import FORMATS, Format, expand_positions, read_positions
 from trimtab.types import Site
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def make_plan(
     adapter, renderer, entry = Adapter(model), Renderer(tokenizer), METHODS[method]
     fixed = _fixed_site(adapter, site)
     rule = _rule(entry, selection, fixed)
-    asked = (positions,) if isinstance(positions, str) else tuple(positions) if positions is not None else None
+    asked = None if positions is None else read_positions(positions)
     if asked is None and fixed is not None:
         asked = (fixed.position,)
     notes: list[str] = []

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from trimtab.addends import Dose
 from trimtab.artifact import AnyKnob
 from trimtab.errors import OptionError, brief
-from trimtab.types import ROLES, Message, Setting, check_seed, check_strength, is_unicode, parse_setting
+from trimtab.types import (
+    ROLES,
+    Message,
+    Setting,
+    check_count,
+    check_seed,
+    check_strength,
+    is_unicode,
+    parse_setting,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,12 +93,6 @@ def _number(value: object, name: str) -> float:
     if isinstance(value, str):
         raise OptionError(f"The {name} must be a number; got {value!r}.")
     return check_strength(cast(float, value), name)
-
-
-def check_count(value: int, name: str) -> None:
-    """Raise `OptionError` for what is no whole number of 1 or more."""
-    if not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise OptionError(f"{name} is a whole number, 1 or more; got {value!r}.")
 
 
 def check_decoding(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
-from trimtab.errors import OptionError, PairsError, unknown_name
+from trimtab.errors import OptionError, PairsError, brief, unknown_name
 from trimtab.losses import Loss
 from trimtab.pairs import Pairs
 from trimtab.render import Rendered, Renderer
@@ -19,7 +19,19 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 POSITIONS = ("post_instruction", "response_end", "demonstrated", "last", "response_mean")
 
 
-def expand_positions(renderer: Renderer, positions: Sequence[str], format: Format) -> tuple[str, ...]:
+def read_positions(positions: Sequence[str] | str) -> tuple[str, ...]:
+    """Return positions as a tuple of names; one may stand by itself. Raises `OptionError` for what is no name.
+
+    >>> read_positions("last")
+    ('last',)
+    """
+    names = cast(object, (positions,) if isinstance(positions, str) else positions)
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in cast(Sequence[object], names)):
+        raise OptionError(f"Positions are names, as in ['last', 'response_mean']; got {brief(positions)}.")
+    return tuple(cast(Sequence[str], names))
+
+
+def expand_positions(renderer: Renderer, positions: Sequence[str] | str, format: Format) -> tuple[str, ...]:
     """Write out positions without an index token by token, and check that each exists in this format and template.
 
     `("post_instruction",)` becomes `("post_instruction[-2]", "post_instruction[-1]")` where two tokens follow the slot.
@@ -27,7 +39,7 @@ def expand_positions(renderer: Renderer, positions: Sequence[str], format: Forma
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
     names: list[str] = []
-    for position in positions:
+    for position in read_positions(positions):
         group, bracket, _ = position.partition("[")
         if group not in POSITIONS:
             raise unknown_name("position", position, POSITIONS)
@@ -79,7 +91,7 @@ class Text(NamedTuple):
 
     side: int  # 0 chosen, 1 rejected
     pair: int
-    ids: Sequence[int]
+    ids: array[int]
     reads: dict[int, slice]  # index of a position: the tokens whose mean is kept
     norms: slice = slice(0, 0)  # the tokens whose norms count; never the first of a sequence, which is a prompt's
     head: int = 0  # the tokens before anything that is read which the pair's other answer has too

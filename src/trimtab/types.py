@@ -126,6 +126,12 @@ def check_several(values: object, name: str) -> list[float]:
     return cast(list[float], found)
 
 
+def check_count(value: int, name: str) -> None:
+    """Raise `OptionError` for what is no whole number of 1 or more."""
+    if not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"{name} is a whole number, 1 or more; got {value!r}.")
+
+
 def check_seed(value: object) -> int:
     """Return `value` if it can seed torch's generators, or raise `OptionError`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:

@@ -32,6 +32,14 @@ def text_config(model: nn.Module) -> Any:
         raise AdapterError(f"The configuration of {type(model).__name__} has several text parts: {error}") from error
 
 
+def rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embeddings that a configuration names, of all kinds of its layers."""
+    rope: object = getattr(config, "rope_parameters", None)
+    settings = cast(Mapping[str, Any], rope) if isinstance(rope, Mapping) else {}
+    kinds = (settings, *(kind for kind in settings.values() if isinstance(kind, Mapping)))
+    return {str(kind["rope_type"]) for kind in kinds if "rope_type" in kind}
+
+
 def stretch(config: Any, window: int) -> int:
     """Return by how much scaled rotary embeddings reach beyond the `window` that a configuration names; 1 where not.
 

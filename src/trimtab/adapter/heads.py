@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from trimtab.adapter.blocks import rope_types
 from trimtab.adapter.calls import CACHE_NAMES, parameters
 
 if TYPE_CHECKING:
@@ -18,13 +19,16 @@ def cache_name(adapter: Adapter) -> str | None:
     """Return what the model calls a KV cache that rows can be copied out of; None where it has none of that kind.
 
     It has to hold keys and values of every token: states of recurrent layers stand for whole rows, padding included,
-    and chunks of attention begin at columns, not at positions.
+    and chunks of attention begin at columns, not at positions. Rotary embeddings that depend on the longest position in
+    a call would be others for a prompt by itself.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     name = next((name for name in CACHE_NAMES if name in parameters(adapter.decoder)), None)
     config = adapter.text_config
     if name is None or not hasattr(config, "get_text_config") or getattr(config, "attention_chunk_size", None):
+        return None
+    if rope_types(config) & {"longrope", "dynamic"}:
         return None
     layers = DynamicCache(config=config).layers
     return name if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) else None

@@ -172,19 +172,23 @@ class Adapter:
             )
 
     @contextmanager
-    def read(self, layers: Iterable[int], look: Callable[[int, Tensor], None] | None = None) -> Generator[Reading]:
+    def read(self, layers: Iterable[int]) -> Generator[Reading]:
         """Record the outputs of some blocks; sees what `write` left there, in whatever order the two are entered.
 
-        Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before. With
-        `look` no output is kept: it gets a layer and its output `[B, T, D]` when the block has run.
+        Keys of `Reading.acts` are resolved layer numbers. Every forward replaces the tensors of the one before.
         """
         reading = Reading()
-        keep = reading.acts.__setitem__ if look is None else look
+        with self.watch(layers, reading.acts.__setitem__):
+            yield reading
+
+    @contextmanager
+    def watch(self, layers: Iterable[int], look: Callable[[int, Tensor], None]) -> Generator[None]:
+        """Hand the outputs of some blocks to `look`, a resolved layer number and `[B, T, D]`, when each has run."""
         with ExitStack() as exits, _compiled_code_sees_hooks():
             for layer in {self.layer(index) for index in layers}:
-                hook = partial(_record, aside_of(self.blocks[0]), keep, layer)
+                hook = partial(_look, aside_of(self.blocks[0]), look, layer)
                 exits.callback(self.blocks[layer].register_forward_hook(hook).remove)
-            yield reading
+            yield
 
     @contextmanager
     def write(
@@ -317,11 +321,11 @@ def _hand_over(aside: Aside, after: Callable[[object], None], module: nn.Module,
         after(cache)
 
 
-def _record(
-    aside: Aside, keep: Callable[[int, Tensor], None], layer: int, module: nn.Module, args: object, output: object
+def _look(
+    aside: Aside, look: Callable[[int, Tensor], None], layer: int, module: nn.Module, args: object, output: object
 ) -> None:
     if not aside.on:
-        keep(layer, hidden_of(output).detach())
+        look(layer, hidden_of(output).detach())
 
 
 def _replace(

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.capture.batches import Group, group, make_batches
+from trimtab.capture.batches import CUTS, Group, group, make_batches
+from trimtab.capture.gathered import Gathered, spread
 from trimtab.capture.running import Read, Runner
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
 from trimtab.errors import OptionError, PairsError
-from trimtab.ops import Moments, Side
+from trimtab.ops import Side
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.team import ALONE, Team
-from trimtab.texts import Format, Text, check_context, expand_positions, render_pairs
-from trimtab.types import Site
+from trimtab.texts import Format, check_context, expand_positions, render_pairs
+from trimtab.types import Site, check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,8 +48,13 @@ class Evidence:
     """Number of tokens behind each of `norms`."""
     means: Tensor
     """`[2, S, D]` float64 of the chosen and the rejected answers, over all pairs."""
+    parts: Tensor
+    """The same of 16 equal parts of all pairs, drawn at random (of as many as there are pairs, if fewer): `[2, parts,
+    S, D]` float64."""
     kept: Tensor
     """Numbers of the pairs whose activations are in `chosen` and `rejected`, in order, `[N]` int64."""
+    shared: bool
+    """Whether what answers have in common was run once."""
 
 
 def capture(
@@ -56,7 +62,7 @@ def capture(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     *,
-    positions: Sequence[str],
+    positions: Sequence[str] | str,
     layers: Sequence[int] | None = None,
     format: Format,
     token_budget: int = 8192,
@@ -80,18 +86,22 @@ def capture(
     called with the number of texts that are done and that of all.
 
     Where it saves something, tokens that answers have in common, their prompt above all, are run once, and each answer
-    goes on from a copy of their KV cache. Models whose cache is of another kind, or which read otherwise behind one,
-    run every text whole, as `share=False` does; the two agree up to rounding.
+    goes on from a copy of their KV cache (`padding` is then left of prompts and right of answers). Models whose cache
+    is of another kind, whose positions depend on a call's length, or which do not read a few tokens behind a cache as
+    they read them whole, run every text whole, as `share=False` does; the two agree up to rounding.
 
-    `keep`: at most so many pairs, spread evenly, are in `chosen` and `rejected`, so that memory does not grow with the
-    number of pairs; `means`, `norms` and `lengths` are of all. None keeps all.
+    `keep`: at most so many pairs, spread evenly, are in `chosen` and `rejected`, so that the activations in memory do
+    not grow with the number of pairs; `means`, `parts`, `norms` and `lengths` are of all. None keeps all.
 
     `checkpoint` is a folder that keeps finished batches: the same call takes them from there after it was stopped or
     killed, bit for bit, so the result is that of a run in one go. It is left in place; see `trimtab.checkpoint`.
 
     `team`: several processes, each with the model, make the same call and share its batches out; all of them return
-    the whole evidence, whose norms differ in their last bits from those of one process. They share the checkpoint.
+    the whole evidence, whose norms and means differ in their last bits from those of one process. They share the
+    checkpoint.
     """
+    if not isinstance(pairs, Pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PairsError(f"pairs must be Pairs; got {type(pairs).__name__}. Pass Pairs.from_records(...).")
     if not len(pairs):
         raise PairsError("There are no pairs to read.")
     adapter, renderer = Adapter(model), Renderer(tokenizer)
@@ -104,34 +114,37 @@ def capture(
     for text in texts:
         adapter.check_ids(text.ids)
     check_context(adapter.context_length, texts)
-    if keep is not None and keep < 1:
-        raise OptionError(f"At least 1 pair is kept; got keep={keep}.")
+    if keep is not None:
+        check_count(keep, "keep")
     runner = Runner(adapter, renderer, wanted, padding)
-    groups = group(texts)
+
+    def job() -> dict[str, object]:
+        return {
+            "work": "reading pairs",
+            "pairs": pairs.hash(),
+            "format": format,
+            "positions": names,
+            "layers": wanted,
+            "token budget": token_budget,
+            "padding": padding,
+            "sharing": [share, *CUTS],
+            "tokens": fingerprint(texts),
+            **describe_model(model, tokenizer),
+        }
+
+    steps = team.first(lambda: Checkpoint(checkpoint, job))
+    kept = spread(len(pairs), keep)
+    evidence, done = Gathered(kept, len(pairs), len(wanted), len(names), adapter.hidden_size), 0
     with torch.no_grad(), evaluating(model):
-        shared = share and all(team.collect(runner.can_share(groups)))  # a team cuts its batches alike
-    if not shared:
-        groups = [Group(0, [text]) for text in texts]
-    kept_pairs = _spread(len(pairs), keep)
-    evidence = _Gathered(kept_pairs, len(wanted), len(names), adapter.hidden_size)
-    job = {
-        "work": "reading pairs",
-        "pairs": pairs.hash(),
-        "format": format,
-        "positions": names,
-        "layers": wanted,
-        "token budget": token_budget,
-        "padding": padding,
-        "shared heads": shared,
-        "tokens": fingerprint(texts),
-    }
-    kept = team.first(lambda: Checkpoint(checkpoint, lambda: {**job, **describe_model(model, tokenizer)}))
-    done = 0
-    with torch.no_grad(), evaluating(model):
+        groups = group(texts) if share else []
+        # Decided once, whoever goes on from the checkpoint, and alike by all of a team, which cuts its batches alike.
+        shared = steps.step("shared", lambda: share and runner.can_share(groups))
+        shared = all(team.collect(shared))
+        groups = groups if shared else [Group(0, [text]) for text in texts]
         for number, batch in enumerate(make_batches(groups, token_budget)):
             own = [text for one in batch for text in one.texts]
             if team.takes(number):
-                evidence.add(own, Read(**kept.tensors(f"batch {number}", partial(_read, runner, batch, token_budget))))
+                evidence.add(own, Read(**steps.tensors(f"batch {number}", partial(_read, runner, batch, token_budget))))
             done += len(own)
             progress(done, len(texts))
     evidence.meet(team)
@@ -145,65 +158,14 @@ def capture(
         format=format,
         norm_tokens=evidence.norms.count,
         means=evidence.means().flatten(1, 2),
-        kept=kept_pairs,
+        parts=evidence.parts().flatten(2, 3),
+        kept=kept,
+        shared=shared,
     )
 
 
 def _read(runner: Runner, batch: list[Group], budget: int) -> dict[str, Tensor]:
     return runner.run(batch, budget)._asdict()
-
-
-def _spread(count: int, most: int | None) -> Tensor:
-    """Return at most `most` numbers below `count`, evenly spread and in order.
-
-    >>> _spread(7, 3).tolist()
-    [0, 2, 4]
-    """
-    if most is None or count <= most:
-        return torch.arange(count)
-    return torch.arange(most) * count // most
-
-
-def _merged(parts: Sequence[Moments]) -> Moments:
-    """Merge the moments of several processes, in one order for all; those of one are as they were."""
-    whole = Moments()
-    for part in parts:
-        whole.merge(part)
-    return whole
-
-
-class _Gathered:
-    """What was read so far: some pairs' activations, and the moments of all."""
-
-    def __init__(self, pairs: Tensor, layers: int, positions: int, width: int) -> None:
-        self.store = torch.zeros(2, len(pairs), layers, positions, width)
-        self.norms = Moments()  # of [L]
-        self._moments = {(side, p): Moments() for side in (0, 1) for p in range(positions)}  # of [L, D] each
-        self._places = {pair: place for place, pair in enumerate(pairs.tolist())}
-
-    def add(self, texts: Sequence[Text], found: Read) -> None:
-        """Take in a batch."""
-        self.norms.add(found.norms)
-        spots = [(text.side, text.pair, p) for text in texts for p in text.reads]
-        for side, position in sorted({(side, p) for side, _, p in spots}):
-            rows = [row for row, (own, _, p) in enumerate(spots) if (own, p) == (side, position)]
-            self._moments[side, position].add(found.means[rows])
-            for row in rows:
-                place = self._places.get(spots[row][1])
-                if place is not None:
-                    self.store[side, place, :, position] = found.means[row]
-
-    def meet(self, team: Team) -> None:
-        """Put together what the processes of a team have read; all of them hold the whole then."""
-        team.add(self.store)
-        parts = team.collect((self.norms, self._moments))
-        self.norms = _merged([norms for norms, _ in parts])
-        self._moments = {key: _merged([moments[key] for _, moments in parts]) for key in self._moments}
-
-    def means(self) -> Tensor:
-        """Return the means of chosen and rejected answers, `[2, L, P, D]` float64."""
-        flat = torch.stack([moments.mean for moments in self._moments.values()], dim=1)  # [L, 2 P, D]
-        return flat.unflatten(1, (2, -1)).transpose(0, 1)
 
 
 @contextmanager

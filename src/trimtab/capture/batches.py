@@ -16,6 +16,7 @@ UNEVEN = 7 / 8
 """A text shorter than this share of a batch's longest goes into the next batch, where this one is large enough."""
 LARGE_ENOUGH = 1 / 4
 """Share of the budget that keeps a processor busy."""
+CUTS = (SHORTEST_HEAD, LEAST_SAVED, UNEVEN, LARGE_ENOUGH)
 
 
 class Group(NamedTuple):
@@ -41,10 +42,10 @@ def group(texts: Iterable[Text]) -> list[Group]:
     alone: list[Group] = []
     for text in texts:
         if text.head >= SHORTEST_HEAD:
-            alike[bytes(memoryview(text.ids[: text.head]))].append(text)  # pyright: ignore[reportArgumentType]
+            alike[text.ids[: text.head].tobytes()].append(text)
         else:
             alone.append(Group(0, [text]))
-    groups = [Group(same[0].head if len(same) > 1 else 0, same) for same in alike.values()]
+    groups = [Group(same[0].head, same) for same in alike.values()]  # two at least: both answers of a pair
     saved = sum(g.head * (len(g.texts) - 1) for g in groups)
     if saved < LEAST_SAVED * sum(len(text.ids) for g in (*groups, *alone) for text in g.texts):
         groups = [Group(0, [text]) for g in groups for text in g.texts]
@@ -98,13 +99,18 @@ def _fits(rows: int, heads: int, longest: int, tokens: int, budget: int) -> bool
     return (rows + 1) * (heads + longest) <= budget and not uneven
 
 
-def halves(batch: list[Group]) -> list[list[Group]]:
-    """Cut a batch in two, between groups or within one; a single text stays whole."""
+def smaller(batch: list[Group]) -> list[list[Group]]:
+    """Cut a batch in two, between groups or within one; take a single text's head off; of a text whole nothing is left.
+
+    A text by itself is smallest whole: behind a head there are that head's keys and values, and a copy of them.
+    """
     if len(batch) > 1:
         return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
     (only,) = batch
+    if len(only.texts) == 1:
+        return [[Group(0, only.texts)]] if only.head else []
     middle = len(only.texts) // 2
-    return [[Group(only.head, part)] for part in (only.texts[:middle], only.texts[middle:]) if part]
+    return [[Group(only.head if len(part) > 1 else 0, part)] for part in (only.texts[:middle], only.texts[middle:])]
 
 
 def _cut(whole: Group, most: int) -> list[Group]:

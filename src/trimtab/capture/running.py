@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapter import Adapter, cache_name, copied_rows, full_cache
-from trimtab.capture.batches import Group, halves, parts_of
+from trimtab.capture.batches import Group, parts_of, smaller
 from trimtab.errors import AdapterError
 from trimtab.ops import Side
 from trimtab.render import Renderer
@@ -38,8 +38,8 @@ class Runner:
     def can_share(self, groups: Sequence[Group]) -> bool:
         """Tell whether this model reads texts behind a shared head as it reads them whole, by trying a few tokens.
 
-        Whatever an unusual model does with a cache that it did not make itself, the worst that follows is that its
-        texts are run whole.
+        Rounding may part the two readings of a text, but by far less than what tells it from another text. Whatever an
+        unusual model does with a cache that it did not make itself, the worst that follows is that texts are run whole.
         """
         shared = sorted((g for g in groups if g.head), key=lambda g: g.head)
         if not shared or self._cache_name is None:
@@ -50,8 +50,9 @@ class Runner:
         except (AttributeError, IndexError, NotImplementedError, KeyError, RuntimeError, TypeError, ValueError):
             return False
         whole = self._whole([text for g in trial for text in g.texts]).means
-        near = NEAR.get(self._adapter.dtype, NEAR_HALF)
-        return bool(((ours - whole).norm(dim=-1) <= near * whole.norm(dim=-1)).all())
+        near = NEAR.get(self._adapter.dtype, NEAR_HALF) * whole.norm(dim=-1)
+        apart = (whole - whole.roll(1, dims=0)).norm(dim=-1) / 4
+        return bool(((ours - whole).norm(dim=-1) <= torch.minimum(near, apart)).all())
 
     def run(self, batch: list[Group], budget: int) -> Read:
         """Run a batch, in halves when memory runs out."""
@@ -60,19 +61,19 @@ class Runner:
                 return self._behind_heads(batch, budget)
             return self._whole([text for g in batch for text in g.texts])
         except torch.OutOfMemoryError:
-            parts = halves(batch)
-            if len(parts) == 1:
+            parts = smaller(batch)
+            if not parts:
                 raise
         # outside the handler, whose traceback would keep the failed batch alive
         torch.cuda.empty_cache()
-        one, other = (self.run(part, budget) for part in parts)
-        return Read(torch.cat([one.means, other.means]), torch.cat([one.norms, other.norms]))
+        reads = [self.run(part, max(1, budget // 2)) for part in parts]
+        return Read(torch.cat([read.means for read in reads]), torch.cat([read.norms for read in reads]))
 
     def _whole(self, texts: list[Text]) -> Read:
         padded = self._renderer.pad([text.ids for text in texts], side=self._padding)
         width = padded.input_ids.shape[1]
         starts = [width - len(text.ids) if self._padding == "left" else 0 for text in texts]
-        with self._adapter.read(self._layers, reading := _Reading(texts, starts, width)):
+        with self._adapter.watch(self._layers, reading := _Reading(texts, starts, width)):
             self._adapter.run_to(max(self._layers), **self._on_device(padded._asdict()))
         return reading.read()
 
@@ -102,7 +103,7 @@ class Runner:
                 "position_ids": tails.position_ids + torch.tensor(counts)[:, None],
             }
             reading = _Reading(own, [-n for n in counts], tails.input_ids.shape[1])
-            with self._adapter.read(self._layers, reading):
+            with self._adapter.watch(self._layers, reading):
                 past = copied_rows(cache, rows)
                 self._adapter.run_to(top, **self._on_device(inputs), **{name: past}, use_cache=True)
             found.append(reading.read())
@@ -160,7 +161,7 @@ class _Reading:
         """Look at a block's output `[B, T, D]`."""
         check_blocks(tuple(acts.shape[:2]), *self._shape)
         values = self._read.of(acts)
-        if len(values) != len(self._sizes):  # some reads are means over tokens; single tokens are copied
+        if bool((self._sizes != 1).any()):  # some reads are means over tokens; single tokens are copied
             sizes = self._sizes.to(acts.device)
             owners = torch.repeat_interleave(torch.arange(len(sizes), device=acts.device), sizes)
             sums = torch.zeros(len(sizes), acts.shape[-1], device=acts.device).index_add_(0, owners, values)

@@ -21,7 +21,7 @@ from trimtab.prefworld.families.domains import AVOIDANCE, EXPERT_OPENINGS, GENER
 from trimtab.prefworld.families.surveys import VOICES
 from trimtab.prefworld.habits import HABITS
 from trimtab.prefworld.items import Draw, Item, Split
-from trimtab.types import Message, Pair
+from trimtab.types import Message, Pair, check_count
 
 MAX_NEW_TOKENS = {"math": 60, "code": 48, "copying": 16, "sorting": 12, "sums": 40, "facts": 20, "opinions": 16}
 CHOICES = ("risk", "myopia", "sycophancy", "selfish")
@@ -53,6 +53,7 @@ def items(
     """
     if family not in FAMILIES:
         raise unknown_name("family", family, FAMILIES)
+    check_count(n, "n")
     new = split == "test" if unseen is None else unseen
     draw = Draw(Random(f"{family}/{split}/{seed}/{new}"), new)
     found: dict[str, Item] = {}

@@ -77,8 +77,10 @@ async def get_knob(id: str, here: Here) -> Response:
 
 @router.put("/v1/knobs/{id:path}", response_model=Put, responses=ADMIN, openapi_extra=BYTES)
 async def put_knob(id: str, request: Request, here: Here) -> Response:
-    """Load a knob file, which is the body, under a name; `replaced` tells whether a knob had it, which requests in
-    flight keep."""
+    """Load a knob file, which is the body, under a name.
+
+    `replaced` tells whether a knob had it, which requests in flight keep.
+    """
     async with here.loading:
         replaced = id in here.engine.admission.knobs
         knob = await run_in_threadpool(_load, here.engine, id, await request.body())
