@@ -85,7 +85,7 @@ def capturing() -> list[Case]:
         Case(
             f"memory-{pairs}",
             "Memory of reading pairs",
-            f"{pairs:,} pairs of 24 to 40 tokens a side, half of them the prompt's; the activations of at most {KEPT} are "
+            f"{pairs:,} pairs of 24 to 40 tokens a side, half of them the prompt's; activations of {KEPT} at most are "
             "kept; every run in a new process",
             "capture",
             {**short, "pairs": pairs, "keep": KEPT},
