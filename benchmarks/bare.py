@@ -55,7 +55,7 @@ def reading(options: dict[str, Any], *, even: bool = False) -> Way:
     """
     model = model_of(options)
     pairs = joined(texts_of(options))
-    made = batches(token_ids([text for pair in pairs for text in pair]), BUDGET, even=even)
+    made = batches(token_ids([text for pair in pairs for text in pair]), options.get("budget", BUDGET), even=even)
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -85,10 +85,10 @@ def capturing() -> list[Case]:
         Case(
             f"memory-{pairs}",
             "Memory of reading pairs",
-            f"{pairs:,} pairs of 24 to 40 tokens a side, half of them the prompt's; activations of {KEPT} at most are "
-            "kept; every run in a new process",
+            f"{pairs:,} pairs of 24 to 40 tokens a side, half of them the prompt's; 4,096 tokens a batch; activations "
+            f"of {KEPT} at most are kept; every run in a new process",
             "capture",
-            {**short, "pairs": pairs, "keep": KEPT},
+            {**short, "pairs": pairs, "keep": KEPT, "budget": 4096},
             ways=("bare", "trimtab") if pairs < 10_000 else ("trimtab",),
             rounds=1 / 9,
             once=True,

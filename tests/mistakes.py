@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
 
 def reads_the_input(old: Any) -> Any:
-    return lambda aside, acts, layer, module, args, output: acts.update({layer: args[0].detach()})
+    return lambda aside, look, layer, module, args, output: look(layer, args[0].detach())
 
 
 def counts_from_the_embeddings(old: Any) -> Any:
@@ -167,7 +167,7 @@ def rows_in_reverse(old: Any) -> Any:
 
 
 MISTAKES = {
-    "the input of the block is read": Mistake(sys.modules[Adapter.__module__], "_record", reads_the_input, "read"),
+    "the input of the block is read": Mistake(sys.modules[Adapter.__module__], "_look", reads_the_input, "read"),
     "layers counted from the embeddings": Mistake(Adapter, "__init__", counts_from_the_embeddings, "read"),
     "last layer after the final norm": Mistake(Adapter, "__init__", ends_after_the_final_norm, "read"),
     "one layer late": Mistake(addends, "_fitting_layer", one_layer_late, "write"),

@@ -71,7 +71,8 @@ def test_the_page_of_the_command_line_holds_every_verb_and_option(site: Path) ->
     said = dict(zip(sections[::2], sections[1::2], strict=True))
     assert list(said) == list(by_verb)
     for verb, parser in by_verb.items():
-        assert set(parser.long_options()) <= set(re.findall(r"--[\w-]+", said[verb])), verb
+        refused = {"--json"} if verb == "serve" else set()  # known only to be refused in words
+        assert set(parser.long_options()) - refused <= set(re.findall(r"--[\w-]+", said[verb])), verb
 
 
 def test_the_page_of_the_api_holds_every_public_name(site: Path) -> None:

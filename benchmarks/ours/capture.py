@@ -27,13 +27,15 @@ def capturing(options: dict[str, Any]) -> dict[str, Way]:
             positions=("last",),
             layers=layers,
             format="question_response",
-            token_budget=bare.BUDGET,
+            token_budget=options.get("budget", bare.BUDGET),
             keep=options.get("keep"),
         )
 
     def learned() -> None:
         learn(model, tokenizer(), pairs, method="pca", layers=layers, token_budget=bare.BUDGET)
 
+    if "keep" in options:  # memory is counted, and what other ways want is not to be in it
+        return {"bare": lambda: bare.reading(options)(), "trimtab": directly(run)}
     less = bare.reading(options, even=True)
     return {
         "bare": bare.reading(options),
