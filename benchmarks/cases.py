@@ -64,7 +64,8 @@ def capturing() -> list[Case]:
             "capture",
             {**small, "pairs": pairs, "share": share},
             BOTH,
-            rounds=1.0 if pairs == 100 else 1 / 3,
+            ways=() if pairs == 100 else ("bare", "trimtab", "trimtab, learn", "repeng", "steering-vectors"),
+            rounds=1.0 if pairs == 100 else 1 / 5,
             once=pairs > 100,
             accelerator=True,
         )
