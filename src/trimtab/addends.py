@@ -90,6 +90,11 @@ class LayerTable:
     reactions: list[Push | Pull] = field(default_factory=list[Push | Pull])  # each to the block's own output
     moves: list[Move] = field(default_factory=list[Move])
 
+    @property
+    def adds_only(self) -> bool:
+        """Whether nothing is done here that looks at the stream, or ahead."""
+        return not (self.ablations or self.reactions or self.moves)
+
     def wheres(self) -> set[Where]:
         """Return which tokens are meant by anything at this layer."""
         reactions = (*self.ablations, *self.reactions)
@@ -141,12 +146,13 @@ def build_tables(adapter: Adapter, doses: Sequence[Mapping[AnyKnob, float]], uni
         for layer in knob.layers:
             move = Move(knob, alpha.to(adapter.device(adapter.layer(layer))))
             tables.setdefault(layer, LayerTable()).moves.append(move)
+    dtype = adapter.dtype
     for table in tables.values():
         later = [table.adds[where] for where in ("all", "completion") if where in table.adds]
-        table.later = torch.stack(later).sum(0).to(adapter.dtype) if later else None
-        table.adds = {where: addend.to(adapter.dtype) for where, addend in table.adds.items()}
+        table.later = torch.stack(later).sum(0).to(dtype) if later else None
+        table.adds = {where: addend.to(dtype) for where, addend in table.adds.items()}
         if not all(bool(addend.isfinite().all()) for addend in table.adds.values()):
-            raise OptionError(f"A strength is too large for {adapter.dtype}; got {[*map(named, rows)]}.")
+            raise OptionError(f"A strength is too large for {dtype}; got {[*map(named, rows)]}.")
     return tables
 
 

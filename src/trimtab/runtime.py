@@ -49,6 +49,7 @@ class Steering:
         self._rows: int | None = None
         self._tables: dict[int, LayerTable] = {}
         self._expanded: tuple[int, dict[int, LayerTable]] = (1, {})
+        self._alone: dict[int, Tensor] = {}  # addends of tokens after the prompt, where nothing else is done at a layer
         self._masks: Masks = {}
         self._streams: dict[LookaheadKnob, Stream] = {}
         self._moving: dict[LookaheadKnob, Stream] = {}  # of this call
@@ -79,7 +80,7 @@ class Steering:
         self._turn_weights([turned_weights(row) for row in rows])
         self._tables = build_tables(self._adapter, rows, uniform)
         self._open_streams()
-        self._expanded = (1, self._tables)
+        self._expand(1)
         wheres = frozenset[Where]().union(*(layer.wheres() for layer in self._tables.values()))
         doses = row_doses(self._adapter, rows)
         follower = Follower(doses, wheres, self._lengths, self._markers, self._check_cache, self._level, self._active)
@@ -157,12 +158,17 @@ class Steering:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
         masks = follower.masks(call)
-        self._call, self._unmasked = (call.batch, call.tokens), masks == EVERY_TOKEN
+        self._call, self._unmasked = (call.batch, call.tokens), masks is EVERY_TOKEN or masks == EVERY_TOKEN
         if self._unmasked:  # a decode step computes nothing that it need not
             self._masks = masks
         else:
             dtype = self._adapter.dtype
             self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
+        if self._streams:
+            self._begin_streams(call, masks)
+
+    def _begin_streams(self, call: CallInfo, masks: Masks) -> None:
+        """Hand a call to the second streams that have to follow it."""
         # Past the prompt a knob that steers it is done with; others have to follow every token from the first on.
         gone = {knob for knob in self._streams if knob.where in ("prompt", "context") and knob.where not in masks}
         self._moving = {knob: stream for knob, stream in self._streams.items() if knob not in gone}
@@ -189,8 +195,16 @@ class Steering:
         if left or not times:
             raise OptionError(f"The model got {batch} rows, not a multiple of the {self._rows} knob settings.")
         if times != self._expanded[0]:
-            tables = self._tables
-            self._expanded = (times, {layer: table.repeat(times) for layer, table in tables.items()})
+            self._expand(times)
+
+    def _expand(self, times: int) -> None:
+        tables = self._tables
+        self._expanded = (times, {n: table.repeat(times) for n, table in tables.items()} if times > 1 else tables)
+        self._alone = {
+            layer: table.later
+            for layer, table in self._expanded[1].items()
+            if table.later is not None and table.adds_only
+        }
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Steer a block's output `[B, T, D]`; the hot path is the one addition of a decode step."""
@@ -200,6 +214,8 @@ class Steering:
                 f"{self._call[0]} of {self._call[1]}, so that their positions are not known: this model adds tokens of "
                 "its own, turns rows into columns, or goes on with its states wrongly."
             )
+        if self._unmasked and layer in self._alone:
+            return hidden + self._alone[layer].to(hidden)
         table, steered = self._expanded[1][layer], hidden
         for ablation in table.ablations:
             if ablation.where in self._masks:

@@ -107,7 +107,7 @@ def parameters(module: nn.Module) -> list[str]:
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of `module` by their names."""
-    return {**(dict(zip(parameters(module), args, strict=False)) if args else {}), **kwargs}
+    return {**dict(zip(parameters(module), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
 class OuterCall(NamedTuple):
@@ -136,17 +136,19 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
         first = next((value for value in named.values() if isinstance(value, Tensor) and value.dim() >= 2), None)
     if first is None:
         raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
-    cache, ids, masks = _cache_in(named), named.get("input_ids"), [call.attention_mask for call in around]
-    mask = next((mask for mask in (named.get("attention_mask"), *reversed(masks)) if mask is not None), None)
-    told = next((call.tokens for call in reversed(around) if call.tokens is not None), first.shape[1])
-    if told != first.shape[1]:
+    cache, ids, mask, told = _cache_in(named), named.get("input_ids"), named.get("attention_mask"), None
+    for call in reversed(around):
+        mask = call.attention_mask if mask is None else mask
+        told = call.tokens if told is None else told
+    batch, tokens = first.shape[:2]
+    if told is not None and told != tokens:
         raise AdapterError(
-            f"The decoder is given {first.shape[1]} tokens in a call of {told}, so that their positions are not known: "
+            f"The decoder is given {tokens} tokens in a call of {told}, so that their positions are not known: "
             "this model adds tokens of its own, or leaves some out."
         )
     return CallInfo(
-        batch=int(first.shape[0]),
-        tokens=int(first.shape[1]),
+        batch=int(batch),
+        tokens=int(tokens),
         device=first.device,
         attention_mask=_one_mask(mask),
         ids=ids if isinstance(ids, Tensor) else None,
@@ -157,13 +159,14 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
 
 
 def _first(named: Mapping[str, Any]) -> Any:
-    return next((named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None), None)
+    ids = named.get("input_ids")
+    return named.get("inputs_embeds") if ids is None else ids
 
 
 def returned_cache(output: object) -> object:
     """Return the KV cache in a decoder's output, a `ModelOutput` or a tuple; None where there is none."""
-    if isinstance(output, Mapping):
-        return _cache_in(cast(Mapping[str, object], output))
+    if isinstance(output, dict):
+        return _cache_in(cast(dict[str, object], output))
     parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
@@ -174,14 +177,17 @@ def _cache_in(named: Mapping[str, object]) -> Any:
     Names change: what was `past_key_values` or `cache_params` is `cache` from transformers 5.24 on. Of a cache that is
     not seen, every call would be steered as the beginning of a prompt.
     """
-    some = ((name, value) for name, value in named.items() if value is not None)
-    return next((value for name, value in some if name in CACHE_NAMES or hasattr(value, "get_seq_length")), None)
+    for name in CACHE_NAMES:
+        if (value := named.get(name)) is not None:
+            return value
+    others = (value for value in named.values() if value is not None and not isinstance(value, Tensor))
+    return next((value for value in others if hasattr(value, "get_seq_length")), None)
 
 
 def _one_mask(mask: object) -> Tensor | None:
     """Return the mask of full attention where a model keeps one mask per kind of attention."""
-    if isinstance(mask, Mapping):
-        kinds = cast(Mapping[str, object], mask)
+    if isinstance(mask, dict):
+        kinds = cast(dict[str, object], mask)
         mask = kinds.get("full_attention", next(iter(kinds.values()), None))
     if mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
         return mask
