@@ -50,10 +50,13 @@ def main() -> None:
     folder = BUILD / ("quick" if args.quick else "full") / device
     if args.fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    for threads in args.threads:
-        if not measure_all(cases, args, threads, folder):
-            print(f"No accelerator: what --device {args.device} measures is left out.")
-            return
+    try:
+        for threads in args.threads:
+            if not measure_all(cases, args, threads, folder):
+                print(f"No accelerator: what --device {args.device} measures is left out.")
+                return
+    except KeyboardInterrupt:
+        say("Stopped; what was measured so far is written.")
     write(args, folder)
 
 

@@ -286,7 +286,8 @@ def _check_hooks_in_compiled_code() -> None:
     dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
     if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
         dynamo.config.skip_nnmodule_hook_guards = False
-        dynamo.reset()
+        if getattr(dynamo.convert_frame, "FRAME_COUNTER", True):  # on CUDA the reset imports all of torch's compiler
+            dynamo.reset()
 
 
 def _begin(aside: Aside, around: _Around, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
