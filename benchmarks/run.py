@@ -28,7 +28,7 @@ from benchmarks import machine
 from benchmarks.cases import OURS, THEIRS, Case, Side, all_cases, on_accelerator, quick
 from benchmarks.page import write_page
 from benchmarks.state import State, all_kept, take_up
-from benchmarks.wire import ROOT, Worker
+from benchmarks.wire import ROOT, Worker, WorkerDied
 
 BUILD = ROOT / "build" / "benchmarks"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,7 +125,7 @@ def measure_all(cases: Sequence[Case], args: argparse.Namespace, threads: int, f
     """Measure what is not yet measured with one number of threads; False where the accelerator is not there."""
     workers = crew(args, threads)
     try:
-        versions = {side: worker.versions() for side, worker in workers.items()}
+        versions = started(workers)
         if args.device != "cpu" and "accelerator" not in versions[OURS]:
             return False
         for number, case in enumerate(cases, 1):
@@ -143,6 +143,20 @@ def measure_all(cases: Sequence[Case], args: argparse.Namespace, threads: int, f
         for worker in workers.values():
             worker.stop()
     return True
+
+
+def started(workers: dict[Side, Worker]) -> dict[Side, dict[str, str]]:
+    """Start every worker and return what it is made of; peers that do not start are left out."""
+    found: dict[Side, dict[str, str]] = {}
+    for side, worker in [*workers.items()]:
+        try:
+            found[side] = worker.versions()
+        except WorkerDied as death:
+            if side == OURS:
+                raise
+            del workers[side]
+            say(f"The peers' environment does not start ({death}; see {worker.log.relative_to(ROOT)}), and they are left out.")
+    return found
 
 
 def measure(case: Case, state: State, workers: dict[Side, Worker], folder: Path) -> None:

@@ -29,7 +29,7 @@ class Worker:
         self._environment = {**os.environ, **SETTINGS, **count}
         if side != OURS:
             self._environment.pop("PYTHONPATH", None)
-        self._log = log
+        self.log = log
         self._process: subprocess.Popen[str] | None = None
         self._opened: dict[str, Any] | None = None
 
@@ -77,8 +77,8 @@ class Worker:
         return json.loads(answer)
 
     def _start(self) -> subprocess.Popen[str]:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "a", encoding="utf-8") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,

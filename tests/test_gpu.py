@@ -32,9 +32,7 @@ from trimtab.weights.live import applied
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:Chosen answers have"),
-    pytest.mark.filterwarnings(
-        "ignore:.*script_method:DeprecationWarning"
-    ),  # torch
+    pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),  # torch
 ]
 DEVICE = "cuda"
 ROWS = pico.prompts([5, 8, 11])
@@ -96,7 +94,8 @@ def test_steered_logits_and_tokens_are_those_of_the_processor() -> None:
     ours, theirs = twins()
     for kind, knob in every_kind(ours).items():
         if kind not in ("prompt", "completion"):  # these need a KV cache to see where the prompt ends
-            torch.testing.assert_close(logits(theirs, {knob: 0.5}), logits(ours, {knob: 0.5}), atol=2e-3, rtol=1e-3)
+            near = 1e-2 if kind == "lookahead, scaled" else 1e-4  # a difference of near numbers
+            torch.testing.assert_close(logits(theirs, {knob: 0.5}), logits(ours, {knob: 0.5}), atol=near, rtol=0)
         assert torch.equal(decoded(theirs, {knob: 0.5}), decoded(ours, {knob: 0.5})), kind
 
 
@@ -220,4 +219,4 @@ def test_a_model_on_two_devices_is_steered_as_on_one() -> None:
             found = split(**pico.pad(ROWS)).logits.cpu()
         with torch.no_grad(), steer(ours, {knob: 1.0}):
             wanted = ours(**pico.pad(ROWS)).logits
-        torch.testing.assert_close(found, wanted, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
