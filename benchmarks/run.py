@@ -155,7 +155,9 @@ def started(workers: dict[Side, Worker]) -> dict[Side, dict[str, str]]:
             if side == OURS:
                 raise
             del workers[side]
-            say(f"The peers' environment does not start ({death}; see {worker.log.relative_to(ROOT)}), and they are left out.")
+            say(
+                f"The peers' environment does not start ({death}; see {worker.log.relative_to(ROOT)}), and they are left out."
+            )
     return found
 
 

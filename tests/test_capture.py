@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import pico
 from trimtab.adapter import Adapter
 from trimtab.capture import Evidence, capture, running
-from trimtab.capture.batches import group, make_batches
+from trimtab.capture.batches import group, make_batches, worth_calls
 from trimtab.capture.gathered import PARTS
 from trimtab.capture.running import Runner
 from trimtab.errors import AdapterError, OptionError, PairsError, UnknownName
@@ -428,6 +428,20 @@ def test_texts_are_grouped_by_what_they_begin_with_where_that_saves_something() 
     assert sizes == [2, 2, 2]  # of tails of five or six tokens
     short = Pairs(Pair((Message("user", "q"),), "yes" * 60, "no" * 60) for _ in range(3))
     assert {g.head for g in group(render_pairs(r, short, ["last"], "question_response"))} == {0}
+
+
+@pytest.mark.quick
+def test_accelerators_share_where_that_saves_more_than_the_calls_cost() -> None:
+    r = Renderer(pico.tokenizer())
+
+    def worth(pairs: int, prompt: int, budget: int = 8192) -> bool:
+        found = Pairs(Pair((Message("user", f"{n:04}" + "q" * (prompt - 8)),), "yes", "no") for n in range(pairs))
+        return worth_calls(group(render_pairs(r, found, ["last"], "question_response")), budget)
+
+    assert not worth(40, 60)  # 2,400 tokens, and five calls more
+    assert worth(150, 60)  # 9,000 and eight
+    assert not worth(150, 60, budget=2048)  # and twenty-one
+    assert not worth_calls([], 8192)
 
 
 @pytest.mark.quick

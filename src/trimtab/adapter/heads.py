@@ -43,9 +43,9 @@ def full_cache() -> DynamicCache:
 
 def copied_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     """Return a new cache with rows of another, in the order of `rows [R]` int64, each as often as it is named."""
-    copy = full_cache()
+    copy, own = full_cache(), rows
     for number, layer in enumerate(cast(Any, cache).layers):
         if layer.is_initialized:  # the blocks above the highest that is read have not run
-            own = rows.to(layer.keys.device)
+            own = own.to(layer.keys.device)  # once, unless layers lie on several devices
             copy.update(layer.keys[own], layer.values[own], number)
     return copy

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.capture.batches import CUTS, Group, group, make_batches
+from trimtab.capture.batches import CUTS, Group, group, make_batches, worth_calls
 from trimtab.capture.gathered import Gathered, spread
 from trimtab.capture.running import Read, Runner
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
@@ -88,7 +88,8 @@ def capture(
     Where it saves something, tokens that answers have in common, their prompt above all, are run once, and each answer
     goes on from a copy of their KV cache (`padding` is then left of prompts and right of answers). Models whose cache
     is of another kind, whose positions depend on a call's length, or which do not read a few tokens behind a cache as
-    they read them whole, run every text whole, as `share=False` does; the two agree up to rounding.
+    they read them whole, run every text whole, as `share=False` does; the two agree up to rounding. So do accelerators
+    where a few pairs would save less than launching the calls for their prompts costs.
 
     `keep`: at most so many pairs, spread evenly, are in `chosen` and `rejected`, so that the activations in memory do
     not grow with the number of pairs; `means`, `parts`, `norms` and `lengths` are of all. None keeps all.
@@ -137,8 +138,9 @@ def capture(
     evidence, done = Gathered(kept, len(pairs), len(wanted), len(names), adapter.hidden_size), 0
     with torch.no_grad(), evaluating(model):
         groups = group(texts) if share else []
+        worth = adapter.input_device.type == "cpu" or worth_calls(groups, token_budget)
         # Decided once, whoever goes on from the checkpoint, and alike by all of a team, which cuts its batches alike.
-        shared = steps.step("shared", lambda: share and runner.can_share(groups))
+        shared = steps.step("shared", lambda: share and worth and runner.can_share(groups))
         shared = all(team.collect(shared))
         groups = groups if shared else [Group(0, [text]) for text in texts]
         for number, batch in enumerate(make_batches(groups, token_budget)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -16,6 +17,10 @@ UNEVEN = 7 / 8
 """A text shorter than this share of a batch's longest goes into the next batch, where this one is large enough."""
 LARGE_ENOUGH = 1 / 4
 """Share of the budget that keeps a processor busy."""
+AHEAD = 1024
+"""Tokens that an accelerator computes while a call is launched: an H200 800 at 7 billion parameters, 2,000 at one."""
+TRIAL = 3
+"""Calls by which sharing is tried out."""
 CUTS = (SHORTEST_HEAD, LEAST_SAVED, UNEVEN, LARGE_ENOUGH)
 
 
@@ -50,6 +55,14 @@ def group(texts: Iterable[Text]) -> list[Group]:
     if saved < LEAST_SAVED * sum(len(text.ids) for g in (*groups, *alone) for text in g.texts):
         groups = [Group(0, [text]) for g in groups for text in g.texts]
     return [*groups, *alone]
+
+
+def worth_calls(groups: Iterable[Group], budget: int) -> bool:
+    """Tell whether sharing saves an accelerator more tokens than the calls for heads cost it; see `make_batches`."""
+    heads = saved = 0
+    for g in groups:
+        heads, saved = heads + g.head, saved + g.head * (len(g.texts) - 1)
+    return saved >= AHEAD * (TRIAL + math.ceil(4 * heads / budget))
 
 
 def make_batches(groups: Iterable[Group], budget: int) -> list[list[Group]]:

@@ -138,7 +138,11 @@ class _Spots(NamedTuple):
 
     def of(self, acts: Tensor) -> Tensor:
         """Return what `acts [B, T, D]` hold there, `[n, D]` float32; padding is not touched, whatever it holds."""
-        return acts[self.rows.to(acts.device), self.columns.to(acts.device)].float()
+        return acts[self.rows, self.columns].float()
+
+    def on(self, device: torch.device) -> _Spots:
+        """Return the same there."""
+        return _Spots(self.rows.to(device), self.columns.to(device))
 
 
 class _Reading:
@@ -152,17 +156,22 @@ class _Reading:
         counted = [(b, t.norms, at) for b, (t, at) in enumerate(zip(texts, starts, strict=True))]
         self._shape = len(texts), width
         self._sizes = torch.tensor([s.stop - s.start for _, s, _ in spans], dtype=torch.long)
+        self._single = bool((self._sizes == 1).all())
         self._read, self._counted = _spots(spans), _spots(counted)
+        self._device = torch.device("cpu")
         self._means: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, acts: Tensor) -> None:
         """Look at a block's output `[B, T, D]`."""
         check_blocks(tuple(acts.shape[:2]), *self._shape)
+        if acts.device != self._device:  # once, and not at every layer: it waits for an accelerator
+            self._device, self._sizes = acts.device, self._sizes.to(acts.device)
+            self._read, self._counted = self._read.on(acts.device), self._counted.on(acts.device)
         values = self._read.of(acts)
-        if bool((self._sizes != 1).any()):  # some reads are means over tokens; single tokens are copied
-            sizes = self._sizes.to(acts.device)
-            owners = torch.repeat_interleave(torch.arange(len(sizes), device=acts.device), sizes)
+        if not self._single:  # some reads are means over tokens; single tokens are copied
+            sizes, count = self._sizes, len(values)
+            owners = torch.repeat_interleave(torch.arange(len(sizes), device=acts.device), sizes, output_size=count)
             sums = torch.zeros(len(sizes), acts.shape[-1], device=acts.device).index_add_(0, owners, values)
             values = sums / sizes[:, None]
         self._means[layer] = values
@@ -170,8 +179,9 @@ class _Reading:
 
     def read(self) -> Read:
         """Return what was seen, in order of layer; it comes to the CPU at once, after the last block."""
-        means, norms = ([kept[layer].cpu() for layer in sorted(kept)] for kept in (self._means, self._norms))
-        return Read(torch.stack(means, dim=1), torch.stack(norms, dim=1))
+        seen = ([kept[layer].to(self._device) for layer in sorted(kept)] for kept in (self._means, self._norms))
+        means, norms = (torch.stack(kept, dim=1).cpu() for kept in seen)
+        return Read(means, norms)
 
 
 def _spots(spans: Sequence[tuple[int, slice, int]]) -> _Spots:
