@@ -155,9 +155,8 @@ def started(workers: dict[Side, Worker]) -> dict[Side, dict[str, str]]:
             if side == OURS:
                 raise
             del workers[side]
-            say(
-                f"The peers' environment does not start ({death}; see {worker.log.relative_to(ROOT)}), and they are left out."
-            )
+            log = worker.log.relative_to(ROOT)
+            say(f"The peers' environment does not start ({death}; see {log}), and they are left out.")
     return found
 
 
