@@ -76,7 +76,7 @@ def model_of(options: dict[str, Any]) -> LlamaForCausalLM:
 def tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token for each character, without a chat template."""
     names = [PAD, OPENING, "\n", *(chr(FIRST + i) for i in range(CHARACTERS))]
-    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], cache_capacity=0))
     core.add_special_tokens([PAD, OPENING])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, model_input_names=["input_ids", "attention_mask"]

@@ -374,10 +374,10 @@ def test_a_model_that_reads_otherwise_behind_a_cache_runs_every_text_whole(
     model = pico.model()
     options: dict[str, Any] = {"positions": ["last"], "format": "question_response"}
     whole = capture(model, tokenizer, pairs(), **options, share=False)
-    copied = running.copied_rows
-    monkeypatch.setattr(running, "copied_rows", lambda cache, rows: copied(cache, rows.flip(0)))
+    copied = running.shared_rows
+    monkeypatch.setattr(running, "shared_rows", lambda cache, rows: copied(cache, rows.flip(0)))
     assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
-    monkeypatch.setattr(running, "copied_rows", lambda cache, rows: rows)
+    monkeypatch.setattr(running, "shared_rows", lambda cache, rows: rows)
     assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
 
 

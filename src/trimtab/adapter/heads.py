@@ -1,4 +1,4 @@
-"""KV caches that several texts go on from: the tokens they begin with are run once, and each text has a copy."""
+"""KV caches that several texts go on from: the tokens they begin with are run once."""
 
 from __future__ import annotations
 
@@ -41,11 +41,32 @@ def full_cache() -> DynamicCache:
     return DynamicCache()
 
 
-def copied_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """Return a new cache with rows of another, in the order of `rows [R]` int64, each as often as it is named."""
-    copy, own = full_cache(), rows
-    for number, layer in enumerate(cast(Any, cache).layers):
-        if layer.is_initialized:  # the blocks above the highest that is read have not run
-            own = own.to(layer.keys.device)  # once, unless layers lie on several devices
-            copy.update(layer.keys[own], layer.values[own], number)
-    return copy
+def shared_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """Return a cache whose rows go on from those of another, in the order of `rows [R]` int64, each as often as named.
+
+    Good for one forward: what a block adds it is given back, behind a copy of its rows, and nothing is kept.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class Behind(DynamicLayer):
+        """The keys and values of one block, before which nothing may come."""
+
+        def __init__(self, head: Any) -> None:
+            super().__init__()
+            self.keys, self.values, self.is_initialized = head.keys, head.values, True
+            self.dtype, self.device = head.keys.dtype, head.keys.device
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+            if key_states.device not in places:  # once, and not at every block: it waits for an accelerator
+                places[key_states.device] = rows.to(key_states.device)
+            own = places[key_states.device]
+            return tuple(
+                torch.cat([head.index_select(0, own), new], dim=-2)
+                for head, new in ((self.keys, key_states), (self.values, value_states))
+            )
+
+    places: dict[torch.device, torch.Tensor] = {}
+    shared: Any = full_cache()
+    # the blocks above the highest that is read have not run
+    shared.layers = [Behind(head) if head.is_initialized else DynamicLayer() for head in cast(Any, cache).layers]
+    return shared

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.adapter import Adapter, cache_name, copied_rows, full_cache
+from trimtab.adapter import Adapter, cache_name, shared_rows, full_cache
 from trimtab.capture.batches import Group, parts_of, smaller
 from trimtab.errors import AdapterError
 from trimtab.ops import Side
@@ -104,7 +104,7 @@ class Runner:
             }
             reading = _Reading(own, [-n for n in counts], tails.input_ids.shape[1])
             with self._adapter.watch(self._layers, reading):  # no name for the copy: one at a time is kept
-                self._adapter.run_to(top, **self._on_device(inputs), **{name: copied_rows(cache, rows)}, use_cache=True)
+                self._adapter.run_to(top, **self._on_device(inputs), **{name: shared_rows(cache, rows)}, use_cache=True)
             found.append(reading.read())
         return _in_order(found, parts, texts)
 
