@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.cases import OURS, THEIRS, all_cases
 from benchmarks.goals import Goal, goals
+from benchmarks.machine import slug
 from benchmarks.plots import draw
 from benchmarks.ratios import Spread, beside, ratios, seconds, spread
 from benchmarks.state import State
@@ -30,6 +31,8 @@ character.
   learn** makes a knob of it too (by principal components), as the peers' calls, at their defaults, make vectors.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way.
 - **out** has the same letter where ways came to the same tokens.
+
+Goals are those of the model of 27 million parameters on a processor.
 """
 FOOT = """## Again
 
@@ -48,13 +51,11 @@ def write_page(records: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     parts = [HEAD]
     for record in records:
         states = [State(**state) for state in record["cases"]]
-        plots = draw(
-            states, folder / "benchmarks", "" if record["device"]["kind"] == "cpu" else record["device"]["kind"]
-        )
-        parts += [about(record, states), judged(states), *tables(states)]
-        parts += (
-            ["### Curves\n\n" + "\n".join(f"![{title}](benchmarks/{name})" for name, title in plots)] if plots else []
-        )
+        device = record["device"]
+        plots = draw(states, folder / "benchmarks", slug(f"{device['name']} {device['model']}"))
+        parts += [about(record, states), *([judged(states)] if device["kind"] == "cpu" else []), *tables(states)]
+        if plots:
+            parts.append("\n".join(f"![{title}](benchmarks/{name})" for name, title in plots))
     if not any(record["device"]["kind"] != "cpu" for record in records):
         parts.append("## Accelerators\n\nNot measured: no machine with one has run `make bench` yet.")
     page = folder / "benchmarks.md"

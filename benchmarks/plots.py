@@ -33,7 +33,7 @@ def draw(states: Sequence[State], folder: Path, prefix: str) -> list[tuple[str, 
             if len(points) < 2:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            name = f"{prefix}-{axis}.svg".lstrip("-")
+            name = f"{prefix}-{axis}.svg"
             figure = plot(dict(sorted(points.items())), axis, title)
             figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
             found.append((name, title))

@@ -53,6 +53,7 @@ def shared_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
 
         def __init__(self, head: Any) -> None:
             super().__init__()
+            self._head: tuple[torch.Tensor, torch.Tensor] = head.keys, head.values
             self.keys, self.values, self.is_initialized = head.keys, head.values, True
             self.dtype, self.device = head.keys.dtype, head.keys.device
 
@@ -62,7 +63,7 @@ def shared_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
             own = places[key_states.device]
             return tuple(
                 torch.cat([head.index_select(0, own), new], dim=-2)
-                for head, new in ((self.keys, key_states), (self.values, value_states))
+                for head, new in zip(self._head, (key_states, value_states), strict=True)
             )
 
     places: dict[torch.device, torch.Tensor] = {}

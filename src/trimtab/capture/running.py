@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.adapter import Adapter, cache_name, shared_rows, full_cache
+from trimtab.adapter import Adapter, cache_name, full_cache, shared_rows
 from trimtab.capture.batches import Group, parts_of, smaller
 from trimtab.errors import AdapterError
 from trimtab.ops import Side
