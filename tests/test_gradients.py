@@ -489,7 +489,7 @@ def test_what_gradients_cannot_do_is_an_error(
         ({"positions": ["wat"]}, UnknownName, "Unknown position of gradients 'wat'"),
         ({"positions": []}, OptionError, "There are no positions to read"),
         ({"layers": []}, OptionError, "There are no layers; name"),
-        ({"token_budget": 0}, OptionError, "token budget must be at least 1; got 0"),
+        ({"token_budget": 0}, OptionError, "token_budget is a whole number, 1 or more; got 0"),
     ],
 )
 def test_wrong_reading_is_an_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import inspect
 import json
 import warnings
@@ -294,6 +295,11 @@ def test_fixed_site_is_taken_whatever_the_scores(model: PreTrainedModel, tokeniz
         ({"selection": "probe_auc", "site": "1/last"}, OptionError, "A site goes with selection='fixed'"),
         ({"site": "1/last", "layers": [0]}, UnknownName, "Unknown site '1/last'. Known: 0/last"),
         ({"site": "1/last", "positions": "response_mean"}, UnknownName, "Unknown site '1/last'"),
+        ({"site": 4}, OptionError, "A site is a layer with a position, as in '4/last'; got 4"),
+        ({"first": "a"}, OptionError, "first must be a number; got 'a'"),
+        ({"token_budget": "x"}, OptionError, "token_budget is a whole number, 1 or more; got 'x'"),
+        ({"token_budget": math.nan}, OptionError, "token_budget is a whole number"),
+        ({"token_budget": True}, OptionError, "token_budget is a whole number"),
         ({"scale": "big"}, UnknownName, "Unknown scale 'big'"),
         ({"where": "nowhere"}, UnknownName, "Unknown where"),
         ({"length_match": "on"}, UnknownName, "Unknown length_match"),

@@ -147,6 +147,9 @@ def test_split_needs_two_prompts_and_a_share_between_zero_and_one() -> None:
     for share in (0.0, 1.0, -1):
         with pytest.raises(OptionError, match="between 0 and 1"):
             many(4).split(share)
+    half: Any = "half"
+    with pytest.raises(OptionError, match="validation share must be a number; got 'half'"):
+        many(4).split(half)
     train, validation = many(2).split(0.01)
     assert (len(train), len(validation)) == (1, 1)
 

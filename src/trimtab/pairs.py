@@ -13,7 +13,7 @@ from trimtab.errors import OptionError, PairsError, brief
 from trimtab.files import reason, write_atomically
 from trimtab.formats import FIELDS, kind, read_file
 from trimtab.records import check_roles, read_pair
-from trimtab.types import Message, Pair, is_unicode
+from trimtab.types import Message, Pair, check_strength, is_unicode
 
 Duplicates = Literal["error", "drop", "keep"]
 FLAGS = ("better", "safer")
@@ -108,7 +108,7 @@ class Pairs(Sequence[Pair]):
         Prompts that differ only in their system lines count as one. `validation` is the share of prompts, in (0, 1).
         A prompt's side depends on the prompt and the seed, not on the order of the pairs.
         """
-        if not 0 < validation < 1:
+        if not 0 < check_strength(validation, "validation share") < 1:
             raise OptionError(f"The validation share must lie between 0 and 1, both excluded; got {validation!r}.")
         prompts = {_question(pair.prompt): _digest([str(seed), *_question(pair.prompt)]) for pair in self._pairs}
         if len(prompts) < 2:

@@ -101,6 +101,8 @@ def _fixed_site(adapter: Adapter, site: Site | str | None) -> Site | None:
     if site is None:
         return None
     parsed = Site.parse(site) if isinstance(site, str) else site
+    if not isinstance(parsed, Site):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"A site is a layer with a position, as in '4/last'; got {site!r}.")
     return Site(adapter.layer(parsed.layer), parsed.position)
 
 

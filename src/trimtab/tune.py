@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count, product
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -24,7 +25,7 @@ from trimtab.pairs import Pairs, prompt_hash
 from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import Dose
-from trimtab.types import THOUGHTS, WHERE, Site, Where, check_several, check_strength, check_where
+from trimtab.types import THOUGHTS, WHERE, Site, Where, check_count, check_several, check_strength, check_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -331,17 +332,15 @@ def _check(
     gains = check_several(gains, "gains")
     if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
-    if not all(np.isfinite(budget) and budget >= 0 for budget in budgets):
-        raise OptionError(f"Budgets are finite and not negative; got {budgets[0]:g} and {budgets[1]:g}.")
+    if not all(isinstance(budget, Real) and np.isfinite(float(budget)) and budget >= 0 for budget in budgets):
+        raise OptionError(f"Budgets are finite and not negative; got {budgets[0]!r} and {budgets[1]!r}.")
     for strength in check_several(strengths, "strengths"):
         check_strength(strength)
     names = [rail.name for rail in guardrails]
     if len(set(names)) < len(names):
         raise OptionError(f"Guardrails need names of their own; got {', '.join(names)}.")
-    if min(counts) < 1:
-        named = zip(("finalists", "rank_pairs", "rank_tokens"), counts, strict=True)
-        wrong = ", ".join(f"{name} {count}" for name, count in named if count < 1)
-        raise OptionError(f"What is counted must be at least 1; got {wrong}.")
+    for name, number in zip(("finalists", "rank_pairs", "rank_tokens"), counts, strict=True):
+        check_count(number, name)
 
 
 def _rank(

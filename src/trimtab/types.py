@@ -128,7 +128,7 @@ def check_several(values: object, name: str) -> list[float]:
 
 def check_count(value: int, name: str) -> None:
     """Raise `OptionError` for what is no whole number of 1 or more."""
-    if not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"{name} is a whole number, 1 or more; got {value!r}.")
 
 

@@ -17,7 +17,7 @@ from trimtab.capture.batches import CUTS, Group, group, make_batches, worth_call
 from trimtab.capture.gathered import Gathered, spread
 from trimtab.capture.running import Read, Runner
 from trimtab.checkpoint import Checkpoint, describe_model, fingerprint
-from trimtab.errors import OptionError, PairsError
+from trimtab.errors import PairsError
 from trimtab.ops import Side
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
@@ -108,8 +108,7 @@ def capture(
     adapter, renderer = Adapter(model), Renderer(tokenizer)
     adapter.check_plain("learning")
     wanted = adapter.layers(range(adapter.n_layers) if layers is None else layers)
-    if token_budget < 1:
-        raise OptionError(f"The token budget must be at least 1; got {token_budget}.")
+    check_count(token_budget, "token_budget")
     names = expand_positions(renderer, positions, format)
     texts = render_pairs(renderer, pairs, names, format)
     for text in texts:

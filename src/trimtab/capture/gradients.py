@@ -27,7 +27,7 @@ from trimtab.pairs import Pairs
 from trimtab.render import Renderer
 from trimtab.team import ALONE, Team
 from trimtab.texts import check_context, render_items
-from trimtab.types import Site
+from trimtab.types import Site, check_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -243,8 +243,7 @@ class _Run:
     ) -> None:
         if not len(pairs):
             raise PairsError("There are no pairs to read.")
-        if token_budget < 1:
-            raise OptionError(f"The token budget must be at least 1; got {token_budget}.")
+        check_count(token_budget, "token_budget")
         self._model, self._tokenizer, self._pairs = model, tokenizer, pairs
         self.loss, self._budget = loss, token_budget
         self._padding: Side = padding
