@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import inspect
 import json
+import math
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
