@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.cases import MEMORY, SITES, WIDE_LAYERS
+from benchmarks.cases import MEMORY, SITES, WIDE_LAYERS, all_cases
 
 CAPTURE = {0.0: 1.03, 0.5: 0.80, 0.8: 0.66}
 """Share of the prompt in a side's tokens: the most that reading may take of the bare forward pass.
@@ -45,11 +45,13 @@ def goals() -> list[Goal]:
     }
     found = [Goal(case, about, "trimtab", most) for case, (about, most) in read.items()]
     names = {case: about for case, (about, _) in read.items()}
+    ways = {case.name: case.ways for case in all_cases()}
     names["capture-vocabulary-150k"] = "reading 25 pairs, vocabulary of 150,000"
     found += [
         Goal(case, f"learning (pca), {about}, beside {peer}", "trimtab, learn", 1.0, by="high", against=peer)
         for case, about in names.items()
         for peer in PEERS
+        if not ways[case] or peer in ways[case]
     ]
     found.append(
         Goal(
@@ -61,11 +63,11 @@ def goals() -> list[Goal]:
             against=f"memory-{MEMORY[0]}",
         )
     )
-    ways = ("trimtab", "trimtab, a setting per row", "trimtab, baked")
+    steered = ("trimtab", "trimtab, a setting per row", "trimtab, baked")
     found += [
         Goal(f"generate-{rows}", f"generating at batch {rows}: {way}", way, STEERED, by="high")
         for rows in (1, 16)
-        for way in ways
+        for way in steered
     ]
     found += [
         Goal(f"dense-float32-float32-{memory}", f"dense knob, {memory} memory", "put in and taken out", 2.0)

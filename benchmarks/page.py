@@ -32,7 +32,7 @@ character.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way.
 - **out** has the same letter where ways came to the same tokens.
 
-Goals are those of the model of 27 million parameters on a processor.
+Goals are judged on processors only.
 """
 FOOT = """## Again
 

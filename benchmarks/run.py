@@ -6,7 +6,8 @@
     python -m benchmarks.run --profile capture-100-share-0 --way trimtab
     python -m benchmarks.run --device cuda --model-size 7b
 
-Rounds are kept as they come, in build/benchmarks/: a run that was stopped is taken up again, and --fresh forgets them.
+Rounds are kept as they come, in build/benchmarks/: a run stopped by Ctrl-C writes what it has, a stopped run is taken
+up again, and --fresh forgets them.
 Start it from the repository's root. The peers are left out where their environment (`make .venv-peers/.peers`) is not.
 """
 
@@ -146,7 +147,7 @@ def measure_all(cases: Sequence[Case], args: argparse.Namespace, threads: int, f
 
 
 def started(workers: dict[Side, Worker]) -> dict[Side, dict[str, str]]:
-    """Start every worker and return what it is made of; peers that do not start are left out."""
+    """**Take peers that do not start out of `workers`**; return what the others are made of."""
     found: dict[Side, dict[str, str]] = {}
     for side, worker in [*workers.items()]:
         try:

@@ -80,6 +80,9 @@ def test_every_goal_names_a_case_and_names_are_unique() -> None:
     for goal in goals():
         assert goal.case in names
         assert goal.of != "peak" or goal.against in names
+        (ways,) = (case.ways for case in cases if case.name == goal.case)
+        asked = {goal.way, goal.against} - {""} if goal.of == "ratio" else {goal.way}
+        assert not ways or asked <= {*ways}
     assert {"pairs", "layers", "knobs", "batch"} <= {case.curve for case in cases}
     assert all(quick(case).name == case.name for case in cases)
     moved = on_accelerator(cases, "7b", "cuda", "bfloat16")
@@ -134,6 +137,30 @@ def test_a_stopped_run_is_taken_up_at_the_round_that_is_missing(tmp_path: Path) 
     assert later.runs[3:] == ["plain", "steered", "steered", "plain"]  # forwards and backwards in turn
     other = replace(case, options={"device": "cpu", "rows": 2})
     assert take_up(tmp_path, other, 1, wanted=4).rounds == []
+
+
+@pytest.mark.quick
+def test_peers_that_do_not_start_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.run import BUILD, started
+    from benchmarks.wire import WorkerDied
+
+    class Dead(Fake):
+        log = BUILD / "workers.log"
+
+        def versions(self) -> dict[str, str]:
+            raise WorkerDied("the process ended with status 1")
+
+    class Alive(Fake):
+        def versions(self) -> dict[str, str]:
+            return {"python": "3"}
+
+    workers: Any = {"ours": Alive(), "theirs": Dead()}
+    assert started(workers) == {"ours": {"python": "3"}}
+    assert [*workers] == ["ours"]
+    assert "build/benchmarks/workers.log" in capsys.readouterr().out
+    workers = {"ours": Dead()}
+    with pytest.raises(WorkerDied):
+        started(workers)
 
 
 @pytest.mark.quick

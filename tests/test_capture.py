@@ -303,7 +303,7 @@ def test_input_that_cannot_be_read_is_an_error_before_anything_runs(
         run(pairs(), [])
     with pytest.raises(AdapterError, match="no layer 3"):
         run(pairs(), [3])
-    with pytest.raises(OptionError, match="at least 1; got 0"):
+    with pytest.raises(OptionError, match="token_budget is a whole number, 1 or more; got 0"):
         run(pairs(), budget=0)
     long = Pair((Message("user", "q"),), "a" * 300, "b")
     with pytest.raises(PairsError, match=r"Pair 4 is \d+ tokens long.*holds 256"):
@@ -374,8 +374,8 @@ def test_a_model_that_reads_otherwise_behind_a_cache_runs_every_text_whole(
     model = pico.model()
     options: dict[str, Any] = {"positions": ["last"], "format": "question_response"}
     whole = capture(model, tokenizer, pairs(), **options, share=False)
-    copied = running.shared_rows
-    monkeypatch.setattr(running, "shared_rows", lambda cache, rows: copied(cache, rows.flip(0)))
+    right = running.shared_rows
+    monkeypatch.setattr(running, "shared_rows", lambda cache, rows: right(cache, rows.flip(0)))
     assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
     monkeypatch.setattr(running, "shared_rows", lambda cache, rows: rows)
     assert torch.equal(capture(model, tokenizer, pairs(), **options).chosen, whole.chosen)
@@ -434,14 +434,27 @@ def test_texts_are_grouped_by_what_they_begin_with_where_that_saves_something() 
 def test_accelerators_share_where_that_saves_more_than_the_calls_cost() -> None:
     r = Renderer(pico.tokenizer())
 
-    def worth(pairs: int, prompt: int, budget: int = 8192) -> bool:
-        found = Pairs(Pair((Message("user", f"{n:04}" + "q" * (prompt - 8)),), "yes", "no") for n in range(pairs))
+    def worth(pairs: int, prompt: int, budget: int, answer: int = 3) -> bool:
+        asked = ((Message("user", f"{n:04}" + "q" * (prompt - 8)),) for n in range(pairs))
+        found = Pairs(Pair(prompt, "y" * answer, "n" * answer) for prompt in asked)
         return worth_calls(group(render_pairs(r, found, ["last"], "question_response")), budget)
 
-    assert not worth(40, 60)  # 2,400 tokens, and five calls more
-    assert worth(150, 60)  # 9,000 and eight
-    assert not worth(150, 60, budget=2048)  # and twenty-one
+    assert worth(150, 60, 2**16)  # saves 9,000 tokens, and takes a call for prompts and three to try it out
+    assert not worth(50, 60, 2**16)  # 3,000
+    assert not worth(150, 60, 2**13)  # five batches of prompts, and as many of answers
+    assert not worth(150, 60, 2**16, answer=600)  # three batches, since answers fill them
     assert not worth_calls([], 8192)
+
+
+def test_an_accelerator_reads_whole_what_is_not_worth_sharing(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long = Pairs(Pair((Message("user", "q" * 30 + str(n)),), "yes", "no") for n in range(6))
+    options: dict[str, Any] = {"positions": ["last"], "format": "question_response"}
+    assert capture(model, tokenizer, long, **options).shared
+    monkeypatch.setattr(Adapter, "input_device", torch.device("meta"))  # any that is no processor
+    monkeypatch.setattr(Runner, "_on_device", lambda _, inputs: inputs)
+    assert not capture(model, tokenizer, long, **options).shared
 
 
 @pytest.mark.quick

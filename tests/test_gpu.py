@@ -138,9 +138,15 @@ def test_a_decode_step_under_a_knob_waits_no_more_than_a_plain_one() -> None:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(one.message) for one in seen)
 
+    def waiting(_layer: int, acts: Tensor) -> None:
+        acts.sum().item()
+
     waits({})  # what is made ready once
     plain = waits({})
-    for knob in (pico.knob(), pico.knob(where="completion"), weight_knob(lm, rank=2), pico.knob(operation="kernel")):
+    with Adapter(lm).watch([1], waiting):
+        assert waits({}) == plain + 3  # they are seen
+    reacting = [pico.knob(operation=operation) for operation in ("ablate", "piecewise", "kernel")]
+    for knob in (pico.knob(), pico.knob(where="completion"), weight_knob(lm, rank=2), *reacting):
         assert waits({knob: 1.0}) == plain
         assert waits([{knob: 1.0}, {}, {knob: 0.5}]) == plain
 
@@ -175,6 +181,20 @@ def test_knobs_learned_there_are_those_learned_here(method: str) -> None:
     for site in found[0].sites:
         assert found[1].vectors[site].device.type == "cpu"
         assert float(cosine_similarity(found[0].vectors[site], found[1].vectors[site], 0)) > 0.999
+
+
+def test_shared_prompts_are_read_there_as_here() -> None:
+    many = Pairs(Pair((Message("user", f"{n:03}" + "q" * 97),), "yes" * (1 + n % 3), "no") for n in range(120))
+    options: dict[str, Any] = {
+        "positions": ["last", "response_mean"],
+        "format": "question_response",
+        "token_budget": 2**16,
+    }
+    ours, theirs = (capture(lm, pico.tokenizer(), many, **options) for lm in twins())
+    assert ours.shared
+    assert theirs.shared  # so many are worth the calls
+    torch.testing.assert_close(theirs.chosen, ours.chosen, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(theirs.means, ours.means, atol=1e-3, rtol=1e-3)
 
 
 def test_reading_backs_off_where_memory_is_really_out() -> None:

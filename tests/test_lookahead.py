@@ -1026,3 +1026,11 @@ def test_one_step_is_minus_the_gradient_as_long_as_the_weights(
             for name in step.parts.keys() - whole.parts.keys():
                 other.get_parameter(name).add_(step.dense(name), alpha=0.5)
             torch.testing.assert_close(other(input_ids=torch.tensor(TEXTS)).logits, ours, rtol=1e-3, atol=1e-3)
+
+
+def test_a_setting_without_lookahead_lets_the_second_stream_go(model: PreTrainedModel, knob: LookaheadKnob) -> None:
+    with torch.no_grad(), steer(model, {knob: 0.1}) as steering:
+        model(input_ids=torch.tensor(TEXTS), use_cache=True)
+        assert steering._moving
+        steering.set({pico.knob(): 1.0})
+        assert not steering._moving

@@ -593,6 +593,15 @@ def test_thoughts_need_markers_token_ids_and_rows_that_stay_in_place() -> None:
 # --- compiled models -------------------------------------------------------------------------------------------------
 
 
+def test_nothing_is_reset_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    resets: list[int] = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    for frames in (0, 3):
+        monkeypatch.setattr(torch._dynamo.convert_frame, "FRAME_COUNTER", frames)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True), steer(model(), {knob(): 1.0}):
+            assert len(resets) == (frames > 0)
+
+
 @pytest.mark.parametrize("compiled", ["before", "inside"])
 @torch.no_grad()
 def test_compiled_models_are_steered_and_let_go(compiled: str) -> None:

@@ -108,7 +108,8 @@ class Pairs(Sequence[Pair]):
         Prompts that differ only in their system lines count as one. `validation` is the share of prompts, in (0, 1).
         A prompt's side depends on the prompt and the seed, not on the order of the pairs.
         """
-        if not 0 < check_strength(validation, "validation share") < 1:
+        validation = check_strength(validation, "validation share")
+        if not 0 < validation < 1:
             raise OptionError(f"The validation share must lie between 0 and 1, both excluded; got {validation!r}.")
         prompts = {_question(pair.prompt): _digest([str(seed), *_question(pair.prompt)]) for pair in self._pairs}
         if len(prompts) < 2:

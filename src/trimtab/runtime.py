@@ -94,7 +94,7 @@ class Steering:
 
     def _open_streams(self) -> None:
         """Prepare a second stream for each lookahead knob that is turned."""
-        self._streams = {}
+        self._streams, self._moving = {}, {}
         knobs = dict.fromkeys(move.knob for table in self._tables.values() for move in table.moves)
         alike: Counter[str] = Counter()  # copies of a knob follow a cache each for itself
         for knob in sorted(knobs, key=lambda knob: (knob.digest, knob.name)):
@@ -158,7 +158,7 @@ class Steering:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
         masks = follower.masks(call)
-        self._call, self._unmasked = (call.batch, call.tokens), masks is EVERY_TOKEN or masks == EVERY_TOKEN
+        self._call, self._unmasked = (call.batch, call.tokens), masks == EVERY_TOKEN
         if self._unmasked:  # a decode step computes nothing that it need not
             self._masks = masks
         else:

@@ -26,7 +26,8 @@ def layers_between(n_layers: int, first: float, last: float) -> list[int]:
     >>> layers_between(10, 0.0, 0.8)
     [0, 1, 2, 3, 4, 5, 6, 7]
     """
-    if not 0.0 <= check_strength(first, "first") < check_strength(last, "last") <= 1.0:
+    first, last = check_strength(first, "first"), check_strength(last, "last")
+    if not 0.0 <= first < last <= 1.0:
         raise OptionError(f"Layers lie between fractions 0 <= first < last <= 1; got first={first}, last={last}.")
     slack = 1e-9  # 0.8 * 10 is not exactly 8
     kept = [i for i in range(n_layers) if first * n_layers <= i + slack and i + 1 <= last * n_layers + slack]

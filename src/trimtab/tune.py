@@ -332,7 +332,7 @@ def _check(
     gains = check_several(gains, "gains")
     if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
-    if not all(isinstance(budget, Real) and np.isfinite(float(budget)) and budget >= 0 for budget in budgets):
+    if any(isinstance(b, bool) or not isinstance(b, Real) or not np.isfinite(float(b)) or b < 0 for b in budgets):
         raise OptionError(f"Budgets are finite and not negative; got {budgets[0]!r} and {budgets[1]!r}.")
     for strength in check_several(strengths, "strengths"):
         check_strength(strength)

@@ -165,8 +165,8 @@ def _first(named: Mapping[str, Any]) -> Any:
 
 def returned_cache(output: object) -> object:
     """Return the KV cache in a decoder's output, a `ModelOutput` or a tuple; None where there is none."""
-    if isinstance(output, dict):
-        return _cache_in(cast(dict[str, object], output))
+    if isinstance(output, dict | Mapping):  # dict first: the other takes longer, and this is asked at every token
+        return _cache_in(cast(Mapping[str, object], output))
     parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
@@ -186,8 +186,8 @@ def _cache_in(named: Mapping[str, object]) -> Any:
 
 def _one_mask(mask: object) -> Tensor | None:
     """Return the mask of full attention where a model keeps one mask per kind of attention."""
-    if isinstance(mask, dict):
-        kinds = cast(dict[str, object], mask)
+    if isinstance(mask, dict | Mapping) and not isinstance(mask, Tensor):
+        kinds = cast(Mapping[str, object], mask)
         mask = kinds.get("full_attention", next(iter(kinds.values()), None))
     if mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)):
         return mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from trimtab.adapter.blocks import rope_types
 from trimtab.adapter.calls import CACHE_NAMES, parameters
@@ -41,7 +42,7 @@ def full_cache() -> DynamicCache:
     return DynamicCache()
 
 
-def shared_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+def shared_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """Return a cache whose rows go on from those of another, in the order of `rows [R]` int64, each as often as named.
 
     Good for one forward: what a block adds it is given back, behind a copy of its rows, and nothing is kept.
@@ -49,24 +50,22 @@ def shared_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
     from transformers.cache_utils import DynamicLayer
 
     class Behind(DynamicLayer):
-        """The keys and values of one block, before which nothing may come."""
+        """What one block has cached: new keys and values are given back behind a copy of their rows, and not kept."""
 
         def __init__(self, head: Any) -> None:
             super().__init__()
-            self._head: tuple[torch.Tensor, torch.Tensor] = head.keys, head.values
+            self._head: tuple[Tensor, Tensor] = head.keys, head.values
             self.keys, self.values, self.is_initialized = head.keys, head.values, True
             self.dtype, self.device = head.keys.dtype, head.keys.device
 
-        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             if key_states.device not in places:  # once, and not at every block: it waits for an accelerator
                 places[key_states.device] = rows.to(key_states.device)
             own = places[key_states.device]
-            return tuple(
-                torch.cat([head.index_select(0, own), new], dim=-2)
-                for head, new in zip(self._head, (key_states, value_states), strict=True)
-            )
+            keys, values = (head.index_select(0, own) for head in self._head)
+            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
-    places: dict[torch.device, torch.Tensor] = {}
+    places: dict[torch.device, Tensor] = {}
     shared: Any = full_cache()
     # the blocks above the highest that is read have not run
     shared.layers = [Behind(head) if head.is_initialized else DynamicLayer() for head in cast(Any, cache).layers]

@@ -17,7 +17,7 @@ UNEVEN = 7 / 8
 """A text shorter than this share of a batch's longest goes into the next batch, where this one is large enough."""
 LARGE_ENOUGH = 1 / 4
 """Share of the budget that keeps a processor busy."""
-AHEAD = 1024
+AHEAD = 2000
 """Tokens that an accelerator computes while a call is launched: an H200 800 at 7 billion parameters, 2,000 at one."""
 TRIAL = 3
 """Calls by which sharing is tried out."""
@@ -58,11 +58,12 @@ def group(texts: Iterable[Text]) -> list[Group]:
 
 
 def worth_calls(groups: Iterable[Group], budget: int) -> bool:
-    """Tell whether sharing saves an accelerator more tokens than the calls for heads cost it; see `make_batches`."""
-    heads = saved = 0
-    for g in groups:
-        heads, saved = heads + g.head, saved + g.head * (len(g.texts) - 1)
-    return saved >= AHEAD * (TRIAL + math.ceil(4 * heads / budget))
+    """Tell whether sharing saves an accelerator more tokens than the calls cost that it takes on top."""
+    batches = make_batches([g for g in groups if g.head], budget)
+    whole = [sum(len(text.ids) for g in batch for text in g.texts) for batch in batches]
+    calls = TRIAL + sum(1 + math.ceil(n / budget) for n in whole) - math.ceil(sum(whole) / budget)
+    saved = sum(g.head * (len(g.texts) - 1) for batch in batches for g in batch)
+    return saved >= AHEAD * calls
 
 
 def make_batches(groups: Iterable[Group], budget: int) -> list[list[Group]]:

@@ -103,7 +103,7 @@ class Runner:
                 "position_ids": tails.position_ids + torch.tensor(counts)[:, None],
             }
             reading = _Reading(own, [-n for n in counts], tails.input_ids.shape[1])
-            with self._adapter.watch(self._layers, reading):  # no name for the copy: one at a time is kept
+            with self._adapter.watch(self._layers, reading):
                 self._adapter.run_to(top, **self._on_device(inputs), **{name: shared_rows(cache, rows)}, use_cache=True)
             found.append(reading.read())
         return _in_order(found, parts, texts)
