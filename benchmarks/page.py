@@ -32,7 +32,7 @@ character.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way.
 - **out** has the same letter where ways came to the same tokens.
 
-Goals are judged on processors only.
+Goals are judged on processors only; [the log](log.md) says why what is missed is missed, and what the limit is.
 """
 FOOT = """## Again
 

@@ -22,7 +22,7 @@ GREY = "#777777"
 
 
 def draw(states: Sequence[State], folder: Path, prefix: str) -> list[tuple[str, str]]:
-    """Write an SVG for each axis with two points or more, on the fewest threads; return names and titles."""
+    """Write an SVG for each axis with three points or more, on the fewest threads; return names and titles."""
     import matplotlib
 
     found: list[tuple[str, str]] = []
@@ -30,7 +30,7 @@ def draw(states: Sequence[State], folder: Path, prefix: str) -> list[tuple[str, 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9}):
         for axis, title in TITLES.items():
             points = {x_of(s): s for s in states if s.about["curve"] == axis and s.threads == fewest}
-            if len(points) < 2:
+            if len(points) < 3:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             name = f"{prefix}-{axis}.svg"
@@ -64,7 +64,12 @@ def plot(points: dict[int, State], axis: str, title: str) -> Any:
             if way != base:
                 curve(right, {x: ratios(s.rounds, side, way, base, s.clock) for x, s in points.items()}, colour, way)
     right.axhline(1, color=GREY, linewidth=1)
-    left.set(yscale="log", ylabel="seconds")
+    low, high = left.get_ylim()
+    if low > 0 and high > 10 * low:
+        left.set_yscale("log")
+    else:  # less than a decade, of which a logarithmic axis has no labels
+        left.set_ylim(bottom=0)
+    left.set_ylabel("seconds")
     right.set(ylabel="ratio to bare" if axis in ("pairs", "layers") else "ratio to plain")
     for panel in (left, right):
         panel.set(xscale="log", xlabel=axis)
