@@ -40,6 +40,9 @@ class Case:
 
 
 BOTH: tuple[Side, ...] = (OURS, THEIRS)
+SIZES = ("tiny", "small", "1b", "3b", "7b")
+"""Of models on an accelerator, as in `models.SHAPES`."""
+DTYPES = ("float32", "float16", "bfloat16")
 SHARES = (0.0, 0.5, 0.8)
 """Of the prompt in a side's tokens."""
 BATCHES = (1, 4, 16, 64)

@@ -7,7 +7,7 @@
     python -m benchmarks.run --device cuda --model-size 7b
 
 Rounds are kept as they come, in build/benchmarks/: a run stopped by Ctrl-C writes what it has, a stopped run is taken
-up again, and --fresh forgets them.
+up again, and --fresh measures again. What is not measured stays as the last record of the same device has it.
 Start it from the repository's root. The peers are left out where their environment (`make .venv-peers/.peers`) is not.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.cases import OURS, THEIRS, Case, Side, all_cases, on_accelerator, quick
+from benchmarks.cases import DTYPES, OURS, SIZES, THEIRS, Case, Side, all_cases, on_accelerator, quick
 from benchmarks.page import write_page
-from benchmarks.state import State, all_kept, take_up
+from benchmarks.state import State, all_kept, file_of, take_up
 from benchmarks.wire import ROOT, Worker, WorkerDied
 
 BUILD = ROOT / "build" / "benchmarks"
@@ -50,7 +49,9 @@ def main() -> None:
     device = f"{args.device}-{args.model_size}" if args.accelerator else args.device
     folder = BUILD / ("quick" if args.quick else "full") / device
     if args.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        for case in cases:
+            for threads in args.threads:
+                file_of(folder, case.name, threads).unlink(missing_ok=True)
     try:
         for threads in args.threads:
             if not measure_all(cases, args, threads, folder):
@@ -70,18 +71,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a smoke run: tiny models, two rounds; writes to build/ alone"
     )
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     parser.add_argument("--list", action="store_true", help="show the cases")
     parser.add_argument("--profile", metavar="CASE", help="show where the time of a case goes, and measure nothing")
     parser.add_argument("--way", help="of the case that is profiled (default: all of Trimtab's)")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers" / "bin" / "python", help="their Python")
-    parser.add_argument("--device", default="cpu", help="cpu, or an accelerator such as cuda")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model on an accelerator")
-    parser.add_argument("--model-size", help="of the model on an accelerator: 1b (the default), 3b, 7b; tiny, small")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="what the models run on")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the model on an accelerator")
+    parser.add_argument("--model-size", choices=SIZES, help="of the model on an accelerator (default 1b)")
     args = parser.parse_args()
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds is 1 or more; got {args.rounds}.")
+    if args.way and not args.profile:
+        parser.error("--way goes with --profile.")
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else 9)
-    wanted = args.threads or ("1" if args.quick else "1,2")
-    args.threads = [count for count in map(int, wanted.split(",")) if count <= machine.usable_cores()]
+    cores = machine.usable_cores()
+    wanted = (args.threads or ("1" if args.quick or cores < 2 else "1,2")).split(",")
+    if not all(count.isdecimal() and 1 <= int(count) <= cores for count in wanted):
+        parser.error(f"--threads are numbers from 1 to the {cores} cores here, as in 1,2; got {args.threads}.")
+    args.threads = [*map(int, wanted)]
     # A CPU takes an accelerator's cases too, where a size is named: that shows that they run.
     args.accelerator = args.device != "cpu" or args.model_size is not None
     args.model_size = args.model_size or "1b"
@@ -97,6 +105,8 @@ def chosen(args: argparse.Namespace) -> list[Case]:
         cases = on_accelerator(cases, args.model_size, args.device, args.dtype)
         args.threads = args.threads[:1]
     patterns = [args.profile] if args.profile else args.only.split(",")
+    if args.profile and "*" in args.profile:
+        sys.exit("--profile takes one case.")
     strays = [pattern for pattern in patterns if not any(fnmatchcase(case.name, pattern) for case in cases)]
     if strays:
         sys.exit(f"No case is called {strays[0]!r}. Known: {', '.join(case.name for case in cases)}.")
@@ -219,14 +229,20 @@ def profile(args: argparse.Namespace, case: Case) -> str:
     """Return where the time of a case's ways goes, on the first number of threads."""
     workers = crew(args, args.threads[0])
     found: list[str] = []
+    known: list[str] = []
     try:
         for side in (side for side in case.sides if side in workers):
             answer = workers[side].open(case.kind, case.options)
+            if "cannot" in answer:
+                sys.exit(f"{case.name} cannot run: {answer['cannot']}.")
+            known += answer["ways"]
             ways = [args.way] if args.way in answer["ways"] else answer["ways"] if side == OURS and not args.way else []
             found += [f"== {case.name}: {side}, {way}\n{workers[side].profile(way)}" for way in ways]
     finally:
         for worker in workers.values():
             worker.stop()
+    if not found:
+        sys.exit(f"No way of {case.name} is called {args.way!r}. Known: {', '.join(known)}.")
     return "\n".join(found)
 
 
@@ -234,22 +250,28 @@ def profile(args: argparse.Namespace, case: Case) -> str:
 
 
 def write(args: argparse.Namespace, folder: Path) -> None:
-    """Write the record of all that is kept, and the page; those of a smoke run stay in the build folder."""
+    """Write the record of all that is kept, and the page; those of a smoke run stay in the build folder.
+
+    Cases that are not kept are taken over from the last record of the same device and model, each with its own date.
+    """
     states = all_kept(folder)
     if not states:
         sys.exit("Nothing was measured.")
     facts = machine.facts()
     name = states[-1].versions.get(OURS, {}).get("accelerator") if args.device != "cpu" else facts["processor"]
     names = ("rounds", "threads", "only", "quick", "device", "dtype", "model_size")
-    record = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": {"kind": args.device, "name": name, "model": args.model_size if args.accelerator else "small"},
-        "machine": facts,
-        "arguments": {argument: getattr(args, argument) for argument in names},
-        "cases": [asdict(state) for state in states],
-    }
+    device = {"kind": args.device, "name": name, "model": args.model_size if args.accelerator else "small"}
     apart = args.quick or (args.accelerator and args.device == "cpu")
     results = folder / "results" if apart else RESULTS
+    before = [case for record in newest(results) if record["device"] == device for case in record["cases"]]
+    cases = {(case["case"], case["threads"]): case for case in [*before, *map(asdict, states)]}
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device,
+        "machine": facts,
+        "arguments": {argument: getattr(args, argument) for argument in names},
+        "cases": [*cases.values()],
+    }
     results.mkdir(parents=True, exist_ok=True)
     suffix = f"-{args.model_size}" if args.accelerator else ""
     path = results / f"{record['date']}-{machine.slug(str(name))}{suffix}.json"

@@ -594,6 +594,15 @@ def test_rack_turns_names_into_knobs_and_adds_up_names_of_one_knob(tmp_path: Pat
         rack["nothing"]
     with pytest.raises(OptionError, match="strength of 'math' must be finite"):
         rack.resolve({"math": math.inf})
+    assert rack.resolve("math=1,again=0.5") == {k: 1.5}
+    nothing: Any = None
+    with pytest.raises(OptionError, match="A setting maps names to strengths"):
+        rack.resolve(nothing)
+    with pytest.raises(KnobError, match="A knob file is named by its path; got None"):
+        load_knob(nothing)
+    for name in ("", "a b", "a=b,"):
+        with pytest.raises(KnobError, match="no space, comma or equals sign"):
+            Rack(**{name: k})
     assert "math" in rack
     assert len(rack) == 4
     assert repr(rack) == "Rack(math, again, stored, text)"

@@ -235,3 +235,52 @@ def test_less_padding_is_what_capture_makes() -> None:
     theirs = bare.batches([[1] * length for length in lengths], 1000, even=True)
     assert [tuple(ids.shape) for ids, _ in theirs] == ours
     assert len(ours) > len(bare.batches([[1] * length for length in lengths], 1000))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--rounds 0", "--rounds is 1 or more; got 0"),
+        ("--threads 0", "--threads are numbers from 1 to"),
+        ("--threads 1,,2", "--threads are numbers from 1 to"),
+        ("--threads 9999", "--threads are numbers from 1 to"),
+        ("--model-size 9b", "invalid choice: '9b'"),
+        ("--dtype float31", "invalid choice: 'float31'"),
+        ("--device nonsense", "invalid choice: 'nonsense'"),
+        ("--way trimtab", "--way goes with --profile"),
+        ("--only nothing", "No case is called 'nothing'. Known: capture-100-share-0"),
+        ("--profile generate-*", "--profile takes one case"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    line: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.run import main
+
+    monkeypatch.setattr("sys.argv", ["run", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code
+    assert message in f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+@pytest.mark.quick
+def test_what_is_not_measured_stays_as_the_last_record_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import run
+    from benchmarks.state import State
+
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "DOCS", tmp_path)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["run"])
+    args = run.arguments()
+    about = {"section": "Generation", "about": "a case", "curve": ""}
+    for name, folder in (("one", "first"), ("two", "second")):
+        spec = {"kind": "generate", "options": {"device": "cpu"}, "ways": []}
+        rounds = [{"ours": {"plain": {"cpu": 1.0, "wall": 1.0, "peak_mb": 1.0}}}]
+        State(name, 1, about, spec, 1, rounds=rounds, bases={"ours": "plain"}).save(tmp_path / folder)
+        run.write(args, tmp_path / folder)
+    (record,) = run.newest(tmp_path)
+    assert [case["case"] for case in record["cases"]] == ["one", "two"]
+    assert "`one`" in (tmp_path / "benchmarks.md").read_text()

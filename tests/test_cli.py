@@ -738,7 +738,10 @@ MISTAKES = [
     ),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --task task.jsonl:exact_answer", "must hold a number"),
     ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --guardrail none", "There is no file 'none'"),
-    ("tune MODEL --knob KNOB --pairs held_out.jsonl --out x --budget nan", "Budgets are finite and not negative"),
+    (
+        "tune MODEL --knob KNOB --pairs held_out.jsonl --out x --budget nan",
+        "numbers, finite and not negative",
+    ),
     (
         "tune MODEL --knob KNOB --pairs held_out.jsonl --out x --finalists 0",
         "a whole number, 1 or more; got 0.",

@@ -151,6 +151,11 @@ def test_split_needs_two_prompts_and_a_share_between_zero_and_one() -> None:
     half: Any = "half"
     with pytest.raises(OptionError, match="validation share must be a number; got 'half'"):
         many(4).split(half)
+    seed: Any
+    for seed in ("a", -5, 1.5, None):
+        for draw in (many(4).split, many(4).flip_balanced, lambda seed: many(4).take(2, seed=seed)):
+            with pytest.raises(OptionError, match="seed is a whole number"):
+                draw(seed=seed)
     share: Any = "0.5"  # a number as text, as a file may have it
     assert many(4).split(share) == many(4).split(0.5)
     train, validation = many(2).split(0.01)

@@ -294,7 +294,7 @@ def test_bad_options_are_errors() -> None:
     with pytest.raises(OptionError, match="negative"):
         tune(knob, lm, words, PAIRS, budget=-0.1)
     wrong: Any = "x"
-    with pytest.raises(OptionError, match="Budgets are finite and not negative; got 'x'"):
+    with pytest.raises(OptionError, match="Budgets are numbers, finite and not negative; got 'x'"):
         tune(knob, lm, words, PAIRS, budget=wrong)
     with pytest.raises(OptionError, match="rank_pairs is a whole number, 1 or more; got 'x'"):
         tune(knob, lm, words, PAIRS, rank_pairs=wrong)

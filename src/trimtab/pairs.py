@@ -13,7 +13,7 @@ from trimtab.errors import OptionError, PairsError, brief
 from trimtab.files import reason, write_atomically
 from trimtab.formats import FIELDS, kind, read_file
 from trimtab.records import check_roles, read_pair
-from trimtab.types import Message, Pair, check_strength, is_unicode
+from trimtab.types import Message, Pair, check_seed, check_strength, is_unicode
 
 Duplicates = Literal["error", "drop", "keep"]
 FLAGS = ("better", "safer")
@@ -48,6 +48,8 @@ class Pairs(Sequence[Pair]):
         Records are as in `from_records`; in CSV and TSV a cell may hold a JSON list of messages. Another suffix is an
         error, as is whatever a pair cannot be: `PairsError` names the line (or item, or row) that is wrong.
         """
+        if not isinstance(path, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PairsError(f"A file of pairs is named by its path; got {kind(path)}.")
         placed = read_file(path)
         try:
             return _from_records([record for _, record in placed], [place for place, _ in placed], duplicates)
@@ -111,7 +113,9 @@ class Pairs(Sequence[Pair]):
         validation = check_strength(validation, "validation share")
         if not 0 < validation < 1:
             raise OptionError(f"The validation share must lie between 0 and 1, both excluded; got {validation!r}.")
-        prompts = {_question(pair.prompt): _digest([str(seed), *_question(pair.prompt)]) for pair in self._pairs}
+        prompts = {
+            _question(pair.prompt): _digest([str(check_seed(seed)), *_question(pair.prompt)]) for pair in self._pairs
+        }
         if len(prompts) < 2:
             raise PairsError(f"A split needs at least 2 different prompts; these pairs have {len(prompts)}.")
         held = min(max(round(validation * len(prompts)), 1), len(prompts) - 1)
@@ -123,14 +127,14 @@ class Pairs(Sequence[Pair]):
         """Draw `n` pairs without replacement, in their original order."""
         if not 0 <= n <= len(self):
             raise OptionError(f"Cannot take {n} pairs out of {len(self)}.")
-        return Pairs(self._pairs[i] for i in sorted(random.Random(seed).sample(range(len(self)), n)))
+        return Pairs(self._pairs[i] for i in sorted(random.Random(check_seed(seed)).sample(range(len(self)), n)))
 
     def flip_balanced(self, *, seed: int = 0) -> Pairs:
         """Swap chosen and rejected in exactly half of the pairs (rounded down): a control without a preference.
 
         Flips drawn pair by pair would leave a surplus on one side, which still points along the truth.
         """
-        flipped = set(random.Random(seed).sample(range(len(self)), len(self) // 2))
+        flipped = set(random.Random(check_seed(seed)).sample(range(len(self)), len(self) // 2))
         return Pairs(swap(pair) if i in flipped else pair for i, pair in enumerate(self._pairs))
 
     def swapped(self) -> Pairs:

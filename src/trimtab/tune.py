@@ -109,7 +109,7 @@ def tune(
     """
     _check_kinds(knob, pairs, [*([] if task is None else [task]), *guardrails])
     Adapter(model).check_plain("tuning")
-    if not -1 <= agreement <= 1:
+    if not -1 <= check_strength(agreement, "agreement") <= 1:
         raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
     gains = (WEIGHT_GAINS if isinstance(knob, DeltaKnob) else GAINS) if gains is None else gains
     searched = _reproducible(knob, agreement) if isinstance(knob, Knob) and not knob.also else knob
@@ -333,7 +333,7 @@ def _check(
     if not gains or any(not np.isfinite(g) or g <= 0 for g in gains):
         raise OptionError(f"Gains must be positive numbers; got {list(gains)}.")
     if any(isinstance(b, bool) or not isinstance(b, Real) or not np.isfinite(float(b)) or b < 0 for b in budgets):
-        raise OptionError(f"Budgets are finite and not negative; got {budgets[0]!r} and {budgets[1]!r}.")
+        raise OptionError(f"Budgets are numbers, finite and not negative; got {budgets[0]!r} and {budgets[1]!r}.")
     for strength in check_several(strengths, "strengths"):
         check_strength(strength)
     names = [rail.name for rail in guardrails]

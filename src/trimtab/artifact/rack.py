@@ -16,7 +16,7 @@ from trimtab.artifact.large import stored_kind
 from trimtab.artifact.lookahead import LookaheadKnob
 from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.files import parse_json, read_bytes, reason
-from trimtab.types import Setting, check_strength
+from trimtab.types import Setting, check_strength, parse_setting
 
 PANEL_LIMIT = 2**20
 """Longest panel that is read, in bytes."""
@@ -28,6 +28,8 @@ AnyKnob = Knob | DeltaKnob | LookaheadKnob
 
 def load_knob(path: str | Path) -> AnyKnob:
     """Read a knob file of any kind; raises `KnobError` that names what is wrong with a damaged or foreign file."""
+    if not isinstance(path, str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise KnobError(f"A knob file is named by its path; got {brief(path)}.")
     kinds = {"delta": DeltaKnob, "lookahead": LookaheadKnob}
     return kinds.get(stored_kind(path) or "", Knob).load(path)
 
@@ -40,15 +42,21 @@ class Rack(Mapping[str, AnyKnob]):
 
     def __init__(self, /, **knobs: AnyKnob | str | Path) -> None:
         for name, knob in knobs.items():
+            check_knob_name(name)
             if not isinstance(knob, AnyKnob | str | Path):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptionError(f"A rack holds knobs, or paths of knob files; {name!r} is {brief(knob)}.")
         self._knobs = {name: load_knob(knob) if isinstance(knob, str | Path) else knob for name, knob in knobs.items()}
 
-    def resolve(self, setting: Setting) -> dict[AnyKnob, float]:
+    def resolve(self, setting: Setting | str) -> dict[AnyKnob, float]:
         """Turn names and strengths into knobs and strengths; names of one knob add up, zeros stay.
 
-        Raises `UnknownName` for a name that is not on the rack, `OptionError` for a strength that is not finite.
+        A setting may be text, as in "math=0.8,concise=-1". Raises `UnknownName` for a name that is not on the rack,
+        `OptionError` for what is no setting and for a strength that is not finite.
         """
+        if isinstance(setting, str):
+            setting = parse_setting(setting)
+        if not isinstance(setting, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"A setting maps names to strengths, as in {{'math': 0.8}}; got {brief(setting)}.")
         strengths: dict[AnyKnob, float] = {}
         for name, strength in setting.items():
             if name not in self._knobs:
