@@ -20,7 +20,17 @@ from torch import Tensor
 
 import hostile
 import pico
-from trimtab.artifact import FORMAT_VERSION, DeltaKnob, Knob, Rack, file, load_panel, model_identity, save_panel
+from trimtab.artifact import (
+    FORMAT_VERSION,
+    DeltaKnob,
+    Knob,
+    Rack,
+    file,
+    load_knob,
+    load_panel,
+    model_identity,
+    save_panel,
+)
 from trimtab.artifact.card import describe_safe_range
 from trimtab.errors import KnobError, OptionError, TrimtabWarning, UnknownName
 from trimtab.types import Site
