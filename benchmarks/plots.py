@@ -64,8 +64,8 @@ def plot(points: dict[int, State], axis: str, title: str) -> Any:
             if way != base:
                 curve(right, {x: ratios(s.rounds, side, way, base, s.clock) for x, s in points.items()}, colour, way)
     right.axhline(1, color=GREY, linewidth=1)
-    low, high = left.get_ylim()
-    if low > 0 and high > 10 * low:
+    shown = [value for line in left.get_lines() for value in line.get_ydata()]
+    if max(shown) > 10 * min(shown):
         left.set_yscale("log")
     else:  # less than a decade, of which a logarithmic axis has no labels
         left.set_ylim(bottom=0)
