@@ -113,9 +113,8 @@ class Pairs(Sequence[Pair]):
         validation = check_strength(validation, "validation share")
         if not 0 < validation < 1:
             raise OptionError(f"The validation share must lie between 0 and 1, both excluded; got {validation!r}.")
-        prompts = {
-            _question(pair.prompt): _digest([str(check_seed(seed)), *_question(pair.prompt)]) for pair in self._pairs
-        }
+        drawn = str(check_seed(seed))
+        prompts = {_question(pair.prompt): _digest([drawn, *_question(pair.prompt)]) for pair in self._pairs}
         if len(prompts) < 2:
             raise PairsError(f"A split needs at least 2 different prompts; these pairs have {len(prompts)}.")
         held = min(max(round(validation * len(prompts)), 1), len(prompts) - 1)
