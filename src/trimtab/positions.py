@@ -23,7 +23,7 @@ Masks = dict[Where, Tensor | None]
 """Tokens of one call by `where`, `[B or 1, T]` bool, or None for all of them; one left out means no token."""
 
 EVERY_TOKEN: Masks = {"all": None, "completion": None}
-"""What `Follower.masks` returns for a decode step after the prompt."""
+"""What `Follower.masks` returns, itself, for a decode step after the prompt."""
 
 
 class RowDose(NamedTuple):
@@ -94,16 +94,18 @@ class Follower:
             )
         self._markers = markers or ((), ())
         self._new: _History | None = None
+        self._noted = 0  # the cache of this call, by `id`: holding it would keep it alive
 
     def masks(self, call: CallInfo) -> Masks:
         """Say which tokens of a call each `where` means; to be asked once per call, before it."""
         if not self._scoped and not self._check:
             real = None if call.tokens == 1 else call.real_tokens(call.past())
-            return {"all": real, "completion": real}
+            return EVERY_TOKEN if real is None else {"all": real, "completion": real}
         notes = _notes(call.cache)
         history = notes.get(self._level)
         past = call.past(history.columns if history else self._unknown(call))
-        self._settle_old_levels(notes, past)
+        if len(notes) > (history is not None):
+            self._settle_old_levels(notes, past)
         if past and history is not None and past < history.columns:
             self._refuse_cropped(history)
         if past == 0:
@@ -119,15 +121,17 @@ class Follower:
         history.columns = past + call.tokens
         if call.cache is not None and notes.get(self._level) is not history:
             self._note(call.cache, {**notes, self._level: history})
-        self._new = history
+        self._new, self._noted = history, id(call.cache)
         return masks
 
     def keep(self, cache: object) -> None:
         """Remember the latest call's tokens as those of a cache which that call has made."""
+        new, self._new = self._new, None
+        if new is None or id(cache) == self._noted:
+            return
         notes = _notes(cache)
-        if self._new is not None and notes.get(self._level) is not self._new:
-            self._note(cache, {**notes, self._level: self._new})
-        self._new = None
+        if notes.get(self._level) is not new:
+            self._note(cache, {**notes, self._level: new})
 
     def _note(self, cache: object, notes: dict[int, _History]) -> None:
         if not write_note(cache, notes) and self._scoped:

@@ -50,6 +50,7 @@ class Steering:
         self._tables: dict[int, LayerTable] = {}
         self._expanded: tuple[int, dict[int, LayerTable]] = (1, {})
         self._alone: dict[int, Tensor] = {}  # addends of tokens after the prompt, where nothing else is done at a layer
+        self._steps: dict[int, Tensor] = {}  # the same, in a call of such tokens and no others
         self._masks: Masks = {}
         self._streams: dict[LookaheadKnob, Stream] = {}
         self._moving: dict[LookaheadKnob, Stream] = {}  # of this call
@@ -158,7 +159,8 @@ class Steering:
         """Work out, once per forward, which tokens each knob may touch."""
         self._match_rows(call.batch)
         masks = follower.masks(call)
-        self._call, self._unmasked = (call.batch, call.tokens), masks == EVERY_TOKEN
+        self._call, self._unmasked = (call.batch, call.tokens), masks is EVERY_TOKEN
+        self._steps = self._alone if self._unmasked else {}
         if self._unmasked:  # a decode step computes nothing that it need not
             self._masks = masks
         else:
@@ -214,8 +216,10 @@ class Steering:
                 f"{self._call[0]} of {self._call[1]}, so that their positions are not known: this model adds tokens of "
                 "its own, turns rows into columns, or goes on with its states wrongly."
             )
-        if self._unmasked and layer in self._alone:
-            return hidden + self._alone[layer].to(hidden)
+        if layer in self._steps:
+            addend = self._steps[layer]
+            alike = addend.dtype is hidden.dtype and addend.device == hidden.device
+            return hidden + (addend if alike else addend.to(hidden))
         table, steered = self._expanded[1][layer], hidden
         for ablation in table.ablations:
             if ablation.where in self._masks:

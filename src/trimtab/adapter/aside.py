@@ -52,7 +52,9 @@ def stop(aside: Aside, within: bool, module: nn.Module, args: object, output: ob
 
 def hidden_of(output: object) -> Tensor:
     """Return the hidden states of a block's output: a tensor in most models, the first of a tuple or list in others."""
-    hidden = cast(Sequence[object], output)[0] if isinstance(output, tuple | list) and output else output
+    hidden = output
+    if not isinstance(hidden, Tensor) and isinstance(output, tuple | list) and output:
+        hidden = cast(Sequence[object], output)[0]
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         got = f"a tensor of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(output).__name__
         several = " (several residual streams side by side?)" if isinstance(hidden, Tensor) else ""

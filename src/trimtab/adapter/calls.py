@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from trimtab.errors import AdapterError
 
 
-@dataclass(frozen=True)
-class CallInfo:
+class CallInfo(NamedTuple):
     """One forward call of the decoder, as its arguments describe it.
 
     `attention_mask` is `[B, total]` with 1 for real tokens, or the `[B, 1, T, total]` form that static caches use.
@@ -29,7 +28,7 @@ class CallInfo:
     ids: Tensor | None = None
     cache: Any = None
     caching: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
     def past(self, known: int | None = None) -> int:
         """Count the columns already in the KV cache, padding included; `known` serves caches that do not count."""
@@ -84,6 +83,7 @@ class CallInfo:
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 """What models call the cache or the states that they are given and give back."""
 _NOTE = "_trimtab_note"
+_MAPPINGS = (dict, Mapping)  # dict first: the other takes longer, and this is asked at every token
 
 
 def read_note(cache: object, subject: str = "") -> object:
@@ -110,23 +110,8 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return {**dict(zip(parameters(module), args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
-class OuterCall(NamedTuple):
-    """A call of a module around the decoder, which may be told more than the decoder is."""
-
-    attention_mask: object
-    tokens: int | None
-    """None where they are not seen."""
-
-
-def outer_call(named: Mapping[str, Any]) -> OuterCall:
-    """Describe a call of a module around the decoder from its arguments by name."""
-    first = _first(named)
-    tokens = int(first.shape[1]) if isinstance(first, Tensor) and first.dim() >= 2 else None
-    return OuterCall(named.get("attention_mask"), tokens)
-
-
-def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) -> CallInfo:
-    """Describe a call of the decoder from its arguments by name, and from the calls `around` it, outermost first.
+def describe_call(named: Mapping[str, Any], around: Sequence[Mapping[str, Any]] = ()) -> CallInfo:
+    """Describe a call of the decoder from its arguments by name, and from those of calls `around` it, outermost first.
 
     Where the decoder is handed no attention mask (RWKV) the innermost of the others counts. Raises `AdapterError`
     where it is given other tokens than the module around it that was told of any.
@@ -137,18 +122,19 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
     if first is None:
         raise AdapterError(f"Cannot tell batch and length from a decoder call with arguments {sorted(named)}.")
     cache, ids, mask, told = _cache_in(named), named.get("input_ids"), named.get("attention_mask"), None
-    for call in reversed(around):
-        mask = call.attention_mask if mask is None else mask
-        told = call.tokens if told is None else told
-    batch, tokens = first.shape[:2]
+    batch, tokens = int(first.shape[0]), int(first.shape[1])
+    for outer in reversed(around):
+        mask = outer.get("attention_mask") if mask is None else mask
+        if told is None and (other := _first(outer)) is not None:  # the same tensor where nothing is added to it
+            told = tokens if other is first else _tokens_of(other)
     if told is not None and told != tokens:
         raise AdapterError(
             f"The decoder is given {tokens} tokens in a call of {told}, so that their positions are not known: "
             "this model adds tokens of its own, or leaves some out."
         )
     return CallInfo(
-        batch=int(batch),
-        tokens=int(tokens),
+        batch=batch,
+        tokens=tokens,
         device=first.device,
         attention_mask=_one_mask(mask),
         ids=ids if isinstance(ids, Tensor) else None,
@@ -158,6 +144,10 @@ def describe_call(named: Mapping[str, Any], around: Sequence[OuterCall] = ()) ->
     )
 
 
+def _tokens_of(value: object) -> int | None:
+    return int(value.shape[1]) if isinstance(value, Tensor) and value.dim() >= 2 else None
+
+
 def _first(named: Mapping[str, Any]) -> Any:
     ids = named.get("input_ids")
     return named.get("inputs_embeds") if ids is None else ids
@@ -165,7 +155,7 @@ def _first(named: Mapping[str, Any]) -> Any:
 
 def returned_cache(output: object) -> object:
     """Return the KV cache in a decoder's output, a `ModelOutput` or a tuple; None where there is none."""
-    if isinstance(output, dict | Mapping):  # dict first: the other takes longer, and this is asked at every token
+    if isinstance(output, _MAPPINGS):
         return _cache_in(cast(Mapping[str, object], output))
     parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
@@ -186,7 +176,7 @@ def _cache_in(named: Mapping[str, object]) -> Any:
 
 def _one_mask(mask: object) -> Tensor | None:
     """Return the mask of full attention where a model keeps one mask per kind of attention."""
-    if isinstance(mask, dict | Mapping) and not isinstance(mask, Tensor):
+    if mask is not None and not isinstance(mask, Tensor) and isinstance(mask, _MAPPINGS):
         kinds = cast(Mapping[str, object], mask)
         mask = kinds.get("full_attention", next(iter(kinds.values()), None))
     if mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)):

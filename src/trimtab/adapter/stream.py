@@ -21,10 +21,8 @@ from trimtab.adapter.aside import Aside, Stop, aside_of, hidden_of, stop
 from trimtab.adapter.blocks import callers_of, find_blocks, module_list, refuse_virtual_tokens, stretch, text_config
 from trimtab.adapter.calls import (
     CallInfo,
-    OuterCall,
     describe_call,
     named_arguments,
-    outer_call,
     parameters,
     returned_cache,
 )
@@ -37,8 +35,8 @@ WriteFn = Callable[[Tensor], Tensor]
 ExtendFn = Callable[[Tensor, Tensor], Tensor]
 """Takes a module's input and output and returns the output's replacement; must not edit either in place."""
 
-_Around = list[tuple[nn.Module, OuterCall]]
-"""The modules around the decoder that are being called, outermost first, and what each was told."""
+_Around = list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+"""The modules around the decoder that are being called, outermost first, with their arguments."""
 
 
 @dataclass
@@ -293,7 +291,7 @@ def _check_hooks_in_compiled_code() -> None:
 def _begin(aside: Aside, around: _Around, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if aside.on:
         return
-    around.append((module, outer_call(named_arguments(module, args, kwargs))))
+    around.append((module, args, kwargs))  # looked at where the decoder's call is
 
 
 def _end(aside: Aside, around: _Around, module: nn.Module, args: object, output: object) -> None:
@@ -311,7 +309,7 @@ def _announce(
 ) -> None:
     if aside.on:
         return
-    before(describe_call(named_arguments(module, args, kwargs), [call for _, call in around]))
+    before(describe_call(named_arguments(module, args, kwargs), [named_arguments(*call) for call in around]))
 
 
 def _hand_over(aside: Aside, after: Callable[[object], None], module: nn.Module, args: object, output: object) -> None:
@@ -336,11 +334,12 @@ def _replace(
         return output
     hidden = hidden_of(output)
     new = function(hidden)
-    if new.shape != hidden.shape or hidden.shape[-1] != width:
+    shape = hidden.shape
+    if new.shape != shape or shape[-1] != width:
         raise AdapterError(
             f"The residual stream at layer {layer} has shape {tuple(hidden.shape)} and its replacement "
             f"{tuple(new.shape)}; both must be [batch, tokens, {width}]."
         )
-    if not isinstance(output, tuple | list):
+    if output is hidden or not isinstance(output, tuple | list):
         return new
     return type(output)((new, *cast(Sequence[object], output)[1:]))
