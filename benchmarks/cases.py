@@ -26,8 +26,9 @@ class Case:
     """In multiples of what is asked for: fewer where a round takes minutes, more where it takes a second."""
     once: bool = False
     """On the first of the numbers of threads alone."""
-    fresh: bool = False
-    """Every run in a process of its own: for what is counted of a process."""
+    fresh: Literal["", "run", "round"] = ""
+    """What has a process of its own: every run, for what is counted of a process; or every round, where it matters
+    where things happen to lie in memory."""
     curve: str = ""
     """The axis of a plot, of which this case is a point."""
     accelerator: bool = False
@@ -46,6 +47,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 SHARES = (0.0, 0.5, 0.8)
 """Of the prompt in a side's tokens."""
 BATCHES = (1, 4, 16, 64)
+STEPPED = (1, 16)
 ROUNDS = {1: 3.0, 4: 2.0, 16: 2.0, 64: 1.0}
 """More rounds where each is short."""
 MEMORY = (100, 1000, 10_000)
@@ -96,7 +98,7 @@ def capturing() -> list[Case]:
             ways=("bare", "trimtab") if pairs < 10_000 else ("trimtab",),
             rounds=1 / 9,
             once=True,
-            fresh=True,
+            fresh="run",
         )
         for pairs in MEMORY
     ]
@@ -146,6 +148,18 @@ def steering() -> list[Case]:
             accelerator=True,
         )
         for rows in BATCHES
+    ]
+    cases += [
+        Case(
+            f"steps-{rows}",
+            "Generation, step by step",
+            f"the same at batch {rows} without `generate`; the ways take turns at every token",
+            "step",
+            {"shape": "small", "rows": rows, "prompt": 64, "new": 64},
+            rounds=ROUNDS[rows],
+            fresh="round",
+        )
+        for rows in STEPPED
     ]
     cases.append(
         Case(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.cases import MEMORY, SITES, WIDE_LAYERS, all_cases
+from benchmarks.cases import MEMORY, SITES, STEPPED, WIDE_LAYERS, all_cases
 
 CAPTURE = {0.0: 1.03, 0.5: 0.80, 0.8: 0.66}
 """Share of the prompt in a side's tokens: the most that reading may take of the bare forward pass.
@@ -65,8 +65,9 @@ def goals() -> list[Goal]:
     )
     steered = ("trimtab", "trimtab, a setting per row", "trimtab, baked")
     found += [
-        Goal(f"generate-{rows}", f"generating at batch {rows}: {way}", way, STEERED, by="high")
-        for rows in (1, 16)
+        Goal(f"{case}-{rows}", f"generating{how} at batch {rows}: {way}", way, STEERED, by="high")
+        for rows in STEPPED
+        for case, how in (("generate", ""), ("steps", " step by step"))
         for way in steered
     ]
     found += [

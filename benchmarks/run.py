@@ -181,6 +181,8 @@ def measure(case: Case, state: State, workers: dict[Side, Worker], folder: Path)
     while not state.done:
         state.load.append(machine.load())
         found: dict[str, dict[str, Any]] = {}
+        if case.fresh == "round":
+            renew(case, state, *workers.values())
         turn = order if len(state.rounds) % 2 == 0 else order[::-1]
         for side, way in turn:
             if way in state.cannot.get(side, {}):
@@ -208,14 +210,20 @@ def opened(case: Case, state: State, workers: dict[Side, Worker]) -> list[tuple[
 
 def run_once(case: Case, state: State, worker: Worker, way: str) -> dict[str, Any]:
     """Run a way; return what was measured, or nothing where it cannot run, which is noted."""
-    if case.fresh:
-        worker.stop()
-        state.before[worker.side] = worker.open(case.kind, case.options).get("peak_mb", 0.0)
+    if case.fresh == "run":
+        renew(case, state, worker)
     answer = worker.run(way)
     if "cannot" in answer:
         state.cannot.setdefault(worker.side, {})[way] = answer["cannot"]
         return {}
     return answer
+
+
+def renew(case: Case, state: State, *workers: Worker) -> None:
+    """Open a case in new processes."""
+    for worker in workers:
+        worker.stop()
+        state.before[worker.side] = worker.open(case.kind, case.options).get("peak_mb", 0.0)
 
 
 def tell_failures(state: State) -> None:

@@ -8,6 +8,7 @@ from benchmarks.ours.learning import learning
 from benchmarks.ours.lookahead import lookaheads, released
 from benchmarks.ours.starting import loading, starting
 from benchmarks.ours.steering import generating, mixing, scoring
+from benchmarks.ours.steps import stepping
 from benchmarks.ours.weights import dense, low_rank
 
 KINDS = {
@@ -23,4 +24,5 @@ KINDS = {
     "released": released,
     "score": scoring,
     "start": starting,
+    "step": stepping,
 }

@@ -40,6 +40,20 @@ def knob_for(model: Any) -> Knob:
     return knob_of(vectors(steered_layers(model.config.num_hidden_layers), model.config.hidden_size))
 
 
+def baked_copy(model: Any, knob: Knob, device: str) -> Any:
+    """Bake a knob at strength 1 into a checkpoint; return its model.
+
+    Its weights are moved to memory as the plain model's lie in: those mapped from a file take a little longer to read.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "baked"
+        write_checkpoint(folder, constant({knob: 1.0}), {knob: 1.0}, model, tokenizer())
+        found = load(folder, dtype=model.dtype, device=device).model
+    for parameter in found.parameters():
+        parameter.data = parameter.data.clone()
+    return found
+
+
 def by_row(knob: Knob, rows: int) -> list[Dose]:
     """Give every row a strength of its own."""
     return [{knob: 1 + row / rows} for row in range(rows)]
@@ -65,10 +79,7 @@ def generating(options: dict[str, Any]) -> dict[str, Way]:
 
     @lru_cache(maxsize=1)
     def baked() -> Any:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name) / "baked"
-            write_checkpoint(folder, constant({knob: 1.0}), {knob: 1.0}, model, tokenizer())
-            return load(folder, dtype=model.dtype, device=options["device"]).model
+        return baked_copy(model, knob, options["device"])
 
     return {
         "plain": bare.generating(options),
