@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -366,6 +367,24 @@ def test_a_prompt_of_many_answers_is_run_once(
     prompt = len(Renderer(tokenizer).prompt_ids(asked))
     trial = 2 * counts[0] // 18  # two short groups, run both ways, cost less than two texts
     assert counts[0] - 17 * prompt <= counts[1] <= counts[0] - 17 * prompt + trial
+
+
+def test_batches_leave_nothing_to_the_garbage_collector(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Tensors that wait for it lie between those of the next batches, which need new memory then."""
+    data = Pairs(Pair((Message("user", f"what is the capital of place number {i}?"),), "yes", "no") for i in range(12))
+    left: list[int] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for budget in (8192, 8192, 64):
+            found = capture(model, tokenizer, data, positions=["last"], format="question_response", token_budget=budget)
+            assert found.shared
+            left.append(gc.collect())
+    finally:
+        gc.enable()
+    assert left[2] <= left[1]
 
 
 def test_a_model_that_reads_otherwise_behind_a_cache_runs_every_text_whole(
