@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.addends import Dose, LayerTable, build_tables, check_dose, named, react, row_doses, turned_weights
@@ -210,16 +211,14 @@ class Steering:
 
     def _apply(self, layer: int, hidden: Tensor) -> Tensor:
         """Steer a block's output `[B, T, D]`; the hot path is the one addition of a decode step."""
-        if not torch.compiler.is_compiling() and hidden.shape[:2] != self._call:
+        if not is_compiling() and hidden.shape[:2] != self._call:
             raise AdapterError(
                 f"Layer {layer} holds {hidden.shape[0]} rows of {hidden.shape[1]} tokens in a call of "
                 f"{self._call[0]} of {self._call[1]}, so that their positions are not known: this model adds tokens of "
                 "its own, turns rows into columns, or goes on with its states wrongly."
             )
         if layer in self._steps:
-            addend = self._steps[layer]
-            alike = addend.dtype is hidden.dtype and addend.device == hidden.device
-            return hidden + (addend if alike else addend.to(hidden))
+            return hidden + self._steps[layer].to(hidden)
         table, steered = self._expanded[1][layer], hidden
         for ablation in table.ablations:
             if ablation.where in self._masks:

@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module) -> str:
         raise AdapterError(f"{name} is an encoder-decoder model; Trimtab works on decoder-only models.")
     get_decoder = getattr(model, "get_decoder", None)
     text = get_decoder() if callable(get_decoder) else model
-    inside = {id(module) for module in text.modules()} if isinstance(text, nn.Module) else set[int]()
+    inside = {id(blocks) for blocks in _outer_lists(text).values()} if isinstance(text, nn.Module) else set[int]()
     if not any(id(blocks) in inside for blocks in lists.values()):  # some call the LM head their decoder
         inside = {id(blocks) for blocks in lists.values()}
     fitting = [path for path, blocks in lists.items() if len(blocks) == count and id(blocks) in inside]
@@ -79,9 +79,19 @@ def find_blocks(model: nn.Module) -> str:
 def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return every `ModuleList` with its path, those nested in another left out (the experts of a block, say)."""
     lists: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():  # parents come before their children
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+    seen: set[nn.Module] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if isinstance(module, nn.ModuleList):
             lists[path] = module
+            return
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
     return lists
 
 
