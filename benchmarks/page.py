@@ -30,7 +30,7 @@ character.
   **trimtab** is the whole call of `capture`, rendering included, which runs a prompt once for both answers; **trimtab,
   learn** makes a knob of it too (by principal components), as the peers' calls, at their defaults, make vectors.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way. **Step by step**
-  all ways generate at once, each on a copy of the model, one token in turn, and every round is one run in a new process:
+  all ways generate at once, each on a copy of the model, one token in turn, and every round is a run in a new process:
   what slows the machine down, and where things lie in memory, then favours no way.
 - **out** has the same letter where ways came to the same tokens.
 
