@@ -153,7 +153,7 @@ def steering() -> list[Case]:
         Case(
             f"steps-{rows}",
             "Generation, step by step",
-            f"the same at batch {rows} without `generate`; the ways take turns at every token",
+            f"greedy, KV cache, 64 tokens after 64, batch {rows}, without `generate`; a vector at four layers",
             "step",
             {"shape": "small", "rows": rows, "prompt": 64, "new": 64},
             rounds=ROUNDS[rows],

@@ -74,13 +74,18 @@ def model_of(options: dict[str, Any]) -> LlamaForCausalLM:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token for each character, without a chat template."""
+    """Make a tokenizer with one token for each character, without a chat template.
+
+    To it a text is one word, so that its cache of words would hold whole texts, and count as memory of reading them.
+    """
     names = [PAD, OPENING, "\n", *(chr(FIRST + i) for i in range(CHARACTERS))]
-    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], cache_capacity=0))
+    core = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     core.add_special_tokens([PAD, OPENING])
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, model_input_names=["input_ids", "attention_mask"]
     )
+    made.backend_tokenizer.model._resize_cache(0)  # a capacity of 0 given above would not be copied
+    return made
 
 
 def sides(count: int, tokens: int, share: float, seed: int = 0) -> list[Sides]:

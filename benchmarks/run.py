@@ -182,10 +182,10 @@ def measure(case: Case, state: State, workers: dict[Side, Worker], folder: Path)
         state.load.append(machine.load())
         found: dict[str, dict[str, Any]] = {}
         if case.fresh == "round":
-            renew(case, state, *workers.values())
+            state.cannot |= {side: {"all": why} for side in workers if (why := renew(case, state, workers[side]))}
         turn = order if len(state.rounds) % 2 == 0 else order[::-1]
         for side, way in turn:
-            if way in state.cannot.get(side, {}):
+            if {way, "all"} & {*state.cannot.get(side, {})}:
                 continue
             if measured := run_once(case, state, workers[side], way):
                 found.setdefault(side, {})[way] = measured
@@ -210,20 +210,21 @@ def opened(case: Case, state: State, workers: dict[Side, Worker]) -> list[tuple[
 
 def run_once(case: Case, state: State, worker: Worker, way: str) -> dict[str, Any]:
     """Run a way; return what was measured, or nothing where it cannot run, which is noted."""
-    if case.fresh == "run":
-        renew(case, state, worker)
-    answer = worker.run(way)
+    why = renew(case, state, worker) if case.fresh == "run" else ""
+    answer = {"cannot": why} if why else worker.run(way)
     if "cannot" in answer:
         state.cannot.setdefault(worker.side, {})[way] = answer["cannot"]
         return {}
     return answer
 
 
-def renew(case: Case, state: State, *workers: Worker) -> None:
-    """Open a case in new processes."""
-    for worker in workers:
-        worker.stop()
-        state.before[worker.side] = worker.open(case.kind, case.options).get("peak_mb", 0.0)
+def renew(case: Case, state: State, worker: Worker) -> str:
+    """Open a case in a new process; return why it cannot be, or nothing."""
+    worker.stop()
+    answer = worker.open(case.kind, case.options)
+    if "cannot" not in answer:
+        state.before[worker.side] = answer["peak_mb"]
+    return answer.get("cannot", "")
 
 
 def tell_failures(state: State) -> None:
@@ -235,6 +236,8 @@ def tell_failures(state: State) -> None:
 
 def profile(args: argparse.Namespace, case: Case) -> str:
     """Return where the time of a case's ways goes, on the first number of threads."""
+    if case.kind == "step":
+        sys.exit(f"The ways of {case.name} run together. Profile generate-{case.options['rows']}.")
     workers = crew(args, args.threads[0])
     found: list[str] = []
     known: list[str] = []

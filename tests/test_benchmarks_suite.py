@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from trimtab.capture.batches import Group, make_batches
 from trimtab.texts import Text
@@ -95,11 +96,15 @@ class Fake:
 
     side = "ours"
 
-    def __init__(self, dies_after: int = 10**9) -> None:
+    def __init__(self, dies_after: int = 10**9, opens_until: int = 10**9) -> None:
         self.runs: list[str] = []
-        self.dies_after = dies_after
+        self.dies_after, self.opens_until = dies_after, opens_until
+        self.opened = 0
 
     def open(self, _kind: str, _options: object) -> dict[str, Any]:
+        self.opened += 1
+        if self.opened == self.opens_until:
+            return {"cannot": "MemoryError: no"}
         return {"ways": ["plain", "steered", "broken"], "peak_mb": 1.0}
 
     def run(self, way: str) -> dict[str, Any]:
@@ -135,6 +140,14 @@ def test_a_stopped_run_is_taken_up_at_the_round_that_is_missing(tmp_path: Path) 
     assert len(later.runs) == 3 + 2 * 2
     assert state.cannot == {"ours": {"broken": "RuntimeError: no"}}
     assert later.runs[3:] == ["plain", "steered", "steered", "plain"]  # forwards and backwards in turn
+    for fresh, opened in (("round", 1 + 4), ("run", 1 + 1 + 4 * 2)):  # a broken way is not tried again
+        worker = Fake()
+        assert len(go(worker, replace(case, name=fresh, fresh=fresh)).rounds) == 4  # type: ignore[arg-type]
+        assert worker.opened == opened
+        assert worker.runs[:2] == ["plain", "steered"]  # nothing warms up
+    lost = go(Fake(opens_until=3), replace(case, name="lost", fresh="round"))
+    assert lost.cannot["ours"] == {"all": "MemoryError: no"}
+    assert [len(done) for done in lost.rounds] == [1, 0, 0, 0]
     other = replace(case, options={"device": "cpu", "rows": 2})
     assert take_up(tmp_path, other, 1, wanted=4).rounds == []
 
@@ -284,3 +297,44 @@ def test_what_is_not_measured_stays_as_the_last_record_has_it(tmp_path: Path, mo
     (record,) = run.newest(tmp_path)
     assert [case["case"] for case in record["cases"]] == ["one", "two"]
     assert "`one`" in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_ways_that_take_turns_do_what_they_say_and_leave_the_models_plain() -> None:
+    from benchmarks.models import llama
+    from benchmarks.ours.steps import stepping
+
+    options = {"device": "cpu", "dtype": "float32", "shape": "tiny", "rows": 2, "prompt": 4, "new": 8}
+    before = {name: value.clone() for name, value in llama("tiny").state_dict().items()}
+    ways = stepping(options)
+    assert [*ways] == ["plain", "trimtab", "trimtab, a setting per row", "trimtab, baked"]
+    for way in [*ways.values(), *reversed(ways.values())]:  # two rounds, forwards and backwards
+        with way() as action:
+            assert action() > 0  # type: ignore[operator]
+    after = llama("tiny")
+    assert all(torch.equal(value, before[name]) for name, value in after.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in after.modules())
+
+
+def test_ways_that_do_not_steer_are_found_out() -> None:
+    from contextlib import nullcontext
+    from copy import deepcopy
+
+    from benchmarks.models import llama, prompts
+    from benchmarks.ours.steering import knob_for
+    from benchmarks.ours.steps import Turns
+
+    from trimtab.runtime import steer
+
+    models = [deepcopy(llama("tiny")) for _ in range(4)]
+    names = ("plain", "trimtab", "trimtab, a setting per row", "trimtab, baked")
+    runs: dict[str, Any] = {name: (model, nullcontext) for name, model in zip(names, models, strict=True)}
+    with pytest.raises(RuntimeError, match="The steered model came to the tokens of the plain one"):
+        Turns(runs, prompts(2, 4), 8).seconds("plain")
+    knob = knob_for(models[1])
+    runs["trimtab"] = models[1], lambda: steer(models[1], {knob: 1.0})
+    with pytest.raises(RuntimeError, match="The baked model came to other tokens"):
+        Turns(runs, prompts(2, 4), 8).seconds("plain")
+    assert not any(module._forward_hooks for module in models[1].modules())
+    models[3].lm_head.weight.data += 1
+    with pytest.raises(AssertionError, match="baking changed a weight"):
+        Turns(runs, prompts(2, 4), 8)

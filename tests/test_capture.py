@@ -372,7 +372,7 @@ def test_a_prompt_of_many_answers_is_run_once(
 def test_batches_leave_nothing_to_the_garbage_collector(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Tensors that wait for it lie between those of the next batches, which need new memory then."""
+    """Tensors that wait for it leave holes between those of the next batches, which then need new memory."""
     data = Pairs(Pair((Message("user", f"what is the capital of place number {i}?"),), "yes", "no") for i in range(12))
     left: list[int] = []
     gc.collect()

@@ -43,7 +43,7 @@ def knob_for(model: Any) -> Knob:
 def baked_copy(model: Any, knob: Knob, device: str) -> Any:
     """Bake a knob at strength 1 into a checkpoint; return its model.
 
-    Its weights are moved to memory as the plain model's lie in: those mapped from a file take a little longer to read.
+    Its weights are copied into ordinary memory, as the plain model's are: reading those of a mapped file takes longer.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "baked"

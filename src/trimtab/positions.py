@@ -23,7 +23,10 @@ Masks = dict[Where, Tensor | None]
 """Tokens of one call by `where`, `[B or 1, T]` bool, or None for all of them; one left out means no token."""
 
 EVERY_TOKEN: Masks = {"all": None, "completion": None}
-"""What `Follower.masks` returns, itself, for a decode step after the prompt."""
+"""What `Follower.masks` returns, and no copy of it, where every token counts, as in a decode step after the prompt.
+
+Callers compare by `is`; never change it.
+"""
 
 
 class RowDose(NamedTuple):
@@ -94,7 +97,7 @@ class Follower:
             )
         self._markers = markers or ((), ())
         self._new: _History | None = None
-        self._noted = 0  # the cache of this call, by `id`: holding it would keep it alive
+        self._noted = 0  # the cache that has that note already, by `id`: holding it would keep it alive
 
     def masks(self, call: CallInfo) -> Masks:
         """Say which tokens of a call each `where` means; to be asked once per call, before it."""
@@ -104,7 +107,7 @@ class Follower:
         notes = _notes(call.cache)
         history = notes.get(self._level)
         past = call.past(history.columns if history else self._unknown(call))
-        if len(notes) > (history is not None):
+        if history is None or len(notes) > 1:  # not ours alone
             self._settle_old_levels(notes, past)
         if past and history is not None and past < history.columns:
             self._refuse_cropped(history)

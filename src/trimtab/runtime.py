@@ -1,4 +1,4 @@
-"""Steer a live model: knobs at strengths, per row of a batch, at no cost that can be measured.
+"""Steer a live model: knobs at strengths, per row of a batch, for a hundredth of a small model's time.
 
 Everything that depends on the knobs is computed when they are set: one addend per steered layer and row. A forward
 adds it to the block's output, and a decode step computes nothing else, but for knobs that look at the stream or ahead.
@@ -51,7 +51,7 @@ class Steering:
         self._tables: dict[int, LayerTable] = {}
         self._expanded: tuple[int, dict[int, LayerTable]] = (1, {})
         self._alone: dict[int, Tensor] = {}  # addends of tokens after the prompt, where nothing else is done at a layer
-        self._steps: dict[int, Tensor] = {}  # the same, in a call of such tokens and no others
+        self._steps: dict[int, Tensor] = {}  # `_alone` in a call of such tokens and no others, else empty
         self._masks: Masks = {}
         self._streams: dict[LookaheadKnob, Stream] = {}
         self._moving: dict[LookaheadKnob, Stream] = {}  # of this call
@@ -161,12 +161,12 @@ class Steering:
         self._match_rows(call.batch)
         masks = follower.masks(call)
         self._call, self._unmasked = (call.batch, call.tokens), masks is EVERY_TOKEN
-        self._steps = self._alone if self._unmasked else {}
         if self._unmasked:  # a decode step computes nothing that it need not
-            self._masks = masks
+            self._masks, self._steps = masks, self._alone
         else:
             dtype = self._adapter.dtype
             self._masks = {where: None if mask is None else mask[..., None].to(dtype) for where, mask in masks.items()}
+            self._steps = {}
         if self._streams:
             self._begin_streams(call, masks)
 
@@ -202,6 +202,7 @@ class Steering:
 
     def _expand(self, times: int) -> None:
         tables = self._tables
+        self._steps = {}  # until the next call
         self._expanded = (times, {n: table.repeat(times) for n, table in tables.items()} if times > 1 else tables)
         self._alone = {
             layer: table.later

@@ -125,8 +125,9 @@ def describe_call(named: Mapping[str, Any], around: Sequence[Mapping[str, Any]] 
     batch, tokens = int(first.shape[0]), int(first.shape[1])
     for outer in reversed(around):
         mask = outer.get("attention_mask") if mask is None else mask
-        if told is None and (other := _first(outer)) is not None:  # the same tensor where nothing is added to it
-            told = tokens if other is first else _tokens_of(other)
+        if told is None:
+            other = _first(outer)
+            told = tokens if other is first else _tokens_of(other)  # mostly the same tensor
     if told is not None and told != tokens:
         raise AdapterError(
             f"The decoder is given {tokens} tokens in a call of {told}, so that their positions are not known: "

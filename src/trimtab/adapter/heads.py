@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -45,7 +45,7 @@ def full_cache() -> DynamicCache:
     return DynamicCache()
 
 
-def shared_rows(heads: DynamicCache, rows: Tensor) -> DynamicCache:
+def shared_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """Return a cache whose rows go on from those of another, in the order of `rows [R]` int64, each as often as named.
 
     Good for one forward: what a block adds it is given back, behind a copy of its rows, and nothing is kept.
@@ -53,32 +53,33 @@ def shared_rows(heads: DynamicCache, rows: Tensor) -> DynamicCache:
     from transformers.cache_utils import DynamicLayer
 
     shared: Any = full_cache()
-    places, behind = {rows.device: rows}, _behind()
+    places: dict[torch.device, Tensor] = {}
+    behind = _behind()
     # the blocks above the highest that is read have not run
     shared.layers = [
-        behind(head, places) if head.is_initialized else DynamicLayer() for head in cast(Any, heads).layers
+        behind(head, rows, places) if head.is_initialized else DynamicLayer() for head in cast(Any, cache).layers
     ]
     return shared
 
 
-@cache
-def _behind() -> Callable[[Any, dict[torch.device, Tensor]], DynamicLayer]:
-    """Make the class once: one for each call would wait for the garbage collector, and its tensors keep holes open."""
+@functools.cache
+def _behind() -> Callable[[Any, Tensor, dict[torch.device, Tensor]], DynamicLayer]:
+    """Make the class once: one made at each call lives until garbage is collected, and its tensors leave holes."""
     from transformers.cache_utils import DynamicLayer
 
     class Behind(DynamicLayer):
         """What one block has cached: new keys and values are given back behind a copy of their rows, and not kept."""
 
-        def __init__(self, head: Any, places: dict[torch.device, Tensor]) -> None:
+        def __init__(self, head: Any, rows: Tensor, places: dict[torch.device, Tensor]) -> None:
             super().__init__()
             self._head: tuple[Tensor, Tensor] = head.keys, head.values
-            self._places = places
+            self._rows, self._places = rows, places
             self.keys, self.values, self.is_initialized = head.keys, head.values, True
             self.dtype, self.device = head.keys.dtype, head.keys.device
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             if key_states.device not in self._places:  # once, and not at every block: it waits for an accelerator
-                self._places[key_states.device] = next(iter(self._places.values())).to(key_states.device)
+                self._places[key_states.device] = self._rows.to(key_states.device)
             own = self._places[key_states.device]
             keys, values = (head.index_select(0, own) for head in self._head)
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)

@@ -291,7 +291,7 @@ def _check_hooks_in_compiled_code() -> None:
 def _begin(aside: Aside, around: _Around, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if aside.on:
         return
-    around.append((module, args, kwargs))  # looked at where the decoder's call is
+    around.append((module, args, kwargs))  # read only when the decoder is called
 
 
 def _end(aside: Aside, around: _Around, module: nn.Module, args: object, output: object) -> None:
@@ -337,7 +337,7 @@ def _replace(
     shape = hidden.shape
     if new.shape != shape or shape[-1] != width:
         raise AdapterError(
-            f"The residual stream at layer {layer} has shape {tuple(hidden.shape)} and its replacement "
+            f"The residual stream at layer {layer} has shape {tuple(shape)} and its replacement "
             f"{tuple(new.shape)}; both must be [batch, tokens, {width}]."
         )
     if output is hidden or not isinstance(output, tuple | list):
