@@ -30,9 +30,9 @@ character.
   **trimtab** is the whole call of `capture`, rendering included, which runs a prompt once for both answers; **trimtab,
   learn** makes a knob of it too (by principal components), as the peers' calls, at their defaults, make vectors.
 - **plain** is the unsteered model. Turning a setting on and off counts as part of every steered way. A **baked**
-  model's weights are copied out of its file into memory, as the plain model's are. **Step by step** all ways generate at
-  once, each on a copy of the model, one token in turn, and a round is the second run of a new process: what slows the
-  machine down, and where things lie in memory, then favours no way. Weights come from main memory at every token.
+  model's weights are copied out of its file into memory, as the plain model's are. **Step by step** all ways generate
+  at once, each on a copy of the model, one token in turn, and a round is the second run of a new process: what slows
+  the machine down, and where things lie in memory, then favours no way. Weights come from main memory at every token.
 - **out** has the same letter where ways came to the same tokens.
 
 Goals are judged on processors only; [the log](log.md) says why what is missed is missed, and what the limit is.
