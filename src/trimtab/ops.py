@@ -197,9 +197,11 @@ def pairwise_cosine(differences: Tensor) -> float | None:
 
     Uses |sum of units|^2 = n + sum of cosines, so memory does not grow with N squared.
     """
-    units = unit(differences[differences.norm(dim=-1) > 0])
-    n = len(units)
-    return (float(units.sum(dim=0).square().sum()) - n) / (n * (n - 1)) if n > 1 else None
+    lengths = differences.norm(dim=-1, dtype=torch.float64)
+    known = lengths > 0
+    n = int(known.sum())
+    units = torch.where(known, 1 / lengths, 0.0) @ differences.double()  # their sum
+    return (float(units.square().sum()) - n) / (n * (n - 1)) if n > 1 else None
 
 
 def split_half_cosine(differences: Tensor, *, draws: int = 16, seed: int = 0) -> float | None:
@@ -210,12 +212,8 @@ def split_half_cosine(differences: Tensor, *, draws: int = 16, seed: int = 0) ->
     n = len(differences)
     if n < 2:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    values: list[float] = []
-    for _ in range(draws):
-        order = torch.randperm(n, generator=generator)
-        values.append(cosine(differences[order[: n // 2]].mean(dim=0), differences[order[n // 2 :]].mean(dim=0)))
-    return sum(values) / draws
+    one, other = (unit(half.to(differences.dtype) @ differences) for half in _halves(n, draws, seed))
+    return float((one * other).sum(dim=-1).clamp(-1.0, 1.0).mean())
 
 
 def probe_auc(chosen: Tensor, rejected: Tensor, *, draws: int = 4, seed: int = 0) -> float | None:
@@ -227,15 +225,20 @@ def probe_auc(chosen: Tensor, rejected: Tensor, *, draws: int = 4, seed: int = 0
     n = len(chosen)
     if n < 4:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    values: list[float] = []
-    for _ in range(draws):
-        order = torch.randperm(n, generator=generator)
-        halves = (order[: n // 2], order[n // 2 :])
-        for fit, judge in (halves, halves[::-1]):
-            direction = (chosen[fit] - rejected[fit]).mean(dim=0)
-            values.append(auc(chosen[judge] @ direction, rejected[judge] @ direction))
+    fitted = torch.cat(_halves(n, draws, seed))  # [2 draws, N]
+    directions = fitted.to(chosen.dtype) @ (chosen - rejected)
+    scores = [(acts @ directions.T).T for acts in (chosen, rejected)]  # [2 draws, N] each
+    values = [auc(plus[judged], minus[judged]) for plus, minus, judged in zip(*scores, fitted == 0, strict=True)]
     return sum(values) / len(values)
+
+
+def _halves(n: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw halves of `n` rows: weights `[draws, n]` float64 that take the mean of one half, and of the other."""
+    generator = torch.Generator().manual_seed(seed)
+    one = torch.zeros(draws, n, dtype=torch.float64)
+    for row in one:
+        row[torch.randperm(n, generator=generator)[: n // 2]] = 1 / (n // 2)
+    return one, (one == 0).double() / (n - n // 2)
 
 
 def mean_difference(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = False) -> Tensor:

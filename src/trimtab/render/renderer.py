@@ -264,6 +264,8 @@ class Renderer:
         return whole[: starts[0]] if starts else []
 
     def _extend(self, ids: list[int], text: str, more: str) -> list[int]:
+        if not more:
+            return ids
         # Tokenised together where that leaves `ids` alone, so that word pieces at the seam are the usual ones.
         joint = self._encode(text + more)
         return joint if joint[: len(ids)] == ids else ids + self._inside(more)
