@@ -27,6 +27,8 @@ from trimtab.learn import learn
 from trimtab.pairs import Pairs
 from trimtab.render import load
 from trimtab.runtime import steer
+from trimtab.train.steps import learn_step
+from trimtab.train.vectors import learn_weights
 from trimtab.tune import tune
 from trimtab.types import Message, Pair, parse_setting
 
@@ -69,6 +71,26 @@ WRONG_TYPES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
     "a checkpoint without a name": (
         lambda lm, words: learn(lm, words, Pairs([PAIR]), checkpoint=""),
         "folder is empty",
+    ),
+    "a checkpoint by number": (
+        lambda lm, words: learn(lm, words, Pairs([PAIR]), checkpoint=3),
+        "is the path of a folder, or None; got 3",
+    ),
+    "a layer that is true": (lambda lm, words: learn(lm, words, Pairs([PAIR]), layers=[True]), "got .True."),
+    "a name by number": (lambda lm, words: learn(lm, words, Pairs([PAIR]), name=3), "1 to 100 printable.*got 3"),
+    "a name that no setting could spell, before training": (
+        lambda lm, words: learn_weights(lm, words, Pairs([PAIR]), name="a b"),
+        "1 to 100 printable.*got 'a b'",
+    ),
+    "the same before a gradient": (lambda lm, words: learn_step(lm, words, Pairs([PAIR]), name="a b"), "got 'a b'"),
+    "a licence by number": (lambda lm, words: learn(lm, words, Pairs([PAIR]), licence=3), "is text, .*got 3"),
+    "one guardrail": (
+        lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), guardrails=3),
+        r"several tasks, as in \[task\], .*got 3",
+    ),
+    "a word for yes": (
+        lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), dose_response="no"),
+        "is True or False; got 'no'",
     ),
     "digits of another alphabet": (lambda lm, words: parse_setting("s=\u0663"), "must be a number"),
     "Python's spelling": (lambda lm, words: parse_setting("s=1_0"), "must be a number; got '1_0'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,13 @@ import pico
 from trimtab.adapter import Adapter
 from trimtab.capture import Evidence, capture, running
 from trimtab.capture.batches import group, make_batches, worth_calls
-from trimtab.capture.gathered import PARTS
-from trimtab.capture.running import Runner
+from trimtab.capture.gathered import PARTS, Gathered
+from trimtab.capture.running import Read, Runner
 from trimtab.errors import AdapterError, OptionError, PairsError, UnknownName
 from trimtab.methods.palrs import palrs_layer
 from trimtab.pairs import Pairs
 from trimtab.render import Renderer
-from trimtab.texts import Format, _other_questions, expand_positions, render_pairs
+from trimtab.texts import Format, Text, _other_questions, expand_positions, render_pairs
 from trimtab.types import Message, Pair, Site
 
 QUESTION: tuple[str, ...] = ("response_end", "last", "response_mean", "demonstrated")
@@ -517,6 +518,25 @@ def test_few_pairs_are_kept_and_the_means_are_of_all(
     assert few.norms == whole.norms
     with pytest.raises(OptionError, match="keep is a whole number, 1 or more; got 0"):
         capture(model, tokenizer, pairs(9), **options, keep=0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 35])
+def test_parts_are_means_of_equally_many_pairs(count: int) -> None:
+    seeded = torch.Generator().manual_seed(count)
+    acts = torch.randn(2, count, 3, 2, 4, generator=seeded)  # sides, pairs, layers, positions, width
+    gathered = Gathered(torch.arange(count), count, 3, 2, 4)
+    reads = {p: slice(p, p + 1) for p in range(2)}
+    texts = [Text(side, n, array("i", [1, 2]), reads) for n in range(count) for side in (0, 1)]
+    silent = Text(0, 0, array("i", [1, 2]), {})  # its norms count, and nothing else
+    for batch in (texts[:1], [silent], [silent, *texts[1:]]):
+        own = [acts[t.side, t.pair, :, p] for t in batch for p in t.reads]
+        gathered.add(batch, Read(torch.stack(own) if own else torch.empty(0, 3, 4), torch.ones(len(batch), 3)))
+    part = torch.randperm(count, generator=torch.Generator().manual_seed(0)).argsort() % PARTS
+    assert gathered.parts().shape == (2, min(PARTS, count), 3, 2, 4)
+    for i in range(min(PARTS, count)):
+        torch.testing.assert_close(gathered.parts()[:, i], acts.double()[:, part == i].mean(1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gathered.means(), acts.double().mean(1), atol=1e-12, rtol=1e-12)
+    assert torch.equal(gathered.store, acts)
 
 
 @pytest.mark.gpu

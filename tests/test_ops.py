@@ -109,6 +109,47 @@ def test_split_half_cosine_is_high_for_a_shared_direction_and_low_for_noise() ->
     assert shared > 0.95
 
 
+def halves(n: int, draws: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    seeded = rng()
+    orders = [torch.randperm(n, generator=seeded) for _ in range(draws)]
+    return [(order[: n // 2], order[n // 2 :]) for order in orders]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 16, 33])
+def test_split_half_cosine_and_probe_auc_equal_their_loops(n: int) -> None:
+    plus, minus = (torch.randn(n, 7, generator=rng(seed)).double() + 0.3 * seed for seed in (0, 1))
+    rows = plus - minus
+    cosines = [ops.cosine(rows[one].mean(0), rows[other].mean(0)) for one, other in halves(n, 16)]
+    assert ops.split_half_cosine(rows) == pytest.approx(sum(cosines) / 16, abs=1e-12)
+    aucs: list[float] = []
+    for fit, judge in ((a, b) for one, other in halves(n, 4) for a, b in ((one, other), (other, one))):
+        r = rows[fit].mean(0)
+        aucs.append(ops.auc(plus[judge] @ r, minus[judge] @ r))
+    assert ops.probe_auc(plus, minus) == (pytest.approx(sum(aucs) / 8, abs=1e-12) if n >= 4 else None)
+    assert ops.split_half_cosine(rows[:1]) is None
+
+
+@pytest.mark.parametrize("n", [6, 7, 13, 22])
+def test_halves_that_cancel_have_no_direction(n: int) -> None:
+    rows = torch.randint(-3, 4, (3, 5), generator=rng()).double().repeat(n, 1)[:n]
+    rows[1::2] *= -1  # pairs the wrong way round; sums of whole numbers are exact
+    expected = [ops.cosine(rows[one].sum(0), rows[other].sum(0)) for one, other in halves(n, 16)]
+    assert ops.split_half_cosine(rows) == pytest.approx(sum(expected) / 16, abs=1e-14)
+
+
+def test_probe_auc_counts_answers_that_both_sides_share_as_ties() -> None:
+    both = torch.randn(40, 64, generator=rng()).double()
+    plus = both[torch.randint(0, 5, (40,), generator=rng(1))]
+    minus = both[torch.randint(0, 5, (40,), generator=rng(2))]
+    values: list[float] = []
+    for fit, judge in ((a, b) for one, other in halves(40, 4) for a, b in ((one, other), (other, one))):
+        r = (plus - minus)[fit].mean(0)
+        scores = {tuple(row.tolist()): float(row @ r) for row in both}  # equal rows, equal scores
+        high, low = ([scores[tuple(row.tolist())] for row in side[judge]] for side in (plus, minus))
+        values.append(ops.auc(torch.tensor(high).double(), torch.tensor(low).double()))
+    assert ops.probe_auc(plus, minus) == pytest.approx(sum(values) / 8, abs=1e-12)
+
+
 def test_probe_auc_is_half_on_noise_although_it_would_separate_its_own_pairs() -> None:
     plus, minus = (torch.randn(40, 200, generator=rng(seed)).double() for seed in (0, 1))
     r = (plus - minus).mean(0)

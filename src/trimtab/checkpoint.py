@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trimtab.adapter import Adapter
 from trimtab.artifact.identity import IDENTITY, model_identity
-from trimtab.errors import OptionError, TrimtabWarning
+from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.files import parse_json, write_atomically
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Checkpoint:
     def __init__(self, folder: str | Path | None, job: Callable[[], Mapping[str, Any]]) -> None:
         if folder == "":
             raise OptionError("The name of the checkpoint's folder is empty.")
+        if not isinstance(folder, str | Path | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"A checkpoint is the path of a folder, or None; got {brief(folder)}.")
         self._folder = None if folder is None else Path(folder)
         self._job = "" if self._folder is None else _open(self._folder, json.loads(json.dumps(job())))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.artifact import KernelExamples, Knob
+from trimtab.artifact.checks import check_labels
 from trimtab.capture import Evidence, GradientEvidence, capture, capture_gradients
 from trimtab.checkpoint import learned_from
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, unknown_name
@@ -98,6 +99,7 @@ def learn(
     """
     if not isinstance(pairs, Pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs; got {type(pairs).__name__}. Pass Pairs.from_records(...).")
+    check_labels(name, licence)
     plan = make_plan(model, tokenizer, method, format, positions, layers, first, last, selection, site)
     _check_options(scale, where, length_match, seed)
     own = {**plan.method.defaults, **({"seed": seed} if "seed" in plan.method.defaults else {})}

@@ -200,8 +200,8 @@ def pairwise_cosine(differences: Tensor) -> float | None:
     lengths = differences.norm(dim=-1, dtype=torch.float64)
     known = lengths > 0
     n = int(known.sum())
-    units = torch.where(known, 1 / lengths, 0.0) @ differences.double()  # their sum
-    return (float(units.square().sum()) - n) / (n * (n - 1)) if n > 1 else None
+    total = torch.where(known, 1 / lengths, 0.0) @ differences.double()  # [D], the sum of the units
+    return (float(total.square().sum()) - n) / (n * (n - 1)) if n > 1 else None
 
 
 def split_half_cosine(differences: Tensor, *, draws: int = 16, seed: int = 0) -> float | None:
@@ -212,7 +212,8 @@ def split_half_cosine(differences: Tensor, *, draws: int = 16, seed: int = 0) ->
     n = len(differences)
     if n < 2:
         return None
-    one, other = (unit(half.to(differences.dtype) @ differences) for half in _halves(n, draws, seed))
+    # sums in place of means, whose length is divided out: what cancels in a half cancels exactly
+    one, other = unit(_halves(n, draws, seed).to(differences) @ differences)
     return float((one * other).sum(dim=-1).clamp(-1.0, 1.0).mean())
 
 
@@ -225,20 +226,20 @@ def probe_auc(chosen: Tensor, rejected: Tensor, *, draws: int = 4, seed: int = 0
     n = len(chosen)
     if n < 4:
         return None
-    fitted = torch.cat(_halves(n, draws, seed))  # [2 draws, N]
-    directions = fitted.to(chosen.dtype) @ (chosen - rejected)
-    scores = [(acts @ directions.T).T for acts in (chosen, rejected)]  # [2 draws, N] each
-    values = [auc(plus[judged], minus[judged]) for plus, minus, judged in zip(*scores, fitted == 0, strict=True)]
+    fitted = _halves(n, draws, seed).flatten(0, 1)  # [2 draws, N]
+    directions = fitted.to(chosen) @ (chosen - rejected)
+    scores = [(acts @ directions.T).T for acts in (chosen, rejected)]  # this way round equal rows score equally
+    values = [auc(plus[judged], minus[judged]) for plus, minus, judged in zip(*scores, ~fitted, strict=True)]
     return sum(values) / len(values)
 
 
-def _halves(n: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw halves of `n` rows: weights `[draws, n]` float64 that take the mean of one half, and of the other."""
+def _halves(n: int, draws: int, seed: int) -> Tensor:
+    """Draw halves of `n` rows, and the others: masks `[2, draws, n]`."""
     generator = torch.Generator().manual_seed(seed)
-    one = torch.zeros(draws, n, dtype=torch.float64)
+    one = torch.zeros(draws, n, dtype=torch.bool)
     for row in one:
-        row[torch.randperm(n, generator=generator)[: n // 2]] = 1 / (n // 2)
-    return one, (one == 0).double() / (n - n // 2)
+        row[torch.randperm(n, generator=generator)[: n // 2]] = True
+    return torch.stack([one, ~one])
 
 
 def mean_difference(chosen: Tensor, rejected: Tensor, *, equal_weight: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count, product
 from numbers import Real
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
 from trimtab.checkpoint import Checkpoint, describe_model, digest
-from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError
+from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, brief
 from trimtab.evals.choosing import choose
 from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import selection_bias
@@ -107,7 +107,11 @@ def tune(
     strengths. Kept answers are graded again; `seconds` are those of the last call. The folder is left in place; see
     `trimtab.checkpoint`.
     """
+    if not isinstance(guardrails, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"Guardrails are several tasks, as in [task], or none, as in []; got {brief(guardrails)}.")
     _check_kinds(knob, pairs, [*([] if task is None else [task]), *guardrails])
+    if not isinstance(dose_response, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"dose_response is True or False; got {brief(dose_response)}.")
     Adapter(model).check_plain("tuning")
     if not -1 <= check_strength(agreement, "agreement") <= 1:
         raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")

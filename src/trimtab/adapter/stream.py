@@ -145,7 +145,7 @@ class Adapter:
     def layers(self, wanted: Iterable[int]) -> list[int]:
         """Resolve layer numbers: in order, each once; raises `OptionError` where there are none."""
         try:
-            numbers = [operator.index(number) for number in wanted]
+            numbers = [_whole_number(number) for number in wanted]
         except TypeError:
             raise OptionError(f"Layers are a list of numbers, as in [2, 4]; got {brief(wanted)}.") from None
         if not numbers:
@@ -246,6 +246,12 @@ class Adapter:
             pass
         finally:
             handle.remove()
+
+
+def _whole_number(value: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 _STEERED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

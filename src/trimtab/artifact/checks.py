@@ -12,7 +12,7 @@ import torch
 
 from trimtab.artifact.file import number
 from trimtab.artifact.identity import IDENTITY, said
-from trimtab.errors import KnobError, brief, unknown_name
+from trimtab.errors import KnobError, OptionError, brief, unknown_name
 from trimtab.types import Site, check_where, is_knob_name
 
 if TYPE_CHECKING:
@@ -68,10 +68,17 @@ def check_gain(gain: object) -> None:
 
 def check_knob_name(name: str) -> None:
     """Raise `KnobError` for a name that a setting could not spell or a terminal not show."""
-    if not is_knob_name(name):
+    if not isinstance(name, str) or not is_knob_name(name):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise KnobError(
             f"A knob's name is 1 to 100 printable characters, no space, comma or equals sign; got {brief(name)}."
         )
+
+
+def check_labels(name: str, licence: str | None) -> None:
+    """Raise `KnobError` or `OptionError` for labels that no knob can have, before it is learned rather than after."""
+    check_knob_name(name)
+    if licence is not None and not isinstance(licence, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptionError(f"A licence is text, such as 'apache-2.0'; got {brief(licence)}.")
 
 
 def check_fields(knob: Knob) -> None:

@@ -34,8 +34,7 @@ class Gathered:
         self.store = torch.zeros(2, len(kept), layers, positions, width)
         self.norms = Moments()  # of [L]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        part = torch.empty(count, dtype=torch.long).index_put_((order,), torch.arange(count) % PARTS)
-        self._part: list[int] = part.tolist()
+        self._part: list[int] = (order.argsort() % PARTS).tolist()
         self._sums = torch.zeros(min(PARTS, count), 2, positions, layers, width, dtype=torch.float64)
         self._places = {pair: place for place, pair in enumerate(kept.tolist())}
 
@@ -65,5 +64,5 @@ class Gathered:
 
     def parts(self) -> Tensor:
         """Return the same of each part of the pairs, `[2, parts, L, P, D]` float64."""
-        sizes = torch.tensor(self._part).bincount(minlength=len(self._sums))
+        sizes = (torch.arange(len(self._part)) % PARTS).bincount(minlength=len(self._sums))
         return (self._sums / sizes[:, None, None, None, None]).permute(1, 0, 3, 2, 4)

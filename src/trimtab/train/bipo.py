@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import Knob
-from trimtab.artifact.checks import check_knob_name
+from trimtab.artifact.checks import check_labels
 from trimtab.capture import residual_norms
 from trimtab.checkpoint import Checkpoint, describe_model, learned_from
 from trimtab.errors import OptionError, TrainError, TrimtabWarning
@@ -83,7 +83,7 @@ def learn_vector(
     """
     adapter = Adapter(model)
     adapter.check_plain("learning")
-    check_knob_name(name)
+    check_labels(name, licence)
     rates = None if learning_rates is None else sorted(set(check_several(learning_rates, "learning_rates")))
     options: dict[str, Any] = {
         "layers": adapter.layers(layers_between(adapter.n_layers, first, last) if layers is None else layers),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trimtab.adapter import Adapter, parameters_to
 from trimtab.artifact import DeltaKnob, LookaheadKnob, LowRank
+from trimtab.artifact.checks import check_labels
 from trimtab.artifact.lookahead import Backend
 from trimtab.artifact.parts import Part, labelled, parts_of
 from trimtab.capture import evaluating, residual_norms, weight_gradients
@@ -92,7 +93,7 @@ def learn_lookahead(
     `TrainError` where there is no gradient.
     """
     adapter, asked = Adapter(model), read_loss(loss)
-    _check(pairs, rank)
+    _check(pairs, rank, name, licence)
     check_where(where)
     if backend not in get_args(Backend):
         raise unknown_name("backend", str(backend), get_args(Backend))
@@ -172,7 +173,7 @@ def learn_step(
     """
     adapter, asked = Adapter(model), read_loss(loss)
     adapter.check_plain("learning")
-    _check(pairs, rank)
+    _check(pairs, rank, name, licence)
     begun = time.perf_counter()
     names = [n for n, _ in model.named_parameters() if rank is None or is_linear(model, n)]
     thin = set(names) if rank is not None else set[str]()
@@ -192,7 +193,8 @@ def learn_step(
     )
 
 
-def _check(pairs: Pairs, rank: int | None) -> None:
+def _check(pairs: Pairs, rank: int | None, name: str, licence: str | None) -> None:
+    check_labels(name, licence)
     if not isinstance(pairs, Pairs) or not len(pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs, and at least one; got {pairs!r}. Pass Pairs.from_records(...).")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):  # pyright: ignore[reportUnnecessaryIsInstance]

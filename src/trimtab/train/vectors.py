@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from trimtab.artifact import DeltaKnob, LowRank
+from trimtab.artifact.checks import check_labels
 from trimtab.artifact.parts import Part, parts_of
 from trimtab.checkpoint import Checkpoint, describe_model, learned_from, remove
 from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
@@ -83,6 +84,7 @@ def learn_weights(
         raise unknown_name("method", str(method), get_args(WeightMethod))
     if not isinstance(pairs, Pairs) or not len(pairs):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PairsError(f"pairs must be Pairs, and at least one; got {pairs!r}. Pass Pairs.from_records(...).")
+    check_labels(name, licence)
     used = pairs
     if anchors is not None and validation is None:  # an anchor is neither held out nor counted as preferred
         used, validation = pairs.split(seed=seed)
