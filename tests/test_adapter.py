@@ -10,9 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import generic
 
 from pico import ARCHITECTURES, CACHE, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter, CallInfo
+from trimtab.adapter.calls import returned_cache
 from trimtab.errors import AdapterError
 
 CPU = torch.device("cpu")
@@ -487,3 +490,12 @@ def test_replacements_of_another_shape_and_strange_block_outputs_are_refused() -
         with pytest.raises(AdapterError, match=got), Adapter(lm).read([0]):
             lm(ids)
         handle.remove()
+
+
+def test_looking_for_a_cache_in_an_output_without_one_makes_transformers_say_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(generic.logger, "warning_once", said.append)
+    assert returned_cache(BaseModelOutputWithPast(last_hidden_state=torch.zeros(1))) is None  # pyright: ignore[reportArgumentType]
+    assert not said

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,23 +19,43 @@ import transformers
 from trimtab.errors import TrimtabWarning
 
 
-def open_pool(count: int, initializer: Callable[..., None], arguments: tuple[Any, ...]) -> ProcessPoolExecutor:
-    """Return a pool of `count` processes; each calls `initializer(*arguments)` before its first job.
+@contextmanager
+def open_pool(
+    count: int, initializer: Callable[..., None], arguments: tuple[Any, ...]
+) -> Generator[ProcessPoolExecutor]:
+    """Yield a pool of `count` processes; each calls `initializer(*arguments)` before its first job.
 
     They are spawned, so a script that opens a pool needs the usual `if __name__ == "__main__":`. One thread each: two
-    processes beat two threads on small matrices. Trimtab's warnings and transformers' bars are left out there.
+    processes beat two threads on small matrices. Trimtab's warnings and transformers' remarks are left out there.
+    Ctrl-C is told to this process alone, and an exception ends the workers at once, whatever they are doing.
     """
     context = multiprocessing.get_context("spawn")
     begin = (os.getpid(), initializer, arguments)
-    return ProcessPoolExecutor(count, context, initializer=_begin, initargs=begin)
+    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=begin)
+    try:
+        with _interrupts_later():  # workers begin with the first job, and do as their parent does
+            pool.submit(os.getpid)
+        yield pool
+    except BaseException:
+        workers = list((pool._processes or {}).values())  # pyright: ignore[reportPrivateUsage]  # public from Python 3.14
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+    pool.shutdown()
 
 
-def end_pool(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once, whatever they are doing."""
-    workers = list((pool._processes or {}).values())  # pyright: ignore[reportPrivateUsage]  # public from Python 3.14
-    pool.shutdown(wait=False, cancel_futures=True)
-    for worker in workers:
-        worker.terminate()
+@contextmanager
+def _interrupts_later() -> Generator[None]:
+    """Put Ctrl-C off to the end of the block; processes that begin in it never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(parent: int, initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -41,6 +63,7 @@ def _begin(parent: int, initializer: Callable[..., None], arguments: tuple[Any, 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", TrimtabWarning)
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     initializer(*arguments)
 
 

@@ -157,7 +157,8 @@ def _first(named: Mapping[str, Any]) -> Any:
 def returned_cache(output: object) -> object:
     """Return the KV cache in a decoder's output, a `ModelOutput` or a tuple; None where there is none."""
     if isinstance(output, _MAPPINGS):
-        return _cache_in(cast(Mapping[str, object], output))
+        # as a plain dict: an output of transformers warns of the names that it no longer has
+        return _cache_in(dict(cast(Mapping[str, object], output).items()))
     parts = cast(tuple[object, ...], output) if isinstance(output, tuple) else ()
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 

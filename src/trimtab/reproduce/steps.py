@@ -19,7 +19,7 @@ from trimtab.checkpoint import Checkpoint, describe_model
 from trimtab.errors import OptionError, TrimtabError, TrimtabWarning
 from trimtab.render import load
 from trimtab.reproduce.data import WORLD
-from trimtab.workers import end_pool, open_pool
+from trimtab.workers import open_pool
 
 Key = tuple[str, ...]
 """Model, kind of step, and what else tells it from others, as in `("prefworld", "steer", "math", "palrs", "100", "0")`:
@@ -155,6 +155,7 @@ def _running(
         runner = make(*begin)
         yield lambda steps: ((key, runner.run(key, arguments)) for key, arguments in steps)
         return
+    # a step is kept whole or not at all, so that workers can be ended within one
     with open_pool(workers, _begin, (make, begin)) as pool:
 
         def run(steps: list[Step]) -> Iterator[tuple[Key, Any]]:
@@ -166,9 +167,6 @@ def _running(
                     "A worker process was ended, most likely for want of memory. Finished steps are kept: run the same "
                     "again with one worker, or with smaller sizes in a folder of their own."
                 ) from None
-            except BaseException:  # a step is kept whole or not at all, so that workers can be ended within one
-                end_pool(pool)
-                raise
 
         yield run
 
