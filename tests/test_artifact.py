@@ -294,6 +294,13 @@ def test_a_safe_range_says_what_could_not_have_spoken_against_it() -> None:
         assert said(guardrails=["facts"], base={"broken": broken}, options={"broken_budget": more}) == wanted
 
 
+@pytest.mark.parametrize("knobs", [3, {"a": "file"}, {"a": ("file",)}, {"a": (3, 1.0)}, {"a": None}])
+def test_a_panel_of_other_things_than_files_and_strengths_is_refused(tmp_path: Path, knobs: Any) -> None:
+    with pytest.raises(KnobError, match=r"A panel holds .*; got "):
+        save_panel(tmp_path / "panel.json", knobs)
+    assert not (tmp_path / "panel.json").exists()
+
+
 def test_a_file_that_is_no_panel_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "package.json"
     for content in ('{"name": "x"}', "[]", "not JSON"):

@@ -83,6 +83,8 @@ WRONG_TYPES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         "1 to 100 printable.*got 'a b'",
     ),
     "the same before a gradient": (lambda lm, words: learn_step(lm, words, Pairs([PAIR]), name="a b"), "got 'a b'"),
+    "several methods": (lambda lm, words: learn(lm, words, Pairs([PAIR]), method=["palrs"]), "Unknown method"),
+    "no pairs at all": (lambda lm, words: Pairs(None), "are made of several Pair; got null"),
     "a licence by number": (lambda lm, words: learn(lm, words, Pairs([PAIR]), licence=3), "is text, .*got 3"),
     "one guardrail": (
         lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), guardrails=3),

@@ -197,6 +197,9 @@ def test_take_draws_without_replacement_in_order() -> None:
     assert pairs.take(4, seed=2) != drawn
     with pytest.raises(OptionError, match="Cannot take 11 pairs out of 10"):
         pairs.take(11)
+    for n in ("2", None, 1.5, True):
+        with pytest.raises(OptionError, match=r"Cannot take .* pairs out of 10"):
+            pairs.take(n)  # pyright: ignore[reportArgumentType]
 
 
 def test_hash_changes_with_the_text_and_not_with_meta() -> None:

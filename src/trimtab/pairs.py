@@ -37,6 +37,8 @@ class Pairs(Sequence[Pair]):
     """
 
     def __init__(self, pairs: Iterable[Pair] = ()) -> None:
+        if not isinstance(pairs, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PairsError(f"Pairs are made of several Pair; got {kind(pairs)}. Use Pairs.load for a file.")
         self._pairs = tuple(pairs)
         for number, pair in enumerate(self._pairs, 1):
             _check(pair, f"Pair {number}")
@@ -124,8 +126,8 @@ class Pairs(Sequence[Pair]):
 
     def take(self, n: int, *, seed: int = 0) -> Pairs:
         """Draw `n` pairs without replacement, in their original order."""
-        if not 0 <= n <= len(self):
-            raise OptionError(f"Cannot take {n} pairs out of {len(self)}.")
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= len(self):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"Cannot take {brief(n)} pairs out of {len(self)}.")
         return Pairs(self._pairs[i] for i in sorted(random.Random(check_seed(seed)).sample(range(len(self)), n)))
 
     def flip_balanced(self, *, seed: int = 0) -> Pairs:

@@ -52,7 +52,8 @@ def make_plan(
     site: Site | str | None,
 ) -> Plan:
     """Settle everything the caller left open by the method, the template and the model; see `trimtab.learn`."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        method = str(method)
         if method in TRAINED:
             raise OptionError(f"{method} trains weights: use trimtab.learn_weights(..., method={method!r}).")
         if method in ELSEWHERE:

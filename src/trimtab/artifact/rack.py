@@ -95,9 +95,15 @@ def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) 
     """
     folder = _real(path).parent
     entries: dict[str, dict[str, object]] = {}
-    for name, (file, strength) in knobs.items():
+    if not isinstance(knobs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise KnobError(f"A panel holds a file and a strength for each name; got {brief(knobs)}.")
+    for name, entry in knobs.items():
         check_knob_name(name)
-        place = _real(file)
+        match entry:
+            case (str() | Path() as file, strength):
+                place = _real(file)
+            case _:
+                raise KnobError(f"A panel holds the path of a file and a strength for {name!r}; got {brief(entry)}.")
         stored = place.relative_to(folder) if place.is_relative_to(folder) else place
         entries[name] = {"path": stored.as_posix(), "strength": check_strength(strength, f"strength of {name!r}")}
     check_panel_place(path)
