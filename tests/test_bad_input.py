@@ -90,6 +90,10 @@ WRONG_TYPES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), guardrails=3),
         r"several tasks, as in \[task\], .*got 3",
     ),
+    "guardrails that can be gone through once": (
+        lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), guardrails=(task for task in ())),
+        r"several tasks, as in \[task\]",
+    ),
     "a word for yes": (
         lambda lm, words: tune(pico.knob(), lm, words, Pairs([PAIR]), dose_response="no"),
         "is True or False; got 'no'",

@@ -533,6 +533,7 @@ def test_parts_are_means_of_equally_many_pairs(count: int) -> None:
         gathered.add(batch, Read(torch.stack(own) if own else torch.empty(0, 3, 4), torch.ones(len(batch), 3)))
     part = torch.randperm(count, generator=torch.Generator().manual_seed(0)).argsort() % PARTS
     assert gathered.parts().shape == (2, min(PARTS, count), 3, 2, 4)
+    assert part.bincount().max() - part.bincount().min() <= 1
     for i in range(min(PARTS, count)):
         torch.testing.assert_close(gathered.parts()[:, i], acts.double()[:, part == i].mean(1), atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(gathered.means(), acts.double().mean(1), atol=1e-12, rtol=1e-12)

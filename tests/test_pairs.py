@@ -198,7 +198,7 @@ def test_take_draws_without_replacement_in_order() -> None:
     with pytest.raises(OptionError, match="Cannot take 11 pairs out of 10"):
         pairs.take(11)
     for n in ("2", None, 1.5, True):
-        with pytest.raises(OptionError, match=r"Cannot take .* pairs out of 10"):
+        with pytest.raises(OptionError, match=r"Cannot take .* pairs out of 10: take a whole number"):
             pairs.take(n)  # pyright: ignore[reportArgumentType]
 
 

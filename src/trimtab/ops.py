@@ -212,7 +212,7 @@ def split_half_cosine(differences: Tensor, *, draws: int = 16, seed: int = 0) ->
     n = len(differences)
     if n < 2:
         return None
-    # sums in place of means, whose length is divided out: what cancels in a half cancels exactly
+    # sums in place of means, whose length is divided out: what cancels in a half cancels exactly (float32 in float64)
     one, other = unit(_halves(n, draws, seed).to(differences) @ differences)
     return float((one * other).sum(dim=-1).clamp(-1.0, 1.0).mean())
 

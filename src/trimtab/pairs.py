@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, overload
 
@@ -126,8 +127,8 @@ class Pairs(Sequence[Pair]):
 
     def take(self, n: int, *, seed: int = 0) -> Pairs:
         """Draw `n` pairs without replacement, in their original order."""
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= len(self):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError(f"Cannot take {brief(n)} pairs out of {len(self)}.")
+        if isinstance(n, bool) or not isinstance(n, Integral) or not 0 <= n <= len(self):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"Cannot take {brief(n)} pairs out of {len(self)}: take a whole number, from 0 to all.")
         return Pairs(self._pairs[i] for i in sorted(random.Random(check_seed(seed)).sample(range(len(self)), n)))
 
     def flip_balanced(self, *, seed: int = 0) -> Pairs:

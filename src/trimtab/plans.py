@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from trimtab.adapter import Adapter
 from trimtab.capture import GRADIENT_POSITIONS
-from trimtab.errors import OptionError, unknown_name
+from trimtab.errors import OptionError, brief, unknown_name
 from trimtab.methods import ELSEWHERE, METHODS, TRAINED, Method
 from trimtab.render import Renderer
 from trimtab.selection import layers_between
@@ -53,7 +53,7 @@ def make_plan(
 ) -> Plan:
     """Settle everything the caller left open by the method, the template and the model; see `trimtab.learn`."""
     if not isinstance(method, str) or method not in METHODS:  # pyright: ignore[reportUnnecessaryIsInstance]
-        method = str(method)
+        method = method if isinstance(method, str) else brief(method)  # pyright: ignore[reportUnnecessaryIsInstance]
         if method in TRAINED:
             raise OptionError(f"{method} trains weights: use trimtab.learn_weights(..., method={method!r}).")
         if method in ELSEWHERE:

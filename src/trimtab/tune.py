@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count, product
 from numbers import Real
 from pathlib import Path
@@ -107,7 +107,7 @@ def tune(
     strengths. Kept answers are graded again; `seconds` are those of the last call. The folder is left in place; see
     `trimtab.checkpoint`.
     """
-    if not isinstance(guardrails, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(guardrails, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptionError(f"Guardrails are several tasks, as in [task], or none, as in []; got {brief(guardrails)}.")
     _check_kinds(knob, pairs, [*([] if task is None else [task]), *guardrails])
     if not isinstance(dose_response, bool):  # pyright: ignore[reportUnnecessaryIsInstance]

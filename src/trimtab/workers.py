@@ -27,27 +27,29 @@ def open_pool(
 
     They are spawned, so a script that opens a pool needs the usual `if __name__ == "__main__":`. One thread each: two
     processes beat two threads on small matrices. Trimtab's warnings and transformers' remarks are left out there.
-    Ctrl-C is told to this process alone, and an exception ends the workers at once, whatever they are doing.
+    Ctrl-C is told to this process alone, Windows apart, and an exception ends the workers at once, whatever they do.
     """
     context = multiprocessing.get_context("spawn")
     begin = (os.getpid(), initializer, arguments)
+    # made outside the block below: it starts multiprocessing's own helper, which lets interrupts through again
     pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=begin)
     try:
-        with _interrupts_later():  # workers begin with the first job, and do as their parent does
-            pool.submit(os.getpid)
+        with _deaf_to_interrupts():
+            for _ in range(count):  # a worker begins with each job, as long as none is idle
+                pool.submit(os.getpid)
         yield pool
+        pool.shutdown()
     except BaseException:
         workers = list((pool._processes or {}).values())  # pyright: ignore[reportPrivateUsage]  # public from Python 3.14
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.terminate()
         raise
-    pool.shutdown()
 
 
 @contextmanager
-def _interrupts_later() -> Generator[None]:
-    """Put Ctrl-C off to the end of the block; processes that begin in it never see it."""
+def _deaf_to_interrupts() -> Generator[None]:
+    """Make this thread deaf to Ctrl-C in the block, and processes that it begins there for good."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

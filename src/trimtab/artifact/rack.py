@@ -91,7 +91,7 @@ def save_panel(path: str | Path, knobs: Mapping[str, tuple[str | Path, float]]) 
     """Write a panel, atomically: a name, the path of the knob's file, and a strength for each knob.
 
     Paths are stored as they lie from the panel's folder, if they lie in it, so that the folder can be moved. Raises
-    `KnobError` for a name that a knob cannot have, where writing fails, and where a file stands that is no panel.
+    `KnobError` for what is no name, file and strength, where writing fails, and where a file stands that is no panel.
     """
     folder = _real(path).parent
     entries: dict[str, dict[str, object]] = {}

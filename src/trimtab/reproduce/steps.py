@@ -159,8 +159,8 @@ def _running(
     with open_pool(workers, _begin, (make, begin)) as pool:
 
         def run(steps: list[Step]) -> Iterator[tuple[Key, Any]]:
-            futures = [pool.submit(_step, key, arguments) for key, arguments in steps]
             try:
+                futures = [pool.submit(_step, key, arguments) for key, arguments in steps]
                 yield from (future.result() for future in as_completed(futures))
             except BrokenProcessPool:
                 raise TrimtabError(
