@@ -154,6 +154,7 @@ def busy():
     time.sleep(300)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     with open_pool(2, nothing, ()) as pool:
         jobs = [pool.submit(busy) for _ in range(2)]
         jobs[0].result()
