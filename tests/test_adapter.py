@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,7 +17,7 @@ from transformers.utils import generic
 from pico import ARCHITECTURES, CACHE, LAYERS, WIDTH, HomeMade, model, pad, prompts, vision_language_model
 from trimtab.adapter import Adapter, CallInfo
 from trimtab.adapter.calls import returned_cache
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, OptionError
 
 CPU = torch.device("cpu")
 WITHOUT_EMBEDDINGS = ("mamba", "falcon_mamba", "mamba2")
@@ -117,6 +118,10 @@ def test_layers_count_from_the_end_when_negative_and_must_exist() -> None:
             AdapterError, match=rf"no layer {bad}: LlamaForCausalLM has 3 layers, 0 to 2 \(or -3 to -1\)"
         ):
             adapter.layer(bad)
+    assert type(adapter.layer(np.int64(-1))) is int  # as numpy.arange gives them
+    for kind in (True, 1.5, "1", None):
+        with pytest.raises(OptionError, match=f"A layer is a whole number.*got {kind!r}"):
+            adapter.layer(cast(Any, kind))
     with pytest.raises(AdapterError, match="written twice"), adapter.write({-1: shift(1), LAYERS - 1: shift(2)}):
         pass
 

@@ -76,7 +76,7 @@ WRONG_TYPES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda lm, words: learn(lm, words, Pairs([PAIR]), checkpoint=3),
         "is the path of a folder, or None; got 3",
     ),
-    "a layer that is true": (lambda lm, words: learn(lm, words, Pairs([PAIR]), layers=[True]), "got .True."),
+    "a layer that is true": (lambda lm, words: learn(lm, words, Pairs([PAIR]), layers=[True]), "got True"),
     "a name by number": (lambda lm, words: learn(lm, words, Pairs([PAIR]), name=3), "1 to 100 printable.*got 3"),
     "a name that no setting could spell, before training": (
         lambda lm, words: learn_weights(lm, words, Pairs([PAIR]), name="a b"),

@@ -889,7 +889,7 @@ def test_learning_keeps_its_gradient_and_tells_what_it_did(
         ({"rank": 0}, OptionError, "rank counts from 1; got 0"),
         ({"layers": []}, OptionError, "There are no layers; name"),
         ({"layers": 2}, OptionError, "Layers are a list of numbers"),
-        ({"layers": ["a"]}, OptionError, "Layers are a list of numbers"),
+        ({"layers": ["a"]}, OptionError, "A layer is a whole number, and layers are a list"),
         ({"backend": "scaled", "step": "a"}, OptionError, "The step must be a number; got 'a'"),
         ({"where": "wat"}, UnknownName, "Unknown where 'wat'"),
         ({"loss": "wat"}, UnknownName, "Unknown loss 'wat'"),

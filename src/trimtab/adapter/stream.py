@@ -5,12 +5,12 @@ Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter.aside import Aside, Stop, aside_of, hidden_of, stop
 from trimtab.adapter.blocks import callers_of, find_blocks, module_list, refuse_virtual_tokens, stretch, text_config
-from trimtab.adapter.calls import (
-    CallInfo,
-    describe_call,
-    named_arguments,
-    parameters,
-    returned_cache,
-)
+from trimtab.adapter.calls import CallInfo, describe_call, named_arguments, parameters, returned_cache
 from trimtab.errors import AdapterError, OptionError, brief
 
 WriteFn = Callable[[Tensor], Tensor]
@@ -134,18 +128,23 @@ class Adapter:
         return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
     def layer(self, number: int) -> int:
-        """Resolve a layer number, counting from the end if negative; the only place where that is done."""
+        """Resolve a layer number, counting from the end if negative; the only place where that is done.
+
+        Raises `OptionError` for what is no whole number, and `AdapterError` for a layer that the model has not.
+        """
+        if isinstance(number, bool) or not isinstance(number, Integral):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(f"A layer is a whole number, and layers are a list, as in [2, 4]; got {brief(number)}.")
         if not -self.n_layers <= number < self.n_layers:
             raise AdapterError(
                 f"There is no layer {number}: {type(self.model).__name__} has {self.n_layers} layers, "
                 f"0 to {self.n_layers - 1} (or -{self.n_layers} to -1)."
             )
-        return number % self.n_layers
+        return int(number) % self.n_layers
 
     def layers(self, wanted: Iterable[int]) -> list[int]:
         """Resolve layer numbers: in order, each once; raises `OptionError` where there are none."""
         try:
-            numbers = [_whole_number(number) for number in wanted]
+            numbers = [*wanted]
         except TypeError:
             raise OptionError(f"Layers are a list of numbers, as in [2, 4]; got {brief(wanted)}.") from None
         if not numbers:
@@ -246,12 +245,6 @@ class Adapter:
             pass
         finally:
             handle.remove()
-
-
-def _whole_number(value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return operator.index(value)
 
 
 _STEERED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
