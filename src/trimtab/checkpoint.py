@@ -25,6 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from trimtab.adapter import Adapter
+from trimtab.artifact import AnyKnob, DeltaKnob, LookaheadKnob
 from trimtab.artifact.identity import IDENTITY, model_identity
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.files import parse_json, write_atomically
@@ -157,6 +158,28 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         **{f"version of {name}": number for name, number in versions().items()},
     }
+
+
+def describe_knob(knob: AnyKnob) -> dict[str, Any]:
+    """Return what tells what this knob does from what others do, its dose apart, for the `job` of a checkpoint."""
+    if isinstance(knob, DeltaKnob):
+        return {"operation": knob.operation, "knob's weights": knob.digest}
+    content: dict[str, Any] = {
+        "operation": knob.operation,
+        "knob's norms": {str(layer): norm for layer, norm in knob.norms.items()},
+    }
+    if isinstance(knob, LookaheadKnob):
+        content["knob's gradient"] = knob.digest
+        content["knob's scales"] = {str(layer): scale for layer, scale in knob.scales.items()}
+        content["knob's way"] = [knob.backend, knob.step, knob.per_token]
+        return content
+    content["knob's vectors"] = digest((str(site), vector) for site, vector in knob.vectors.items())
+    if knob.also:
+        content["knob's further sites"] = list(map(str, knob.also))
+    if knob.kernel is not None:
+        content["knob's kernel"] = knob.kernel.header()
+        content["knob's examples"] = digest(knob.kernel.tensors().items())
+    return content
 
 
 def _adapters(model: PreTrainedModel) -> list[object]:

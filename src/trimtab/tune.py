@@ -14,7 +14,7 @@ import numpy as np
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
-from trimtab.checkpoint import Checkpoint, describe_model, digest
+from trimtab.checkpoint import Checkpoint, describe_knob, describe_model
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, brief
 from trimtab.evals.choosing import choose
 from trimtab.evals.likelihood import pair_margins
@@ -254,27 +254,10 @@ def _job(
     return {
         "work": "tuning",
         **describe_model(model, tokenizer),
-        **_content(knob),
-        "operation": knob.operation,
+        **describe_knob(knob),
         "pairs": pairs.hash(),
         "tasks": [what_is_asked(t) for t in tasks],
     }
-
-
-def _content(knob: AnyKnob) -> dict[str, Any]:
-    if isinstance(knob, DeltaKnob):
-        return {"knob's weights": knob.digest}
-    norms = {"knob's norms": {str(layer): norm for layer, norm in knob.norms.items()}}
-    if isinstance(knob, LookaheadKnob):
-        scales = {str(layer): scale for layer, scale in knob.scales.items()}
-        way = [knob.backend, knob.step, knob.per_token]
-        return {"knob's gradient": knob.digest, **norms, "knob's scales": scales, "knob's way": way}
-    content = {"knob's vectors": digest((str(site), vector) for site, vector in knob.vectors.items()), **norms}
-    if knob.also:
-        content |= {"knob's further sites": list(map(str, knob.also))}
-    if knob.kernel is not None:
-        content |= {"knob's kernel": knob.kernel.header(), "knob's examples": digest(knob.kernel.tensors().items())}
-    return content
 
 
 def _wheres(
