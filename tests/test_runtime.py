@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import os
@@ -37,7 +38,7 @@ from pico import (
     vision_language_model,
 )
 from trimtab.adapter import CACHE_NAMES, Adapter
-from trimtab.artifact import OPERATIONS, Knob, Operation
+from trimtab.artifact import OPERATIONS, AnyKnob, DeltaKnob, Knob, LowRank, Operation
 from trimtab.errors import AdapterError, CacheError, KnobError, OptionError
 from trimtab.runtime import steer
 from trimtab.types import Site, Where
@@ -870,6 +871,64 @@ def test_a_model_is_steered_in_one_thread_at_a_time() -> None:
     assert "is being steered in another thread" in errors[0]
     other()
     assert len(errors) == 1
+
+
+def test_two_tasks_of_an_event_loop_do_not_steer_one_model_and_one_may_nest() -> None:
+    lm = model()
+    plain = {name: parameter.detach().clone() for name, parameter in lm.named_parameters()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    dense = DeltaKnob("dense", "planted", {name: torch.ones_like(plain[name])})
+
+    async def request(turned: Mapping[AnyKnob, float], seconds: float) -> None:
+        with steer(lm, turned), steer(lm, turned):
+            await asyncio.sleep(seconds)
+
+    async def both() -> list[BaseException | None]:
+        return await asyncio.gather(request({dense: 1.0}, 0.02), request({knob(1): 1.0}, 0.04), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first is None
+    assert isinstance(second, AdapterError)
+    assert "another thread or task" in str(second)
+    assert all(torch.equal(parameter, plain[name]) for name, parameter in lm.named_parameters())
+    asyncio.run(request({dense: 1.0}, 0.0))
+    assert torch.equal(lm.get_parameter(name), plain[name])
+
+
+def test_knobs_beneath_those_of_an_inner_context_stay_until_it_has_ended() -> None:
+    lm = model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = lm.get_parameter(name).detach().clone()
+    one, two = (DeltaKnob(f"k{i}", "planted", {name: i * torch.ones_like(before)}) for i in (1, 2))
+    with steer(lm, {one: 1.0}) as outer:
+        with steer(lm, {two: 1.0}) as inner:
+            for change in (lambda: outer.set({}), outer.clear):
+                with pytest.raises(AdapterError, match=r"Another steer\(\) acts inside this one"):
+                    change()
+            assert torch.equal(lm.get_parameter(name), before + 1 + 2)
+            inner.set({})
+            assert torch.equal(lm.get_parameter(name), before + 1)
+        outer.set({two: 1.0})
+        assert torch.equal(lm.get_parameter(name), before + 2)
+    assert torch.equal(lm.get_parameter(name), before)
+
+
+def test_settings_that_cannot_be_put_on_leave_no_half_of_them() -> None:
+    lm = model()
+    ids = torch.tensor(prompts([6]))
+    name = "model.layers.0.mlp.up_proj.weight"
+    parameter = lm.get_parameter(name)
+    low = LowRank(torch.ones(1, parameter.shape[1]), torch.ones(parameter.shape[0], 1))
+    plain = lm(ids, use_cache=False).logits
+    for weights in (torch.ones_like(parameter), low):
+        good = DeltaKnob("good", "planted", {name: weights})
+        for bad in (knob(1, width=2 * WIDTH), knob(1, where="thinking")):
+            with steer(lm, {}) as steering:
+                with pytest.raises((KnobError, OptionError)):
+                    steering.set({good: 1.0, bad: 1.0})
+                assert torch.equal(lm(ids, use_cache=False).logits, plain)
+                steering.set({good: 1.0})
+                assert not torch.equal(lm(ids, use_cache=False).logits, plain)
 
 
 # --- padding and rows ------------------------------------------------------------------------------------------------

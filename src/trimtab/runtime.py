@@ -1,4 +1,4 @@
-"""Steer a live model: knobs at strengths, per row of a batch, for a hundredth of a small model's time.
+"""Steer a live model: knobs at strengths, per row of a batch, for one or two hundredths of a small model's time.
 
 Everything that depends on the knobs is computed when they are set: one addend per steered layer and row. A forward
 adds it to the block's output, and a decode step computes nothing else, but for knobs that look at the stream or ahead.
@@ -8,6 +8,7 @@ model.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
@@ -45,8 +46,8 @@ class Steering:
         self._markers = None if thinking is None else _check_markers(thinking, adapter.vocabulary)
         self._check_cache = check_cache
         self._hooks = ExitStack()
-        self._thread = threading.get_ident()
-        self._level, self._active = 0, {0: self._thread}  # alone on the model, until it is counted among others
+        self._holder = _holder()
+        self._level, self._active = 0, {0: self._holder}  # alone on the model, until it is counted among others
         self._rows: int | None = None
         self._tables: dict[int, LayerTable] = {}
         self._expanded: tuple[int, dict[int, LayerTable]] = (1, {})
@@ -64,12 +65,19 @@ class Steering:
 
         `settings` maps knobs to strengths, or is a sequence of such mappings, one per row of the batch. Ablations come
         first, then additions; those that depend on the stream (operations "piecewise" and "kernel") look at the block's
-        own output. Raises `OptionError` for strengths that are not finite numbers, and `KnobError` for a knob of
-        another width.
+        own output. Raises `OptionError` for strengths that are not finite numbers, `KnobError` for a knob of another
+        width, and `AdapterError` while another `steer` acts inside this one.
         """
         if self._ended:
             raise OptionError("This steer() has ended, and nothing would take its knobs off again. Enter another.")
         self.clear()
+        try:
+            self._put(settings)
+        except BaseException:  # half of the knobs would act
+            self.clear()
+            raise
+
+    def _put(self, settings: Dose | Sequence[Dose]) -> None:
         if not isinstance(settings, Mapping | Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(f"Settings map knobs to strengths, as in {{knob: 1.0}}; got {brief(settings)}.")
         uniform = isinstance(settings, Mapping)
@@ -130,29 +138,31 @@ class Steering:
 
     def clear(self) -> None:
         """Take every hook off the model, and put its own weights back."""
+        if max(self._active, default=self._level) > self._level:  # whose hooks and weights lie on top of these
+            raise AdapterError("Another steer() acts inside this one. Leave that one first, or change its knobs.")
         self._hooks.close()
 
     @contextmanager
     def counted(self) -> Generator[None]:
-        """Take the next level among the settings that steer this model; all of them belong to one thread.
+        """Take the next level among the settings that steer this model; all of them belong to one thread and task.
 
-        Raises `AdapterError` while another thread steers it.
+        Raises `AdapterError` while another one steers it.
         """
         with _COUNTING:
             active = _ACTIVE.setdefault(self._adapter.blocks[0], {})
-            if any(thread != self._thread for thread in active.values()):
+            if any(holder != self._holder for holder in active.values()):
                 raise AdapterError(
-                    f"This {type(self._adapter.model).__name__} is being steered in another thread, and knobs act on "
-                    "the whole model: each would act on the other's text too. Take turns, steer one batch with a "
+                    f"This {type(self._adapter.model).__name__} is being steered in another thread or task, and knobs "
+                    "act on the whole model: each would act on the other's text. Take turns, steer one batch with a "
                     "setting per row, or use a copy of the model that was made outside of steer()."
                 )
             self._level, self._active = max(active, default=-1) + 1, active
-            active[self._level] = self._thread
+            active[self._level] = self._holder
         try:
             yield
         finally:
             self._ended = True
-            self.clear()
+            self._hooks.close()
             with _COUNTING:
                 del active[self._level]
 
@@ -244,8 +254,21 @@ def _add(hidden: Tensor, addend: Tensor, mask: Tensor | None) -> Tensor:
     return hidden + addend if mask is None else torch.addcmul(hidden, mask.to(hidden), addend)
 
 
-_ACTIVE: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
-"""The threads that steer a model, by level and by its first block, which wrappers of a model share.
+_Holder = tuple[int, int]
+"""A thread, and the task that it was at, 0 outside of an event loop; two tasks may take turns in one thread."""
+
+
+def _holder() -> _Holder:
+    loops = sys.modules.get("asyncio")
+    try:
+        task = None if loops is None else loops.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return threading.get_ident(), 0 if task is None else id(task)
+
+
+_ACTIVE: WeakKeyDictionary[nn.Module, dict[int, _Holder]] = WeakKeyDictionary()
+"""Who steers a model, by level and by its first block, which wrappers of a model share.
 
 Numbers and nothing else: notes on KV caches reach this, and a cache is copied and pickled without its model.
 """
@@ -278,9 +301,10 @@ def steer(
     its tokens are the same under these knobs. `check_cache=False` accepts it. Rows that are moved within a cache by
     hand (`batch_select_indices`) are not seen.
 
-    Contexts may be nested on one model: their knobs act together, the inner ones first. Two threads cannot steer one
-    model (`AdapterError`), and whatever another thread computes on a steered model is steered too. Gradients flow
-    through knobs; with checkpointing of activations, call `backward` inside the context and before the next forward.
+    Contexts may be nested on one model: their knobs act together, the inner ones first. Two threads, or two tasks of an
+    event loop, cannot steer one model (`AdapterError`), and whatever another one computes on a steered model is steered
+    too. Gradients flow through knobs; with checkpointing of activations, call `backward` inside the context and before
+    the next forward.
 
     A model compiled by `torch.compile` is compiled again when hooks come or go.
 
