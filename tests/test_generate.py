@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import decoders, models
@@ -16,10 +19,13 @@ from pico import END, SPECIAL, knob, model, tokenizer
 from trimtab.artifact import Knob, Rack
 from trimtab.artifact.identity import model_identity
 from trimtab.errors import KnobError, OptionError, RenderError, TrimtabWarning, UnknownName
+from trimtab.evals.likelihood import pair_margins
 from trimtab.generate import generate
+from trimtab.pairs import Pairs
 from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import steer
+from trimtab.seeds import seeded
 from trimtab.types import THOUGHTS, WHERE, Message, Where
 
 TEXTS = ["Hi", "What is a trim tab?", "One two three", "A"]
@@ -439,3 +445,45 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
     limit = lm.config.max_position_embeddings
     with pytest.raises(OptionError, match=f"Prompt 2 is .* this model's context holds {limit}"):
         generate(lm, words, ["Hi", "x" * (4 * limit)], max_new_tokens=2)
+
+
+def test_dropout_is_off_while_a_model_in_training_is_asked_and_on_again_afterwards() -> None:
+    lm, words = model("gpt2"), tokenizer()
+    pairs = Pairs.from_records([{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(3)])
+    texts = [made.text for made in generate(lm, words, ["hello", "there"], max_new_tokens=12)]
+    margins = pair_margins(lm, words, pairs, [{}])[0].margin
+    lm.train()
+    assert [made.text for made in generate(lm, words, ["hello", "there"], max_new_tokens=12)] == texts
+    assert np.allclose(pair_margins(lm, words, pairs, [{}])[0].margin, margins)
+    assert all(module.training for module in lm.modules())
+
+
+def test_a_seed_touches_the_random_numbers_of_the_models_device_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded_all: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_all.append)
+    lm, words = model(), tokenizer()
+    before = torch.random.get_rng_state()
+    generate(lm, words, ["hello"], temperature=1.0, seed=3, max_new_tokens=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert seeded_all == []
+    done: list[object] = []
+    device = SimpleNamespace(
+        get_rng_state=lambda: "as it was",
+        manual_seed=done.append,
+        set_rng_state=done.append,
+        device=device_context(done),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: device)
+    with seeded(5, torch.device("cuda:1")):
+        done.append(torch.initial_seed())
+    assert done == ["cuda:1", 5, 5, "as it was"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def device_context(done: list[object]) -> Any:
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        done.append(str(device))
+        yield
+
+    return enter

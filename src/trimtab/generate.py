@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Rack
+from trimtab.capture.activations import evaluating
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.ops import Batch
 from trimtab.prompts import (
@@ -29,6 +30,7 @@ from trimtab.prompts import (
 )
 from trimtab.render import Pieces, Renderer
 from trimtab.runtime import Dose, batches_of, steer
+from trimtab.seeds import seeded
 from trimtab.types import (
     THOUGHTS,
     Markers,
@@ -84,7 +86,8 @@ def generate(
     tokenizer has.
     Temperature 0 is greedy decoding; above it, the model's distribution is sampled, cut at `top_p` and nowhere else.
     The same `seed` gives the same answers for the same prompts in the same batches; the process's own random state is
-    left as it was. `on_text` gets the answer to a single prompt piece by piece; an error it raises ends the generation.
+    left as it was. Dropout is off, whatever mode the model is in. `on_text` gets the answer to a single prompt piece by
+    piece; an error it raises ends the generation.
 
     Answers end with the model's context, with a `TrimtabWarning`.
 
@@ -116,8 +119,7 @@ def generate(
     ends, device = end_ids(model, tokenizer), adapter.input_device
     stream = None if on_text is None else _Stream(renderer, ends, on_text)
     results: dict[int, Generation] = {}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with evaluating(model), seeded(seed, device):
         for chunk in _chunks(doses, rooms, [len(row) for row in ids], batch_size, adapter.has_position_table):
             tokens = max(rooms[i] for i in chunk)
             view = _view(model, _decoding(tokens, temperature, top_p, ends, renderer.pad_id))

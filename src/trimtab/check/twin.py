@@ -11,6 +11,7 @@ from torch import nn
 
 from trimtab.errors import AdapterError, OptionError, UnknownName, brief, unknown_name
 from trimtab.render import has_model_class, model_class
+from trimtab.seeds import seeded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -93,8 +94,7 @@ def twin(
     changes = {text.attribute_map.get(name, name): value for name, value in changes.items()}
     try:
         small = type(config).from_dict(_shrink(config.to_dict(), changes, LAYERS, vision_layers))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, torch.device("cpu")):
             model = cast("PreTrainedModel", model_class(small).from_config(small)).float().eval()
             _fill_biases(model)
     except Exception as error:  # whatever somebody's configuration and model code may raise

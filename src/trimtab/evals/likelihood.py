@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trimtab.adapter import Adapter
+from trimtab.capture.activations import evaluating
 from trimtab.checkpoint import NO_CHECKPOINT, Checkpoint
 from trimtab.errors import PairsError
 from trimtab.pairs import Pairs
@@ -204,7 +205,7 @@ def _forward(
     # Position start - 1 predicts the answer's first token: the prompt ends there.
     lengths = [text.start for text, _ in batch]
     settings, thinking = [knobs for _, knobs in batch], renderer.thinking()
-    with torch.no_grad(), steer(adapter, settings, prompt_lengths=lengths, thinking=thinking):
+    with torch.no_grad(), evaluating(model), steer(adapter, settings, prompt_lengths=lengths, thinking=thinking):
         logits = model(
             input_ids=inputs.input_ids.to(adapter.input_device),
             attention_mask=inputs.attention_mask.to(adapter.input_device),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.parts import LowRank, Part
 from trimtab.errors import OptionError
+from trimtab.seeds import seeded
 from trimtab.weights.live import applied
 from trimtab.weights.rows import is_linear
 
@@ -130,11 +131,7 @@ def _decompose(wide: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tens
     if min(wide.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(wide, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank].T
-    with torch.random.fork_rng(devices=[wide.device] if wide.is_cuda else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would turn the accelerators' as well
-        if wide.is_cuda:
-            with torch.cuda.device(wide.device):
-                torch.cuda.manual_seed(seed)
+    with seeded(seed, wide.device):
         u, s, v = torch.svd_lowrank(wide, q=min(rank + OVERSAMPLING, min(wide.shape)), niter=ROUNDS)
     return u[:, :rank], s[:rank], v[:, :rank]
 
