@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pico import CACHE, model, tokenizer
+from pico import ARCHITECTURES, CACHE, model, tokenizer
 from trimtab.artifact import DeltaKnob, Knob, LowRank, Rack, load_knob, load_panel, save_panel
 from trimtab.errors import CacheError, KnobError, OptionError
 from trimtab.evals.likelihood import pair_margins
@@ -18,6 +18,7 @@ from trimtab.pairs import Pairs
 from trimtab.runtime import steer
 from trimtab.types import Site
 from trimtab.weights import compress
+from trimtab.weights.rows import is_linear
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 8, 7, 6]])
 
@@ -197,3 +198,31 @@ def test_compression_stores_how_far_the_model_strays_on_a_probe_set() -> None:
     by_hand = float((wanted.exp() * (wanted - other)).sum() / IDS.numel())
     assert found[2]["kl"] == pytest.approx(by_hand, rel=1e-3)
     assert "kl" not in compress(knob, lm, rank=1).diagnostics["fidelity"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_linear_layers_are_those_whose_output_the_model_uses(name: str) -> None:
+    lm = model(name)
+    called: set[str] = set()
+    for path, module in lm.named_modules():
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+    with torch.no_grad():
+        lm(IDS, use_cache=False)
+    linear = [label.rpartition(".")[0] for label, _ in lm.named_parameters() if is_linear(lm, label)]
+    assert linear
+    # An expert may get no token, and a head may be one that is not asked for.
+    assert [path for path in linear if path not in called and "expert" not in path] == []
+
+
+def test_a_layer_that_lends_its_weight_and_is_never_called_is_refused() -> None:
+    lm = model("mamba")
+    knob = low_rank(lm, like="dt_proj")
+    assert knob.parts
+    with pytest.raises(KnobError, match="or is never called"), steer(lm, {knob: 1.0}):
+        pass
+    assert not torch.equal(logits(lm, {knob.dense_copy(): 1.0}), logits(lm, {}))
+    other = low_rank(lm, like="x_proj")
+    both = DeltaKnob("both", "planted", {**knob.parts, **other.parts})
+    made = compress(both.dense_copy(), lm, rank=2)
+    assert sorted(made.parts) == sorted(other.parts)
+    assert made.diagnostics["fidelity"]["left_out"] == sorted(knob.parts)

@@ -748,3 +748,31 @@ def test_16_bit_weights_are_summed_in_float32_and_rounded_once() -> None:
     with applied(layer, {one: 0.7, two: -1.3, stored: 0.7}):
         exact = before + 0.7 * one.dense("weight") - 1.3 * two.dense("weight") + 0.7 * stored.dense("weight")
         assert torch.equal(layer.weight, exact.to(torch.bfloat16))
+
+
+def test_a_random_control_of_a_tuned_knob_is_as_strong_as_it() -> None:
+    base = model("llama")
+    knob = difference(moved(base, 1), base, name="k").with_(gain=0.25)
+    assert random_like(knob).norm() == pytest.approx(knob.norm(), rel=1e-5)
+
+
+def test_a_low_rank_part_of_one_use_of_a_tied_weight_is_not_put_into_both() -> None:
+    lm = model("llama", tie_word_embeddings=True)
+    head = lm.lm_head.weight
+    part = LowRank(drawn(2, head.shape[1]), drawn(head.shape[0], 2, seed=1))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        with pytest.raises(KnobError, match=r"ties .*, and a difference of low rank"):
+            applied(lm, {DeltaKnob("k", "planted", {name: part}): 1.0}).__enter__()
+    with applied(lm, {DeltaKnob("k", "planted", {"lm_head.weight": part.dense()}): 1.0}):
+        assert torch.equal(lm.model.embed_tokens.weight, lm.lm_head.weight)
+
+
+def test_a_difference_of_folders_whose_names_change_as_they_are_loaded_says_what_to_do(tmp_path: Path) -> None:
+    base = model("mixtral")
+    other = model("mixtral", seed=1)
+    base.save_pretrained(tmp_path / "base")
+    other.save_pretrained(tmp_path / "other")
+    knob = difference(tmp_path / "other", tmp_path / "base", name="k")
+    with pytest.raises(KnobError, match="renames weights as it loads, take the difference of loaded models"):
+        knob.check_shapes(base)
+    difference(other, base, name="k").check_shapes(base)

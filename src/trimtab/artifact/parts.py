@@ -122,7 +122,8 @@ def check_fit(knob: str, parts: Mapping[str, Part], model: nn.Module, *, loaded:
     if missing:
         raise KnobError(
             f"Knob {knob!r} changes {len(parts)} weights; this {type(model).__name__} lacks "
-            f"{len(missing)} of them, {missing[0]!r} for one. Use a knob made for this model"
+            f"{len(missing)} of them, {missing[0]!r} for one. Where transformers renames weights as it loads, take "
+            "the difference of loaded models, not of folders; else use a knob made for this model"
             + (", and model.compile() in place of torch.compile(model)." if hasattr(model, "_orig_mod") else ".")
         )
     for name, part in parts.items():

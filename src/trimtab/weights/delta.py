@@ -91,14 +91,14 @@ def difference(
 
 
 def random_like(knob: DeltaKnob, *, seed: int = 0) -> DeltaKnob:
-    """Return a control: a dense knob of random normal entries that is as long as `knob` in every tensor."""
+    """Return a control: a dense knob of random normal entries, as long as `knob` in every tensor, at its gain."""
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Part] = {}
     for name in knob.parts:
         like = knob.dense(name).float()
-        noise = torch.randn(like.shape, generator=generator)
+        noise = torch.randn(like.shape, generator=generator, dtype=torch.float32)
         drawn[name] = noise * (like.norm() / noise.norm())
-    return DeltaKnob("random", "random", drawn)
+    return DeltaKnob("random", "random", drawn, knob.gain)
 
 
 class _Pair:

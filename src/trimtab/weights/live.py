@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -28,6 +29,8 @@ class Live:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        names = Counter(self._parameters.values())
+        self._tied = {name for name, parameter in self._parameters.items() if names[parameter] > 1}
         self._kept: dict[nn.Parameter, Tensor] = {}
 
     def set(self, setting: Setting) -> None:
@@ -58,6 +61,11 @@ class Live:
             seen: dict[nn.Parameter, str] = {}
             for name, part in knob.parts.items():
                 parameter = self._parameters[name]
+                if name in self._tied and isinstance(part, LowRank):
+                    raise KnobError(
+                        f"This model ties {name!r} to other weights, and a difference of low rank is of one of their "
+                        "uses alone, which changed weights cannot tell apart. Steer with the knob as it is."
+                    )
                 if parameter in seen:
                     raise KnobError(
                         f"{seen[parameter]!r} and {name!r} are one tensor in this model, which ties them: its "

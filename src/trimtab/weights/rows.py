@@ -17,6 +17,8 @@ from trimtab.artifact.parts import LowRank
 from trimtab.errors import AdapterError, KnobError
 
 Alphas = Mapping[DeltaKnob, float]
+LENT = ("dt_proj",)
+"""Linear layers of Mamba and its kin that are never called: the mixer reads their weight, and no output is theirs."""
 
 
 @dataclass
@@ -63,7 +65,8 @@ def row_addends(model: nn.Module, rows: Sequence[Alphas]) -> dict[str, RowAddend
         weight = getattr(module, kind, None)
         if not is_linear(model, name) or not isinstance(weight, Tensor):
             raise KnobError(
-                f"{name!r} belongs to a {type(module).__name__}, no linear layer, so that rows cannot differ in it. "
+                f"{name!r} belongs to a {type(module).__name__} that is no linear layer, or is never called, so that "
+                "rows cannot differ in it. "
                 "Use the knob in its dense form, knob.dense_copy(), for all rows alike."
             )
         own = [knob for knob in knobs if name in knob.parts]
@@ -88,10 +91,15 @@ def row_addends(model: nn.Module, rows: Sequence[Alphas]) -> dict[str, RowAddend
 
 
 def is_linear(model: nn.Module, name: str) -> bool:
-    """Tell whether a parameter is the matrix of a linear layer, as is that of GPT-2's Conv1D, stored as [in, out]."""
+    """Tell whether a parameter is the matrix of a linear layer, as is that of GPT-2's Conv1D, stored as [in, out].
+
+    Layers that lend their weight (`LENT`) have no output to add to, and do not count.
+    """
     path, _, kind = name.rpartition(".")
+    if kind != "weight" or path.rpartition(".")[2] in LENT:
+        return False
     module = model.get_submodule(path)
-    return kind == "weight" and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def embedding_scale(module: nn.Module) -> float | None:
