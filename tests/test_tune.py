@@ -15,7 +15,7 @@ import torch
 
 from pico import model, tokenizer
 from trimtab.artifact import Knob
-from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, UnknownName
+from trimtab.errors import KnobError, OptionError, PairsError, TrimtabWarning, TuneError, UnknownName
 from trimtab.evals.choosing import alike
 from trimtab.evals.likelihood import divergence, pair_margins, render_texts
 from trimtab.evals.stats import Interval, paired_bootstrap, selection_bias
@@ -406,3 +406,19 @@ def test_thirty_useless_settings_look_like_a_gain_where_they_are_chosen_and_nowh
     budgets: dict[str, Any] = {"gains": gains, "finalists": len(sites), "broken_budget": 1.0, "dose_response": False}
     with pytest.warns(TrimtabWarning, match=r"useless ones would seem to add 0\.\d+\. Add items"):
         tune(knob, lm, words, PAIRS, task=coin(validation, 0), **budgets)
+
+
+def test_an_ablation_has_no_gain_to_choose_and_none_to_scale() -> None:
+    lm, words = model(), tokenizer()
+    knob = planted(lm, words).with_(operation="ablate", gain=0.7)
+    tuned = tune(knob, lm, words, PAIRS, finalists=1, strengths=(1.0,), broken_budget=1.0)
+    assert tuned.gain == 0.7
+    assert tuned.tuning is not None
+    assert [row["gain"] for row in tuned.tuning["table"]] == [0.7]
+    assert len(tuned.tuning["ranking"]) == 2
+    with pytest.raises(OptionError, match="whatever its gain: leave gains out"):
+        tune(knob, lm, words, PAIRS, gains=[0.1])
+    assert (1 * knob).direction.equal(knob.direction)
+    for scaled in (lambda: 0.5 * knob, lambda: -knob):
+        with pytest.raises(KnobError, match="removes a share of the stream"):
+            scaled()

@@ -29,6 +29,7 @@ from trimtab.artifact import AnyKnob, DeltaKnob, LookaheadKnob
 from trimtab.artifact.identity import IDENTITY, model_identity
 from trimtab.errors import OptionError, TrimtabWarning, brief
 from trimtab.files import parse_json, write_atomically
+from trimtab.pairs import MOST_HASHES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,7 +231,7 @@ def learned_from(
         **model_identity(model, tokenizer),
         "pairs_hash": pairs.hash(),
         "pairs_count": len(pairs),
-        "prompt_hashes": pairs.prompt_hashes(),
+        "prompt_hashes": pairs.prompt_hashes()[:MOST_HASHES],
         "options": dict(options),
         "tool": f"trimtab {versions()['trimtab']}",
         "licence": licence,

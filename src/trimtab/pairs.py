@@ -20,6 +20,8 @@ Duplicates = Literal["error", "drop", "keep"]
 FLAGS = ("better", "safer")
 """Fields of `meta` that name one of the two answers, as "chosen" or "rejected"."""
 OTHER = {"chosen": "rejected", "rejected": "chosen"}
+MOST_HASHES = 100_000
+"""Prompts that a knob remembers at most, so that its file stays within limits; of more, those that sort first."""
 
 
 class Split(NamedTuple):

@@ -21,7 +21,7 @@ from trimtab.evals.likelihood import pair_margins
 from trimtab.evals.stats import selection_bias
 from trimtab.evals.tasks import AnyTask, what_is_asked
 from trimtab.evals.trial import KL_ITEMS, Trial, safe_range
-from trimtab.pairs import Pairs, prompt_hash
+from trimtab.pairs import MOST_HASHES, Pairs, prompt_hash
 from trimtab.prompts import read_prompt
 from trimtab.render import Renderer
 from trimtab.runtime import Dose
@@ -76,7 +76,7 @@ def tune(
     A weight knob has neither sites nor tokens: its gain alone is chosen, in multiples of the difference. The sites of a
     lookahead knob are its candidate layers, one of which is taken; a knob that acts at several sites at once keeps
     them, and its gain is that of the active one. `gains` are `GAINS` or, for weights, `WEIGHT_GAINS` where none are
-    given.
+    given; an ablation has none to choose.
 
     `where` names the tokens to try, one or several of `trimtab.types.WHERE`; None keeps those of the knob. A candidate
     is a site with one of them. Sites whose plain differences the two halves of the learning pairs do not share (a
@@ -115,7 +115,7 @@ def tune(
     Adapter(model).check_plain("tuning")
     if not -1 <= check_strength(agreement, "agreement") <= 1:
         raise OptionError(f"The agreement is a cosine, from -1 to 1; got {agreement:g}.")
-    gains = (WEIGHT_GAINS if isinstance(knob, DeltaKnob) else GAINS) if gains is None else gains
+    gains = _gains(knob, gains)
     searched = _reproducible(knob, agreement) if isinstance(knob, Knob) and not knob.also else knob
     wheres = _wheres(knob, where, tokenizer)
     seen = _seen(knob, pairs)
@@ -244,7 +244,7 @@ def _reproducible(knob: Knob, agreement: float) -> Knob:
 def _prompt_hashes(pairs: Pairs, tasks: Sequence[AnyTask]) -> list[str]:
     """Return the hashes of all prompts that the choice rests on, so that a later test on them can be warned of."""
     asked = {prompt_hash(read_prompt(prompt)) for task in tasks for prompt in task.prompts}
-    return sorted(asked | set(pairs.prompt_hashes()))
+    return sorted(asked | set(pairs.prompt_hashes()))[:MOST_HASHES]
 
 
 def _job(
@@ -258,6 +258,15 @@ def _job(
         "pairs": pairs.hash(),
         "tasks": [what_is_asked(t) for t in tasks],
     }
+
+
+def _gains(knob: AnyKnob, gains: Sequence[float] | None) -> Sequence[float]:
+    """Return what is to be tried; an ablation is the same at any gain, and would only count as so many settings."""
+    if knob.operation == "ablate":
+        if gains is not None:
+            raise OptionError(f"Knob {knob.name!r} removes a share of the stream, whatever its gain: leave gains out.")
+        return (knob.gain or 1.0,)
+    return (WEIGHT_GAINS if isinstance(knob, DeltaKnob) else GAINS) if gains is None else gains
 
 
 def _wheres(

@@ -195,9 +195,12 @@ class Knob:
     def __mul__(self, factor: float) -> Knob:
         """Scale the knob: strength 1 of `2 * knob` is strength 2 of `knob`; a negative factor turns every vector.
 
-        Raises `KnobError` for a negative factor of a piece-wise knob, which is the same along a vector and against it.
+        Raises `KnobError` for a negative factor of a piece-wise knob, which is the same along a vector and against it,
+        and for any but 1 of an ablation, in which neither gain nor sign play a part.
         """
         factor = check_strength(factor, "factor")
+        if factor != 1 and self.operation == "ablate":
+            raise KnobError(f"Knob {self.name!r} removes a share of the stream, the same at any gain: set a strength.")
         if factor < 0 and self.operation == "piecewise":
             raise KnobError(
                 f"Knob {self.name!r} is piece-wise, which is the same along a direction and against it: set a negative "
