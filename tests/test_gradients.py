@@ -499,3 +499,22 @@ def test_wrong_reading_is_an_error(
         capture_gradients(model, tokenizer, pairs(), **options)
     with pytest.raises(PairsError, match="There are no pairs"):
         capture_gradients(model, tokenizer, Pairs())
+
+
+def test_a_batch_that_runs_out_of_memory_at_its_sums_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, words = pico.model(), pico.tokenizer()
+    names = [name for name, _ in lm.named_parameters()]
+    wanted = weight_gradients(lm, words, pairs(4), names)
+    plain, calls = torch.zeros_like, list[int]()
+
+    def short(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("made up")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", short)
+    found = weight_gradients(lm, words, pairs(4), names)
+    assert len(calls) > 5
+    for name in names:
+        assert torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-7), name

@@ -520,3 +520,35 @@ def test_every_option_changes_the_knob_or_its_provenance(
 
 def test_the_package_exports_the_function() -> None:
     assert exported is learn
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("palrs", {}), ("diffmean", {"positions": "response_mean"}), ("cold-kernel", {})],
+)
+def test_the_default_dtype_of_the_process_plays_no_part(method: str, options: dict[str, Any]) -> None:
+    lm, words = pico.model(), pico.tokenizer()
+    records = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(6)]
+
+    def learned() -> Knob:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrimtabWarning)
+            return learn(lm, words, Pairs.from_records(records), method=method, **options)
+
+    wanted = learned()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = learned()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.vectors[wanted.site].dtype == torch.float32
+    assert torch.equal(found.vectors[wanted.site], wanted.vectors[wanted.site])
+
+
+def test_a_knob_remembers_so_many_prompts_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.checkpoint.MOST_HASHES", 3)
+    records = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(6)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrimtabWarning)
+        knob = learn(pico.model(), pico.tokenizer(), Pairs.from_records(records))
+    assert knob.provenance["prompt_hashes"] == Pairs.from_records(records).prompt_hashes()[:3]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -103,7 +102,7 @@ def answer_likelihoods(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     at = counted.nonzero(as_tuple=True)
     # Only the answers' logits: those of whole texts would fill memory in float32.
     found = logits[at].float().log_softmax(-1).gather(-1, labels[at][:, None])[:, 0]
-    return torch.zeros(len(labels), device=found.device).index_add(0, at[0], found), counted.sum(1).float()
+    return found.new_zeros(len(labels)).index_add(0, at[0], found), counted.sum(1).float()
 
 
 def sft(likelihoods: Tensor, tokens: Tensor, shares: Tensor, *, per: Per = "token") -> Tensor:

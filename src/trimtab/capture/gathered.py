@@ -31,7 +31,7 @@ class Gathered:
     """The activations of the pairs whose numbers are `kept`, and sums over all `count` pairs, in float64."""
 
     def __init__(self, kept: Tensor, count: int, layers: int, positions: int, width: int) -> None:
-        self.store = torch.zeros(2, len(kept), layers, positions, width)
+        self.store = torch.zeros(2, len(kept), layers, positions, width, dtype=torch.float32)
         self.norms = Moments()  # of [L]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         self._part: list[int] = (order.argsort() % PARTS).tolist()

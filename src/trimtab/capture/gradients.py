@@ -100,8 +100,9 @@ def capture_gradients(
     kept = team.first(lambda: Checkpoint(checkpoint, lambda: run.job("reading gradients") | job))
     names = list(dict.fromkeys(positions))
     with evaluating(model), trainable(model, ()):
-        losses = torch.zeros(len(run.batches))
-        found = torch.zeros(3, len(pairs), len(wanted), len(names), adapter.hidden_size)
+        losses = torch.zeros(len(run.batches), dtype=torch.float32)
+        shape = 3, len(pairs), len(wanted), len(names), adapter.hidden_size
+        found = torch.zeros(shape, dtype=torch.float32)
         for number, batch in enumerate(run.batches):
             if team.takes(number):
                 step = partial(run.halving, partial(run.at_stream, wanted, names), batch)
@@ -154,11 +155,11 @@ def weight_gradients(
     def one(batch: list[Item]) -> dict[str, Tensor]:
         fresh.clear()  # of a batch that ran out of memory half way
         result = run.at_weights(batch)
+        for name, gradient in fresh.items():  # all memory first: a batch that is run again must not count twice
+            if name not in sums:
+                sums[name] = torch.zeros_like(gradient, dtype=torch.float32)
         for name, gradient in fresh.items():
-            if name in sums:
-                sums[name] += gradient
-            else:
-                sums[name] = gradient.to(torch.float32, copy=True)
+            sums[name] += gradient
         return result
 
     kept = {name: known[name].grad for name in names}  # of a training that goes on afterwards
@@ -339,7 +340,7 @@ class _Run:
         labels = torch.full((len(texts), width), IGNORED)
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             labels[row, start - 1 : stop - 1] = padded.input_ids[row, start:stop]
-        shares = torch.tensor([item.shares for item in batch])
+        shares = torch.tensor([item.shares for item in batch], dtype=torch.float32)
         loss = self.loss(logits, labels.to(logits.device), shares.to(logits.device))
         return Backward(loss, starts, stops, begins)
 

@@ -172,7 +172,7 @@ class _Reading:
         if not self._single:  # some reads are means over tokens; single tokens are copied
             sizes, count = self._sizes, len(values)
             owners = torch.repeat_interleave(torch.arange(len(sizes), device=acts.device), sizes, output_size=count)
-            sums = torch.zeros(len(sizes), acts.shape[-1], device=acts.device).index_add_(0, owners, values)
+            sums = values.new_zeros(len(sizes), acts.shape[-1]).index_add_(0, owners, values)
             values = sums / sizes[:, None]
         self._means[layer] = values
         self._norms[layer] = self._counted.of(acts).norm(dim=-1)

@@ -196,8 +196,10 @@ class Training:
     def train(self, layer: int, rate: float) -> Run:
         """Train one vector, with early stopping."""
         o, draw = self.options, torch.Generator().manual_seed(self.options["seed"])
-        vector = torch.zeros(self.width, device=self.pairs.adapter.device(layer), requires_grad=True)
-        run = Run(torch.zeros(self.width), torch.stack([self.held_reference] * 2))
+        vector = torch.zeros(
+            self.width, dtype=torch.float32, device=self.pairs.adapter.device(layer), requires_grad=True
+        )
+        run = Run(torch.zeros(self.width, dtype=torch.float32), torch.stack([self.held_reference] * 2))
         optimizer = torch.optim.AdamW([vector], lr=rate, weight_decay=o["weight_decay"])
         total = o["epochs"] * -(-len(self.pairs) // o["batch_size"])
         warm_up, landmark, waited = min(WARM_UP, total // 10), START, 0
