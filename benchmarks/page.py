@@ -15,6 +15,7 @@ from benchmarks.plots import draw
 from benchmarks.ratios import Spread, beside, ratios, seconds, spread
 from benchmarks.state import State
 
+MET, MISSED = "met", "**missed**"
 HEAD = """# Benchmarks
 
 Written by `make bench` (`benchmarks/`). Every way of a case is run once in each round, one after another, forwards and
@@ -104,8 +105,10 @@ def judged(states: Sequence[State]) -> str:
     rows = [row for goal in goals() for state in by_name.get(goal.case, []) for row in judge(goal, state, by_name)]
     if not rows:
         return ""
-    missed = sum("missed" in row for row in rows)
-    head = f"### Goals\n\n{len(rows) - missed} met, {missed} missed.\n\n"
+    met, missed = (sum(row.endswith(f"| {verdict} |") for row in rows) for verdict in (MET, MISSED))
+    apart = len(rows) - met - missed
+    lone = f", {apart} not judged: a single round has no interval" if apart else ""
+    head = f"### Goals\n\n{met} met, {missed} missed{lone}.\n\n"
     titles = "| | threads | found | 95 % interval | quartiles | at most | judged by | |"
     return "\n".join([head + titles, "|" + "---|" * 8, *rows])
 
@@ -117,9 +120,11 @@ def judge(goal: Goal, state: State, by_name: Mapping[str, Sequence[State]]) -> I
         return
     found = spread(values)
     value = found.high if goal.by == "high" else found.median
-    verdict = "met" if value <= goal.most else "**missed**"
+    verdict = MET if value <= goal.most else MISSED
+    if goal.by == "high" and found.rounds == 1:
+        verdict = "not judged"
     judged_by = "upper end" if goal.by == "high" else "median"
-    cells = [goal.about, str(state.threads), *shown(found), f"{goal.most:.2f}", judged_by, verdict]
+    cells = [goal.about, str(state.threads), *shown(found, 4), f"{goal.most:.2f}", judged_by, verdict]
     yield "| " + " | ".join(cells) + " |"
 
 
@@ -143,12 +148,12 @@ def found_for(goal: Goal, state: State, by_name: Mapping[str, Sequence[State]]) 
     return beside(state.rounds, (goal.way, base), theirs, state.clock, (OURS, THEIRS))
 
 
-def shown(found: Spread) -> list[str]:
+def shown(found: Spread, digits: int = 3) -> list[str]:
     """Write a spread in three cells."""
     if found.rounds == 1:
-        return [f"{found.median:.3f}", "one round", ""]
+        return [f"{found.median:.{digits}f}", "one round", ""]
     pairs = (found.low, found.high), (found.lower, found.upper)
-    return [f"{found.median:.3f}", *(f"{low:.3f} to {high:.3f}" for low, high in pairs)]
+    return [f"{found.median:.{digits}f}", *(f"{low:.{digits}f} to {high:.{digits}f}" for low, high in pairs)]
 
 
 # Tables

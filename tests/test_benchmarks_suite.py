@@ -191,9 +191,12 @@ def test_a_missed_goal_is_shown_as_missed_and_what_cannot_run_says_why() -> None
     assert "1 met, 1 missed." in lines
     (row,) = (line for line in lines if "setting per row" in line)
     assert row == (
-        "| generating at batch 1: trimtab, a setting per row | 1 | 1.050 | 1.050 to 1.060 | 1.050 to 1.055 | 1.02 "
+        "| generating at batch 1: trimtab, a setting per row | 1 | 1.0500 | 1.0500 to 1.0600 | 1.0500 to 1.0550 | 1.02 "
         "| upper end | **missed** |"
     )
+    lone = judged([replace(state, rounds=state.rounds[:1])])
+    assert "0 met, 0 missed, 2 not judged: a single round has no interval." in lone
+    assert lone.count("| not judged |") == 2
     (table,) = tables([state])
     assert "repeng: cannot, `RuntimeError: shape`" in table
     assert state.clock == "cpu"
