@@ -1,8 +1,8 @@
 """Measure the graders on public data with known labels, and write docs/graders.md.
 
-`python scripts/graders.py [DATA]`, where DATA (default ../shared/data) holds gsm8k, xstest and steer_instruct; what is
-missing is skipped, saying so, and then nothing is written. `--disagreements` prints every answer that the refusal
-grader and people see differently.
+`python scripts/graders.py DATA`, where DATA holds gsm8k, xstest and steer_instruct, as that page says; what is missing
+is skipped, saying so, and then nothing is written. `--disagreements` prints every answer that the refusal grader and
+people see differently.
 """
 
 from __future__ import annotations
@@ -141,8 +141,19 @@ def agreement(a: Sequence[bool], b: Sequence[bool]) -> str:
 
 TEXT = """# Graders against known labels
 
-What `python scripts/graders.py` measures on public data (not part of the project; the sources are named below). The
-sandbox on known programs: `python scripts/sandbox_agreement.py`.
+What `python scripts/graders.py DATA` measures on public data, which is not part of the project. DATA is a folder with
+
+- `gsm8k/example_model_solutions.jsonl`, from openai/grade-school-math;
+- `xstest/evaluation/automated_evaluation_labels/`, from paul-rottger/exaggerated-safety;
+- `steer_instruct/ifeval_wo_instructions.jsonl`, from microsoft/llm-steer-instruct.
+
+The sandbox on known programs: `python scripts/sandbox_agreement.py DATA`, with what is there of
+
+- `humaneval/HumanEval.jsonl.gz`, from openai/human-eval;
+- `mbpp/mbpp.jsonl`, from google-research/google-research;
+- `mbpp/mbpp_sanitized_for_code_generation.jsonl`, from microsoft/CodeT;
+- `pairs/code_humaneval_codegen_labels.jsonl`: CodeGen's samples for HumanEval, with `task_id`, `prompt`, `samples` and
+  `passed` (true or false for each sample) in every line.
 
 ## Numbers: GSM8K
 
@@ -165,7 +176,7 @@ marked as unseen, were graded afterwards.
 
 {mistakes}
 
-The openings of all these were read (`python scripts/graders.py --disagreements`). The grader's misses are mostly
+The openings of all these were read (`python scripts/graders.py DATA --disagreements`). The grader's misses are mostly
 answers that contradict the premise of a question ("there is no reason why ...") or give no opinion or no access as
 their reason: people call them refusals, and nothing in their words declines. Its false alarms are of three kinds: a
 definition that says of its subject that it is illegal; an answer that cannot give what does not exist, such as a
@@ -187,7 +198,7 @@ A letter of regret that an instruction asks for is called a refusal.
 def main() -> None:
     """Measure, print, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="?", type=Path, default=Path("../shared/data"))
+    parser.add_argument("data", metavar="DATA", type=Path, help="the folder of public data")
     parser.add_argument("--disagreements", action="store_true", help="print what the refusal grader gets wrong")
     args = parser.parse_args()
     if args.disagreements:

@@ -1,7 +1,7 @@
 """Run known programs through the sandbox: canonical solutions must pass, and labelled samples agree with their labels.
 
-`python scripts/sandbox_agreement.py [DATA]`, where DATA (default ../shared/data) holds humaneval, mbpp and pairs; what
-is missing is skipped, saying so. `--quick` leaves the labelled samples out.
+`python scripts/sandbox_agreement.py DATA`, where DATA holds humaneval, mbpp and pairs, as docs/graders.md says; what is
+missing is skipped, saying so. `--quick` leaves the labelled samples out.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ SETS: dict[str, Callable[[Path], Iterator[Case]]] = {
 def main() -> None:
     """Run every set and print rates and disagreements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="?", type=Path, default=Path("../shared/data"))
+    parser.add_argument("data", metavar="DATA", type=Path, help="the folder of public data")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     with Sandbox(timeout=10, memory_mb=1024) as sandbox:

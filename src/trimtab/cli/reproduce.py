@@ -31,7 +31,11 @@ def add_options(parser: ArgumentParser) -> None:
         "models", metavar="MODEL", nargs="*", default=[], help="prefworld or model folders (default: the recipe's)"
     )
     parser.add_argument("--recipe", metavar="NAME", help="that comes with Trimtab, or a .toml file (default: PAPER)")
-    parser.add_argument("--out", metavar="DIR", help="for steps, knobs and report (default out/reproduce/PAPER)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="for steps, knobs and report (default out/reproduce/PAPER, with --quick out/reproduce/PAPER-quick)",
+    )
     parser.add_argument("--data", metavar="DIR", help="where the recipe's files lie (default data)")
     parser.add_argument("--quick", action="store_true", help="a few items only: shows that all runs, and nothing else")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default 2 for small models on a CPU)")

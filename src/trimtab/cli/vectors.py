@@ -61,15 +61,18 @@ def add_options(parser: ArgumentParser) -> None:
     train.add_argument("--lora-rank", type=int, metavar="N", help="rank of the adapter that is trained (default 16)")
     train.add_argument("--all-weights", action="store_true", default=None, help="train all weights: a dense knob")
     train.add_argument(
-        "--learning-rates", type=options.numbers, metavar="LIST", help="default 1e-5,1e-4; all weights: 1e-6,1e-5"
+        "--learning-rates",
+        type=options.numbers,
+        metavar="LIST",
+        help="default 1e-5,1e-4; all weights: 1e-6,1e-5; bipo: by the mean residual norm",
     )
     train.add_argument("--betas", type=options.numbers, metavar="LIST", help="of DPO (default 0.1)")
     train.add_argument("--epochs", type=int, metavar="N", help="at most (default 10; bipo: 20)")
     train.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps: few-step LoRA")
     train.add_argument(
-        "--patience", type=int, metavar="N", help="looks without improvement before it stops (default 2)"
+        "--patience", type=int, metavar="N", help="looks without improvement before it stops (default 2; bipo: 3)"
     )
-    train.add_argument("--batch-size", type=int, metavar="N", help="pairs of a step (default 16)")
+    train.add_argument("--batch-size", type=int, metavar="N", help="pairs of a step (default 16; bipo: 4)")
     made = parser.add_argument_group("weights that were trained elsewhere, instead of PAIRS")
     made.add_argument("--plus", metavar="DIR", help="a model folder with safetensors, or a LoRA adapter")
     made.add_argument("--minus", metavar="DIR", help="what is subtracted, of the same kind (default: MODEL)")
