@@ -15,7 +15,7 @@ from benchmarks.plots import draw
 from benchmarks.ratios import Spread, beside, ratios, seconds, spread
 from benchmarks.state import State
 
-MET, MISSED = "met", "**missed**"
+MET, MISSED, UNJUDGED = "met", "**missed**", "not judged"
 HEAD = """# Benchmarks
 
 Written by `make bench` (`benchmarks/`). Every way of a case is run once in each round, one after another, forwards and
@@ -98,7 +98,7 @@ def loads(states: Sequence[State]) -> str:
 
 
 def judged(states: Sequence[State]) -> str:
-    """Lay out the goals, each met or missed."""
+    """Lay out the goals: met, missed, or not judged, those that go by an interval where there is none."""
     by_name: dict[str, list[State]] = {}
     for state in states:
         by_name.setdefault(state.case, []).append(state)
@@ -122,7 +122,7 @@ def judge(goal: Goal, state: State, by_name: Mapping[str, Sequence[State]]) -> I
     value = found.high if goal.by == "high" else found.median
     verdict = MET if value <= goal.most else MISSED
     if goal.by == "high" and found.rounds == 1:
-        verdict = "not judged"
+        verdict = UNJUDGED
     judged_by = "upper end" if goal.by == "high" else "median"
     cells = [goal.about, str(state.threads), *shown(found, 4), f"{goal.most:.2f}", judged_by, verdict]
     yield "| " + " | ".join(cells) + " |"

@@ -118,7 +118,8 @@ def test_layers_count_from_the_end_when_negative_and_must_exist() -> None:
             AdapterError, match=rf"no layer {bad}: LlamaForCausalLM has 3 layers, 0 to 2 \(or -3 to -1\)"
         ):
             adapter.layer(bad)
-    assert type(adapter.layer(np.int64(-1))) is int  # as numpy.arange gives them
+    assert type(adapter.layer(cast(Any, np.int64(-1)))) is int  # as numpy.arange gives them
+    assert adapter.layers(cast(Any, torch.tensor([1, 0]))) == [0, 1]
     for kind in (True, 1.5, "1", None):
         with pytest.raises(OptionError, match=f"A layer is a whole number.*got {kind!r}"):
             adapter.layer(cast(Any, kind))

@@ -473,7 +473,7 @@ def test_a_seed_touches_the_random_numbers_of_the_models_device_and_no_others(mo
         set_rng_state=done.append,
         device=device_context(done),
     )
-    monkeypatch.setattr(torch, "get_device_module", lambda _device: device)
+    monkeypatch.setattr(torch, "cuda", device)
     with seeded(5, torch.device("cuda:1")):
         done.append(torch.initial_seed())
     assert done == ["cuda:1", 5, 5, "as it was"]

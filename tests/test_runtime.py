@@ -891,7 +891,8 @@ def test_two_tasks_of_an_event_loop_do_not_steer_one_model_and_one_may_nest() ->
     assert isinstance(second, AdapterError)
     assert "another thread or task" in str(second)
     assert all(torch.equal(parameter, plain[name]) for name, parameter in lm.named_parameters())
-    asyncio.run(request({dense: 1.0}, 0.0))
+    with steer(lm, {knob(1): 1.0}):  # which the tasks lie within
+        asyncio.run(request({dense: 1.0}, 0.0))
     assert torch.equal(lm.get_parameter(name), plain[name])
 
 
@@ -910,6 +911,7 @@ def test_knobs_beneath_those_of_an_inner_context_stay_until_it_has_ended() -> No
             assert torch.equal(lm.get_parameter(name), before + 1)
         outer.set({two: 1.0})
         assert torch.equal(lm.get_parameter(name), before + 2)
+    outer.clear()
     assert torch.equal(lm.get_parameter(name), before)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pico import ARCHITECTURES, CACHE, model, tokenizer
@@ -17,7 +18,7 @@ from trimtab.generate import generate
 from trimtab.pairs import Pairs
 from trimtab.runtime import steer
 from trimtab.types import Site
-from trimtab.weights import compress
+from trimtab.weights import compress, difference
 from trimtab.weights.rows import is_linear
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 8, 7, 6]])
@@ -208,17 +209,36 @@ def test_linear_layers_are_those_whose_output_the_model_uses(name: str) -> None:
         module.register_forward_hook(lambda *_, path=path: called.add(path))
     with torch.no_grad():
         lm(IDS, use_cache=False)
-    linear = [label.rpartition(".")[0] for label, _ in lm.named_parameters() if is_linear(lm, label)]
-    assert linear
-    # An expert may get no token, and a head may be one that is not asked for.
+    labels = [label for label, _ in lm.named_parameters(remove_duplicate=False)]
+    linear = [label.rpartition(".")[0] for label in labels if is_linear(lm, label)]
+    layers = {path for path, module in lm.named_modules() if isinstance(module, nn.Linear)}
+    assert layers & called <= {*linear}
+    # An expert may get no token.
     assert [path for path in linear if path not in called and "expert" not in path] == []
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_on_every_linear_layer_steers_where_one_of_them_is_never_called(tmp_path: Path) -> None:
+    lm: Any = model("jamba")
+    config = LoraConfig(target_modules="all-linear", r=2, lora_alpha=4, task_type="CAUSAL_LM")
+    peft: Any = get_peft_model(lm, config)
+    with torch.no_grad():
+        for label, parameter in peft.named_parameters():
+            if "lora_B" in label and "dt_proj" not in label:  # which no gradient reaches
+                parameter.copy_(0.1 * drawn(*parameter.shape))
+        wanted = peft(IDS, use_cache=False).logits
+    peft.save_pretrained(tmp_path)
+    knob = difference(tmp_path, name="k")
+    assert knob.low_rank
+    assert not any("dt_proj" in label for label in knob.parts)
+    assert torch.allclose(logits(model("jamba"), [{knob: 1.0}] * len(IDS)), wanted, atol=1e-5)
 
 
 def test_a_layer_that_lends_its_weight_and_is_never_called_is_refused() -> None:
     lm = model("mamba")
     knob = low_rank(lm, like="dt_proj")
     assert knob.parts
-    with pytest.raises(KnobError, match="or is never called"), steer(lm, {knob: 1.0}):
+    with pytest.raises(KnobError, match="a layer that is never called"), steer(lm, {knob: 1.0}):
         pass
     assert not torch.equal(logits(lm, {knob.dense_copy(): 1.0}), logits(lm, {}))
     other = low_rank(lm, like="x_proj")

@@ -161,7 +161,7 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     }
 
 
-def describe_knob(knob: AnyKnob) -> dict[str, Any]:
+def knob_content(knob: AnyKnob) -> dict[str, Any]:
     """Return what tells what this knob does from what others do, its dose apart, for the `job` of a checkpoint."""
     if isinstance(knob, DeltaKnob):
         return {"operation": knob.operation, "knob's weights": knob.digest}

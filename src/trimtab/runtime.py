@@ -61,12 +61,12 @@ class Steering:
         self._unmasked = False  # every token of this call takes the addends of "all" and "completion", whole
 
     def set(self, settings: Dose | Sequence[Dose]) -> None:
-        """Steer with these knobs from the next forward on; an error leaves the model unsteered.
+        """Steer with these knobs from the next forward on; settings that fail leave the model unsteered.
 
         `settings` maps knobs to strengths, or is a sequence of such mappings, one per row of the batch. Ablations come
         first, then additions; those that depend on the stream (operations "piecewise" and "kernel") look at the block's
         own output. Raises `OptionError` for strengths that are not finite numbers, `KnobError` for a knob of another
-        width, and `AdapterError` while another `steer` acts inside this one.
+        width, and `AdapterError` while another `steer` acts inside this one, when nothing changes.
         """
         if self._ended:
             raise OptionError("This steer() has ended, and nothing would take its knobs off again. Enter another.")
@@ -138,6 +138,8 @@ class Steering:
 
     def clear(self) -> None:
         """Take every hook off the model, and put its own weights back."""
+        if self._ended:
+            return
         if max(self._active, default=self._level) > self._level:  # whose hooks and weights lie on top of these
             raise AdapterError("Another steer() acts inside this one. Leave that one first, or change its knobs.")
         self._hooks.close()
@@ -150,7 +152,7 @@ class Steering:
         """
         with _COUNTING:
             active = _ACTIVE.setdefault(self._adapter.blocks[0], {})
-            if any(holder != self._holder for holder in active.values()):
+            if any(_apart(holder, self._holder) for holder in active.values()):
                 raise AdapterError(
                     f"This {type(self._adapter.model).__name__} is being steered in another thread or task, and knobs "
                     "act on the whole model: each would act on the other's text. Take turns, steer one batch with a "
@@ -265,6 +267,11 @@ def _holder() -> _Holder:
     except RuntimeError:  # no event loop runs in this thread
         task = None
     return threading.get_ident(), 0 if task is None else id(task)
+
+
+def _apart(one: _Holder, other: _Holder) -> bool:
+    """Tell whether two take turns; tasks lie within what was entered before their loop began."""
+    return one[0] != other[0] or (one[1] != other[1] and 0 not in (one[1], other[1]))
 
 
 _ACTIVE: WeakKeyDictionary[nn.Module, dict[int, _Holder]] = WeakKeyDictionary()

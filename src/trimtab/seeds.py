@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -14,8 +15,10 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
 
     `torch.manual_seed` would seed every accelerator there is, those of a training beside this one among them.
     """
-    others = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    own = others.device(device) if others is not None and hasattr(others, "device") else nullcontext()
+    others: Any = None if device.type == "cpu" else getattr(torch, device.type, None)
+    if not hasattr(others, "get_rng_state"):  # a device whose numbers, if it has any, are not torch's to seed
+        others = None
+    own = others.device(device) if hasattr(others, "device") else nullcontext()
     with torch.random.fork_rng(devices=[]), own:
         torch.default_generator.manual_seed(seed)
         if others is None:

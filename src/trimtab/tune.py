@@ -14,7 +14,7 @@ import numpy as np
 
 from trimtab.adapter import Adapter
 from trimtab.artifact import AnyKnob, DeltaKnob, Knob, LookaheadKnob
-from trimtab.checkpoint import Checkpoint, describe_knob, describe_model
+from trimtab.checkpoint import Checkpoint, describe_model, knob_content
 from trimtab.errors import OptionError, PairsError, TrimtabWarning, TuneError, brief
 from trimtab.evals.choosing import choose
 from trimtab.evals.likelihood import pair_margins
@@ -254,7 +254,7 @@ def _job(
     return {
         "work": "tuning",
         **describe_model(model, tokenizer),
-        **describe_knob(knob),
+        **knob_content(knob),
         "pairs": pairs.hash(),
         "tasks": [what_is_asked(t) for t in tasks],
     }
@@ -264,7 +264,7 @@ def _gains(knob: AnyKnob, gains: Sequence[float] | None) -> Sequence[float]:
     """Return what is to be tried; an ablation is the same at any gain, and would only count as so many settings."""
     if knob.operation == "ablate":
         if gains is not None:
-            raise OptionError(f"Knob {knob.name!r} removes a share of the stream, whatever its gain: leave gains out.")
+            raise OptionError(f"Knob {knob.name!r} is an ablation, the same at any gain: leave gains out.")
         return (knob.gain or 1.0,)
     return (WEIGHT_GAINS if isinstance(knob, DeltaKnob) else GAINS) if gains is None else gains
 

@@ -5,12 +5,12 @@ Layer `i` is the output of decoder block `i`, 0-based, before any final norm; it
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -132,14 +132,18 @@ class Adapter:
 
         Raises `OptionError` for what is no whole number, and `AdapterError` for a layer that the model has not.
         """
-        if isinstance(number, bool) or not isinstance(number, Integral):  # pyright: ignore[reportUnnecessaryIsInstance]
+        try:
+            index = operator.index(number)
+        except TypeError:
+            index = None
+        if index is None or isinstance(number, bool):
             raise OptionError(f"A layer is a whole number, and layers are a list, as in [2, 4]; got {brief(number)}.")
-        if not -self.n_layers <= number < self.n_layers:
+        if not -self.n_layers <= index < self.n_layers:
             raise AdapterError(
                 f"There is no layer {number}: {type(self.model).__name__} has {self.n_layers} layers, "
                 f"0 to {self.n_layers - 1} (or -{self.n_layers} to -1)."
             )
-        return int(number) % self.n_layers
+        return index % self.n_layers
 
     def layers(self, wanted: Iterable[int]) -> list[int]:
         """Resolve layer numbers: in order, each once; raises `OptionError` where there are none."""

@@ -200,7 +200,7 @@ class Knob:
         """
         factor = check_strength(factor, "factor")
         if factor != 1 and self.operation == "ablate":
-            raise KnobError(f"Knob {self.name!r} removes a share of the stream, the same at any gain: set a strength.")
+            raise KnobError(f"Knob {self.name!r} is an ablation, the same at any gain: set a strength.")
         if factor < 0 and self.operation == "piecewise":
             raise KnobError(
                 f"Knob {self.name!r} is piece-wise, which is the same along a direction and against it: set a negative "

@@ -96,6 +96,11 @@ def labelled(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     }
 
 
+def without_zeros(parts: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """Leave out what changes nothing, as what an adapter holds of a layer that the model never calls, and so trains."""
+    return {name: part for name, part in parts.items() if bool(part.a.any()) and bool(part.b.any())}
+
+
 def digest_of(parts: Mapping[str, Part], *, whole: bool = False) -> str:
     """Return the sha256 of names, shapes and some values of every part, which tells their content from another's.
 

@@ -62,7 +62,7 @@ MENDABLE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 for a check that is not ok, 2 for a mistake to mend, 130."""
+    """Run one verb and return the exit status: see docs/reference/cli.md for what each means."""
     words = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
     try:

@@ -14,7 +14,7 @@ import torch
 
 from trimtab.artifact import DeltaKnob, LowRank
 from trimtab.artifact.checks import check_labels
-from trimtab.artifact.parts import Part, parts_of
+from trimtab.artifact.parts import Part, parts_of, without_zeros
 from trimtab.checkpoint import Checkpoint, describe_model, learned_from, remove
 from trimtab.errors import OptionError, PairsError, TrainError, unknown_name
 from trimtab.methods import TRAINED
@@ -176,10 +176,10 @@ def _parts(trained: Trained, base: PreTrainedModel) -> DeltaKnob:
             return difference(trained.model, base, name="side")
         except OptionError:
             raise TrainError(NOTHING) from None
-    added = DeltaKnob("side", "lora", trained.adapter)
-    if not added.norm():
+    changed = without_zeros(trained.adapter)
+    if not changed:
         raise TrainError(NOTHING)
-    return added
+    return DeltaKnob("side", "lora", changed)
 
 
 def cosine_of_sides(plus: DeltaKnob, minus: DeltaKnob, between: DeltaKnob) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.artifact.delta import DeltaKnob
 from trimtab.artifact.large import Entry, check_target, write_large
-from trimtab.artifact.parts import LowRank, Part, check_parameter_name
+from trimtab.artifact.parts import LowRank, Part, check_parameter_name, without_zeros
 from trimtab.errors import KnobError, OptionError, TrimtabWarning
 from trimtab.weights.source import Source, Weights, is_adapter, read_adapter
 
@@ -178,7 +178,7 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
     second = read_adapter(minus) if minus is not None else {}
     if first.keys() == second.keys() and all(map(torch.equal, *(_sides(parts) for parts in (first, second)))):
         raise OptionError(f"{plus} and {minus} hold the same adapter: there is no difference.")
-    parts: dict[str, Part] = {}
+    parts: dict[str, LowRank] = {}
     for name in sorted({*first, *second}):
         own = [(sign, part[name]) for sign, part in ((1.0, first), (-1.0, second)) if name in part]
         if len({part.shape for _, part in own}) > 1:
@@ -188,7 +188,7 @@ def _adapters(plus: Source, minus: Source | None, dtype: torch.dtype) -> dict[st
         parts[name] = LowRank(a.to(dtype), b.to(dtype))
         if not all(bool(side.isfinite().all()) for side in parts[name]):
             raise KnobError(f"The difference of {name!r} holds values that are not finite in {dtype}.")
-    return parts
+    return {**(without_zeros(parts) or parts)}
 
 
 def _sides(parts: Mapping[str, LowRank]) -> list[Tensor]:

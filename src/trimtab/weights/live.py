@@ -64,7 +64,8 @@ class Live:
                 if name in self._tied and isinstance(part, LowRank):
                     raise KnobError(
                         f"This model ties {name!r} to other weights, and a difference of low rank is of one of their "
-                        "uses alone, which changed weights cannot tell apart. Steer with the knob as it is."
+                        "uses alone, which changed weights cannot tell apart. Steer with a knob that is of low rank "
+                        "throughout, or take knob.dense_copy() to change all uses."
                     )
                 if parameter in seen:
                     raise KnobError(

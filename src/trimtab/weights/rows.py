@@ -17,8 +17,6 @@ from trimtab.artifact.parts import LowRank
 from trimtab.errors import AdapterError, KnobError
 
 Alphas = Mapping[DeltaKnob, float]
-LENT = ("dt_proj",)
-"""Linear layers of Mamba and its kin that are never called: the mixer reads their weight, and no output is theirs."""
 
 
 @dataclass
@@ -64,10 +62,14 @@ def row_addends(model: nn.Module, rows: Sequence[Alphas]) -> dict[str, RowAddend
         module = model.get_submodule(path)
         weight = getattr(module, kind, None)
         if not is_linear(model, name) or not isinstance(weight, Tensor):
+            what = (
+                "a layer that is never called"
+                if _is_lent(model, path)
+                else f"a {type(module).__name__}, no linear layer"
+            )
             raise KnobError(
-                f"{name!r} belongs to a {type(module).__name__} that is no linear layer, or is never called, so that "
-                "rows cannot differ in it. "
-                "Use the knob in its dense form, knob.dense_copy(), for all rows alike."
+                f"{name!r} belongs to {what}, so that rows cannot differ in it. Use the knob in its dense form, "
+                "knob.dense_copy(), for all rows alike."
             )
         own = [knob for knob in knobs if name in knob.parts]
         parts: list[LowRank] = []
@@ -93,13 +95,18 @@ def row_addends(model: nn.Module, rows: Sequence[Alphas]) -> dict[str, RowAddend
 def is_linear(model: nn.Module, name: str) -> bool:
     """Tell whether a parameter is the matrix of a linear layer, as is that of GPT-2's Conv1D, stored as [in, out].
 
-    Layers that lend their weight (`LENT`) have no output to add to, and do not count.
+    Layers whose weight is read without calling them have no output to add to, and do not count.
     """
     path, _, kind = name.rpartition(".")
-    if kind != "weight" or path.rpartition(".")[2] in LENT:
-        return False
     module = model.get_submodule(path)
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return linear and kind == "weight" and not _is_lent(model, path)
+
+
+def _is_lent(model: nn.Module, path: str) -> bool:
+    """Tell whether a layer is the `dt_proj` of a mixer such as Mamba's, known by `A_log`, which reads its weight."""
+    owner, _, leaf = path.rpartition(".")
+    return leaf == "dt_proj" and hasattr(model.get_submodule(owner), "A_log")
 
 
 def embedding_scale(module: nn.Module) -> float | None:
