@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pico
-from trimtab.errors import OptionError, TrimtabWarning
+from trimtab.errors import AdapterError, OptionError, TrimtabWarning
 from trimtab.evals import evaluate as module
 from trimtab.evals.choices import pairs_task
 from trimtab.evals.effects import (
@@ -38,6 +38,7 @@ from trimtab.evals.verdicts import Comparison
 from trimtab.generate import generate
 from trimtab.learn import learn
 from trimtab.pairs import Pairs
+from trimtab.runtime import steer
 from trimtab.tune import tune
 
 PROMPTS = tuple(f"What is {n} + {n}?" for n in range(8))
@@ -443,3 +444,8 @@ def test_likelihoods_of_other_answers_are_another_job_and_another_spec(model: An
 def test_what_cannot_be_evaluated_is_refused(model: Any, words: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         evaluate(model, words, **arguments)
+
+
+def test_a_model_that_is_being_steered_is_not_taken_for_the_bare_one(model: Any, words: Any) -> None:
+    with pytest.raises(AdapterError, match="evaluating would see it so"), steer(model, {strong(): 1.0}):
+        evaluate(model, words, [graded()], {strong(): 1.0})

@@ -89,7 +89,8 @@ def generate(
     left as it was. Dropout is off, whatever mode the model is in. `on_text` gets the answer to a single prompt piece by
     piece; an error it raises ends the generation.
 
-    Answers end with the model's context, with a `TrimtabWarning`.
+    Answers end with the model's context, with a `TrimtabWarning`. Inside `steer` its knobs act as well, which
+    answers do not say.
 
     Raises `OptionError` for options out of range and for prompts that leave no room in the model's context,
     `UnknownName` for names that are not on the rack, and `KnobError` for a knob from another architecture or chat

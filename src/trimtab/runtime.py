@@ -313,7 +313,9 @@ def steer(
     too. Gradients flow through knobs; with checkpointing of activations, call `backward` inside the context and before
     the next forward.
 
-    A model compiled by `torch.compile` is compiled again when hooks come or go.
+    Widths and layers have to fit; whether a knob was learned on this architecture and chat template is for `Knob.check`
+    to say, as `trimtab.generate` does. Dropout is as the model has it: call `model.eval()` after training. A model
+    compiled by `torch.compile` is compiled again when hooks come or go.
 
     Example: `with steer(model, {knob: 1.0}): model.generate(**inputs)`.
     """

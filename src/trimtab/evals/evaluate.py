@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trimtab.adapter import Adapter
 from trimtab.checkpoint import Checkpoint, describe_model
 from trimtab.errors import OptionError, TrimtabWarning
 from trimtab.evals.choices import ChoiceTask
@@ -81,11 +82,13 @@ def evaluate(
     Cost is that of answering and grading: seconds of wall time, tokens, and the largest memory beyond what was in use.
     The bare model goes first, so that what a process does once only (loading kernels, caches) counts against it.
     `checkpoint` is a folder that keeps answers, likelihoods and KLs, as for `tune`; kept answers are graded again, and
-    bring their seconds along. Raises `OptionError` where there is nothing to measure, or two tasks have one name.
+    bring their seconds along. Raises `OptionError` where there is nothing to measure, or two tasks have one name,
+    and `AdapterError` inside `steer`, where no model is bare.
     """
     doses: list[Dose] = [settings] if isinstance(settings, Mapping) else list(settings)
     graded = [*((task, "task") for task in tasks), *((task, "guardrail") for task in guardrails)]
     _check(graded, pairs, neutral, judge, doses, (temperature, seed), (kl_items, judge_items))
+    Adapter(model).check_plain("evaluating")
     notes = _seen_before(doses, graded, pairs)
     asks = [Ask(task, role, "likelihood" if isinstance(task, ChoiceTask) else "greedy") for task, role in graded]
     asks += [Ask(task, "task", "sampled") for task in tasks if sampled and not isinstance(task, ChoiceTask)]
