@@ -758,6 +758,7 @@ MISTAKES = [
     ("generate MODEL Hi --knob KNOB --knob KNOB", "Two knobs are named 'math'"),
     ("generate MODEL Hi --knob =KNOB", "--knob takes FILE or NAME=FILE"),
     ("generate MODEL Hi --strength 1", "--strength needs a knob. Add --knob FILE."),
+    ("generate MODEL Hi --set math=1", "--set needs a knob. Add --knob FILE."),
     ("generate MODEL Hi --knob .", "'.' is a folder; expected a knob file."),
     ("generate MODEL Hi --knob a=", "The name of a file is empty; expected a knob file."),
     ("generate MODEL Hi --seed 99999999999999999999", "The seed is a whole number from 0 to 2**63 - 1"),

@@ -14,7 +14,7 @@ import pytest
 
 import pico
 from loopback import serve
-from trimtab.artifact import Knob
+from trimtab.artifact import Knob, load_knob
 from trimtab.checkpoint import fingerprint
 from trimtab.cli import main
 from trimtab.evals.tasks import load_task, run_task
@@ -248,3 +248,15 @@ def test_every_verb_works_on_a_real_llama_without_a_chat_template(run: Run, file
     assert entry["preference"]["n"] == 12
     # A text that such a model was made for is likelier than one letter in sixty-four; nothing here is about quality.
     assert 0 < entry["neutral"]["bits_per_byte"] < 6
+
+
+def test_an_ablation_is_told_without_a_dose_that_it_has_not(run: Run, model: Path, files: Path) -> None:
+    load_knob("math.safetensors").with_(operation="ablate").save("ablation.safetensors")
+    words = "--pairs pairs.jsonl --broken-budget 1 --finalists 1 --out tuned.safetensors"
+    tuned = run(f"tune {model} --knob ablation.safetensors {words}")
+    assert tuned.status == 0, tuned.err
+    assert "strength 1 is alpha" not in tuned.out
+    shown = run(f"eval {model} --knob tuned.safetensors {WORDS}")
+    assert shown.status == 0, shown.err
+    assert "at strength 1 (an ablation, " in shown.out
+    assert "at strength 1 (alpha " in run(f"eval {model} --knob math.safetensors {WORDS}").out

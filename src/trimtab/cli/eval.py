@@ -207,11 +207,15 @@ def _text(record: Row, args: Namespace, out: Path | None) -> str:
 def _subject(record: Row) -> str:
     """Say what is compared, and on which model."""
     knobs = [
-        f"{k['knob']} at strength {k['strength']:g} (alpha {k['alpha']:g}, {_place(k)})"
+        f"{k['knob']} at strength {k['strength']:g} ({_dose(k)}, {_place(k)})"
         for k in (record["spec"]["settings"] or [[]])[0]
     ]
     model = record["spec"]["model"]["model"]
     return f"{model} without knobs, and with {' and '.join(knobs)}." if knobs else f"{model} without knobs."
+
+
+def _dose(knob: Row) -> str:
+    return "an ablation" if knob["operation"] == "ablate" else f"alpha {knob['alpha']:g}"
 
 
 def _place(knob: Row) -> str:

@@ -150,9 +150,10 @@ def two_named(name: str) -> OptionError:
 
 def setting_from(args: Namespace, panel: Panel) -> dict[str, float]:
     """Return the setting that --strength or --set asks for, or else the panel's own."""
+    asked = "--strength" if args.strength is not None else "--set" if args.set is not None else None
+    if asked and not panel.rack:
+        raise OptionError(f"{asked} needs a knob. Add --knob FILE.")
     if args.strength is not None:
-        if not panel.rack:
-            raise OptionError("--strength needs a knob. Add --knob FILE.")
         return dict.fromkeys(panel.rack, check_strength(args.strength))
     if args.set is not None:
         setting = parse_setting(args.set)

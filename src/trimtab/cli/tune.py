@@ -139,6 +139,13 @@ def _site(knob: AnyKnob) -> str | None:
     return None if knob.kind == "delta" else str(knob.site)
 
 
+def _gain(knob: AnyKnob) -> str | None:
+    if knob.operation == "ablate":
+        return None
+    what = f"alpha {knob.gain:g}" if _site(knob) else f"{knob.gain:g} times the difference"
+    return f"{knob.gain:g}: strength 1 is {what}"
+
+
 def _text(knob: AnyKnob, args: Namespace, out: Path) -> str:
     from trimtab.artifact.card import describe_safe_range
 
@@ -149,8 +156,7 @@ def _text(knob: AnyKnob, args: Namespace, out: Path) -> str:
             "tuned": f"{knob.name} on {counted(tuning['pairs'], 'pair')} in {tuning['seconds']:.1f} s",
             "site": _site(knob),
             "steers": f"{knob.where} tokens" if _site(knob) else None,
-            "gain": f"{knob.gain:g}: strength 1 is "
-            + (f"alpha {knob.gain:g}" if _site(knob) else f"{knob.gain:g} times the difference"),
+            "gain": _gain(knob),
             "safe range": f"strengths {describe_safe_range(knob)}" if knob.safe_range else None,
             "written to": out,
             "next": f'trimtab generate {shlex.quote(args.model)} "..." --knob {file}',
