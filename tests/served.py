@@ -10,8 +10,12 @@ import sys
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
+SERVES = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 19)
+"""Whether the server's own engine runs here."""
+NEWER = "the server's engine wants transformers 5.19 or later, and says so"
 PATIENCE = 120.0
 """Seconds until it has to listen."""
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig
 
 import pico
+from served import NEWER, SERVES
 from trimtab.artifact import AnyKnob, DeltaKnob, LowRank, Rack
 from trimtab.engines.continuous import batching, steering
 from trimtab.engines.continuous.batching import check_seams
@@ -25,8 +25,8 @@ from trimtab.errors import AdapterError, EngineError, KnobError, OptionError, Tr
 from trimtab.runtime import steer
 from trimtab.types import Where
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
-    pytest.skip("the engine wants transformers 5.19 or later, and says so", allow_module_level=True)
+if not SERVES:
+    pytest.skip(NEWER, allow_module_level=True)
 
 NEW = 8
 WHERES: tuple[Where, ...] = ("all", "context", "prompt", "completion")

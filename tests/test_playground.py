@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,15 +17,15 @@ from urllib.parse import urlsplit
 import pytest
 
 from offered import offer, words
-from served import Served, served
+from served import NEWER, SERVES, Served, served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs a browser: no chromium on the path", allow_module_level=True)
-if tuple(map(int, version("transformers").split(".")[:2])) < (5, 19):
-    pytest.skip("the server's engine wants transformers 5.19 or later", allow_module_level=True)
+if not SERVES:
+    pytest.skip(NEWER, allow_module_level=True)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page, Request, Route

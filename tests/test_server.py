@@ -20,7 +20,7 @@ import pico
 import trimtab
 from flood import Case, flood, under_load
 from hostile_requests import CASES, send
-from served import Served, served
+from served import NEWER, SERVES, Served, served
 from trimtab.artifact import Rack, save_panel
 
 WIDTH, NORM = 192, 200.0
@@ -48,6 +48,8 @@ class Running(NamedTuple):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    if not SERVES:
+        pytest.skip(NEWER)
     folder = tmp_path_factory.mktemp("server")
     wheres: Any = {"math": "prompt", "concise": "completion", "raw": "all"}
     words = ["prefworld"]
